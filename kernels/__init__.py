@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: paged attention, GEMM, norms, rotary embedding, KV copies."""

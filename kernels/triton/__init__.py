@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA devices; imported only where triton is installed."""

@@ -1,0 +1,1 @@
+"""The channels that carry frames of KV blocks between two agents."""

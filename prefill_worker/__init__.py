@@ -1,0 +1,1 @@
+"""The role that reads prompts and hands their KV blocks over."""

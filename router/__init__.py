@@ -1,0 +1,1 @@
+"""Requests in, placements and tokens out."""

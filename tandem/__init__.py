@@ -1,0 +1,1 @@
+"""The vocabulary of Tandem: requests, messages, errors, generated protocol, public client."""

@@ -1,0 +1,215 @@
+"""What router and workers say to one another, as plain data; tandem/wire.py turns it into protobuf and back.
+
+Times are relative milliseconds from receipt. Each message about a request carries the epoch of its owner record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from tandem.request import RequestId, Sampling, Token, TransferId, WorkerId
+
+
+class Role(StrEnum):
+    """What a worker is used for."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+class AssignMode(StrEnum):
+    """What one worker is to do with one request."""
+
+    PREFILL = "prefill"  # prefill, stream the first token, hand over to the peer
+    DECODE = "decode"  # expect a handoff from the peer, then decode
+    LOCAL = "local"  # prefill and decode here, no transfer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerAddress:
+    """Where a worker incarnation is reached. `endpoint` is its agent's, opaque to all but agents."""
+
+    worker_id: WorkerId
+    incarnation: int
+    control: str  # host:port of the gRPC services Worker and Transfer
+    endpoint: str
+
+
+# ---- router to worker --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assign:
+    """Take part in a request. `tokens` is the prompt and what was already delivered of the answer."""
+
+    request_id: RequestId
+    epoch: int
+    mode: AssignMode
+    tokens: tuple[int, ...]
+    num_prompt_tokens: int
+    sampling: Sampling
+    transfer_id: TransferId  # empty with LOCAL
+    peer: WorkerAddress | None  # None with LOCAL
+    deadline_ms: int  # until the handoff is committed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelAssigned:
+    """This epoch of the request, and all before it, are over: stop, free, send no more tokens."""
+
+    request_id: RequestId
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnerIs:
+    """What the owner record says. Answers CommitAsk (target) and OwnerQuery (source); told unasked to the source.
+
+    `worker_id` None: the request is over. `refused` says why a CommitAsk was refused; empty when it was accepted.
+    """
+
+    request_id: RequestId
+    transfer_id: TransferId
+    epoch: int
+    worker_id: WorkerId | None
+    incarnation: int
+    refused: str = ""
+
+
+RouterMessage = Assign | CancelAssigned | OwnerIs
+
+
+# ---- worker to router --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestFailed:
+    """The worker gives this epoch of the request up. `retryable`: another placement may succeed."""
+
+    request_id: RequestId
+    epoch: int
+    code: str
+    message: str
+    retryable: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitAsk:
+    """The target has all blocks, checked: make it the owner. The one commit point of a handoff or migration.
+
+    `tokens` are those the source produced, in case the router has not seen them yet; `next_index` is the index that
+    the target will produce first.
+    """
+
+    request_id: RequestId
+    transfer_id: TransferId
+    from_epoch: int
+    next_index: int
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnerQuery:
+    """The source asks the owner record, since it may not guess how a commit ended."""
+
+    request_id: RequestId
+    transfer_id: TransferId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferStats:
+    """What a transfer did, told by its target when it commits, and by its source for the times."""
+
+    request_id: RequestId
+    transfer_id: TransferId
+    blocks_granted: int = 0
+    blocks_moved: int = 0
+    blocks_reused: int = 0
+    bytes: int = 0
+    frames: int = 0
+    tokens_recomputed: int = 0  # prompt or delivered tokens that the target had to run itself
+    first_frame_ms: int = 0  # source: since the assignment
+    last_chunk_start_ms: int = 0  # source: since the assignment
+    committed_ms: int = 0  # target: since the assignment
+    tokens_cached: int = 0  # source: found in its prefix cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockEvents:
+    """Which prefix hashes a worker now holds or has dropped; `sequence` counts reports, so a gap is seen."""
+
+    sequence: int
+    stored: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
+    cleared: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCounts:
+    """Blocks by state; the six always sum to `total`."""
+
+    total: int
+    free: int
+    cached: int = 0
+    owned: int = 0
+    exported: int = 0
+    granted: int = 0
+    quarantined: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLoad:
+    """What a worker has to do."""
+
+    running: int
+    waiting: int
+    blocks: BlockCounts
+    prefill_backlog_tokens: int
+    steps: int
+    last_step_ms: float
+    audit: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReport:
+    """Everything a worker tells one router after one step (or when something happened between steps)."""
+
+    worker_id: WorkerId
+    incarnation: int
+    sequence: int
+    tokens: tuple[Token, ...] = ()
+    failed: tuple[RequestFailed, ...] = ()
+    commit_asks: tuple[CommitAsk, ...] = ()
+    owner_queries: tuple[OwnerQuery, ...] = ()
+    transfers: tuple[TransferStats, ...] = ()
+    blocks: BlockEvents | None = None
+    load: WorkerLoad | None = None
+
+
+# ---- worker to registry ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """What a worker says of itself when it registers."""
+
+    worker_id: WorkerId
+    role: Role
+    control: str
+    endpoint: str
+    pid: int
+    agent_pid: int
+    model: str
+    namespace: str
+    fingerprint: str
+    exact: bool
+    dtype: str
+    block_size: int
+    total_blocks: int
+    context_tokens: int
+    block_bytes: int
+    labels: tuple[tuple[str, str], ...] = field(default=())
