@@ -1,0 +1,131 @@
+"""The errors that Tandem's users can meet, each with its code, HTTP status and gRPC status.
+
+    TandemError
+      +-- InvalidRequest      a field is wrong; names it, its value and its limit        400  INVALID_ARGUMENT
+      |     +-- UnknownModel                                                             404  NOT_FOUND
+      +-- UnknownRequest      no such request is known                                   404  NOT_FOUND
+      +-- DuplicateRequest    the id is in use                                           409  ALREADY_EXISTS
+      +-- Overloaded          over capacity; says when to come again                     429  RESOURCE_EXHAUSTED
+      +-- Unavailable         no worker can serve this now                               503  UNAVAILABLE
+      +-- DeadlinePassed      the request's own deadline is over                         504  DEADLINE_EXCEEDED
+      +-- RequestLost         placed and re-placed in vain; names the last failure       502  ABORTED
+      +-- Cancelled           ended by its client or an operator                         499  CANCELLED
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TandemError(Exception):
+    """Base of all errors that cross Tandem's edge. `code` is stable; the message is for people."""
+
+    code: ClassVar[str] = "internal"
+    http_status: ClassVar[int] = 500
+    grpc_status: ClassVar[str] = "INTERNAL"
+    openai_type: ClassVar[str] = "server_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidRequest(TandemError):
+    """A field that the client sent cannot be served."""
+
+    code = "invalid_request"
+    http_status = 400
+    grpc_status = "INVALID_ARGUMENT"
+    openai_type = "invalid_request_error"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class UnknownModel(InvalidRequest):
+    """The model named is not the one served."""
+
+    code = "model_not_found"
+    http_status = 404
+    grpc_status = "NOT_FOUND"
+
+
+class UnknownRequest(TandemError):
+    """No request of that id is known."""
+
+    code = "unknown_request"
+    http_status = 404
+    grpc_status = "NOT_FOUND"
+    openai_type = "invalid_request_error"
+
+
+class DuplicateRequest(TandemError):
+    """The request id is in use."""
+
+    code = "duplicate_request"
+    http_status = 409
+    grpc_status = "ALREADY_EXISTS"
+    openai_type = "invalid_request_error"
+
+
+class Overloaded(TandemError):
+    """The cluster is over its capacity; come again after `retry_after_ms`."""
+
+    code = "overloaded"
+    http_status = 429
+    grpc_status = "RESOURCE_EXHAUSTED"
+    openai_type = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after_ms: int) -> None:
+        super().__init__(message)
+        self.retry_after_ms = retry_after_ms
+
+
+class Unavailable(TandemError):
+    """No worker can serve the request now."""
+
+    code = "unavailable"
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+
+
+class DeadlinePassed(TandemError):
+    """The request did not end within its deadline."""
+
+    code = "deadline_passed"
+    http_status = 504
+    grpc_status = "DEADLINE_EXCEEDED"
+
+
+class RequestLost(TandemError):
+    """Every attempt to serve the request failed; the message names the last failure."""
+
+    code = "request_lost"
+    http_status = 502
+    grpc_status = "ABORTED"
+
+
+class Cancelled(TandemError):
+    """The request was ended by its client or an operator."""
+
+    code = "cancelled"
+    http_status = 499
+    grpc_status = "CANCELLED"
+
+
+ERRORS: dict[str, type[TandemError]] = {
+    error.code: error
+    for error in (
+        TandemError,
+        InvalidRequest,
+        UnknownModel,
+        UnknownRequest,
+        DuplicateRequest,
+        Overloaded,
+        Unavailable,
+        DeadlinePassed,
+        RequestLost,
+        Cancelled,
+    )
+}
