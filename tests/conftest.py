@@ -1,0 +1,43 @@
+"""What all tests share: threads, what may not be skipped, and that no process outlives its test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before torch is imported anywhere: several spinning OpenMP threads on few cores slow each other by orders of magnitude.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import psutil
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("tandem", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tandem")
+
+# Names of markers, comma separated, whose tests must run: a skip of one of them is a failure. "all" names every test.
+REQUIRED = set(filter(None, os.environ.get("TANDEM_REQUIRE", "").split(",")))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Turns the skip of a required test into a failure."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    if report.skipped and not hasattr(report, "wasxfail"):
+        names = {marker.name for marker in item.iter_markers()} | {"all"}
+        if REQUIRED & names:
+            report.outcome = "failed"
+            report.longrepr = f"skipped although TANDEM_REQUIRE asks for it: {report.longrepr}"
+
+
+@pytest.fixture
+def no_process_left() -> Iterator[None]:
+    """Fails when a child process of this one, or of its children, outlives the test."""
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    yield
+    left = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
+    _, alive = psutil.wait_procs(left, timeout=10)
+    assert not alive, f"still running: {[(p.pid, p.name()) for p in alive]}"
