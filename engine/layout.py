@@ -1,4 +1,4 @@
-"""How the KV blocks of one worker lie in memory, as plain data: what the pool, the runner and every transfer agree on."""
+"""How KV blocks lie in the memory of one worker's pool."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""Whether two workers may exchange KV blocks; the layout itself is the engine's and is named here too."""
+"""Whether two workers may exchange KV blocks; the layout itself is the engine's (engine/layout.py)."""
 
 from __future__ import annotations
 
-from engine.layout import DTYPE_BYTES, KVLayout
-
-__all__ = ["DTYPE_BYTES", "KVLayout", "refusal"]
+from engine.layout import DTYPE_BYTES as DTYPE_BYTES
+from engine.layout import KVLayout as KVLayout
 
 
 def refusal(source: KVLayout, target: KVLayout, *, exact: bool) -> str | None:
