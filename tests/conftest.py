@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-# Before torch is imported anywhere: several spinning OpenMP threads on few cores slow each other by orders of magnitude.
+# Before torch is imported anywhere: several spinning OpenMP threads on few cores slow each other 10 to 100 times.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

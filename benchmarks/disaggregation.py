@@ -1,0 +1,98 @@
+"""What disaggregation adds: TTFT against the same engine as one mixed worker, the gap before the second token, overlap.
+
+Both clusters run side by side and are asked in turn (A/B/A/B), idle but for the one request, so that noise of the
+machine meets both. The gap before the second token is set against the request's own median decode step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from statistics import median
+
+import grpc
+
+from benchmarks import report
+from benchmarks.figures import Outcome
+from benchmarks.load import generate
+from benchmarks.local_cluster import LocalCluster
+from benchmarks.workload import Offered, random_prompts
+from tandem.v1 import inference_pb2_grpc
+
+OUTPUT_TOKENS = 17
+
+
+async def ask(address: str, prompt: Sequence[int]) -> Outcome:
+    """One greedy request of OUTPUT_TOKENS tokens on an idle cluster."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+        outcome = await generate(stub, prompt, output_tokens=OUTPUT_TOKENS)
+    if outcome.error:
+        raise RuntimeError(outcome.error)
+    return outcome
+
+
+def measure(
+    split: LocalCluster, mixed: LocalCluster, *, prompt_tokens: int, repeats: int, seed: int
+) -> tuple[list[Outcome], list[Outcome]]:
+    """Outcomes of both clusters for `repeats` prompts, no two alike; the first pair warms up and is dropped."""
+    offered = [Offered(arrival_s=0, prompt_tokens=prompt_tokens, output_tokens=OUTPUT_TOKENS)] * (repeats + 1)
+    ours, theirs = [], []
+    for prompt in random_prompts(offered, vocab_size=49152, seed=seed + prompt_tokens):
+        ours.append(asyncio.run(ask(split.grpc_address, prompt)))
+        theirs.append(asyncio.run(ask(mixed.grpc_address, prompt)))
+    return ours[1:], theirs[1:]
+
+
+def main() -> int:
+    """Measures and writes benchmarks/results/disaggregation.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[512, 4096])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--transport", default="auto")
+    arguments = parser.parse_args()
+    common = ["--dtype", "float32", "--exact", "--threads", "1", "--transport", arguments.transport]
+    rows = []
+    with (
+        LocalCluster([*common, "--prefill", "1", "--decode", "1"]) as split,
+        LocalCluster([*common, "--prefill", "0", "--decode", "0", "--mixed", "1"]) as mixed,
+    ):
+        for prompt_tokens in arguments.prompt_tokens:
+            ours, theirs = measure(
+                split, mixed, prompt_tokens=prompt_tokens, repeats=arguments.repeats, seed=arguments.seed
+            )
+            step_ms = median([gap for one in ours for gap in one.itls_ms[1:]])
+            gap_ms = median([one.itls_ms[0] for one in ours])
+            ttft, ttft_mixed = median([o.ttft_ms for o in ours]), median([o.ttft_ms for o in theirs])
+            added = median([a.ttft_ms - b.ttft_ms for a, b in zip(ours, theirs, strict=True)])
+            rows.append([prompt_tokens, ttft, ttft_mixed, added, gap_ms, step_ms, gap_ms - step_ms])
+        status = split.status()
+    delays = [row[6] for row in rows]
+    body = report.table(
+        [
+            "prompt tokens", "TTFT ms", "TTFT mixed ms", "added TTFT ms (median of pairs)", "gap before 2nd token ms",
+            "median decode step ms", "gap - step ms",
+        ],
+        rows,
+    )  # fmt: skip
+    body += f"\n\n{arguments.repeats} interleaved repetitions, medians; float32, exact mode, one thread a worker.\n"
+    if len(delays) > 1:
+        ratio = rows[-1][4] / rows[0][4]
+        body += f"Gap before the second token at {rows[-1][0]} tokens: {ratio:.2f} x that at {rows[0][0]}.\n"
+    body += overlap(status)
+    report.write("disaggregation", "What disaggregation adds", body, seed=arguments.seed, threads="1 a worker")
+    return 0
+
+
+def overlap(status: dict[str, list[dict[str, int]]]) -> str:
+    """Whether the first frame left before the last chunk started, for each request of several chunks."""
+    told = [one for one in status["requests"] if one.get("last_chunk_start_ms", 0) > 0]
+    early = [one for one in told if one["first_frame_ms"] < one["last_chunk_start_ms"]]
+    return f"First frame sent before the last chunk started: {len(early)} of {len(told)} requests of several chunks.\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Offers a workload to a cluster in an open loop over gRPC and notes when each token arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+import grpc
+
+from benchmarks.figures import Outcome
+from benchmarks.workload import Offered
+from tandem.v1 import inference_pb2, inference_pb2_grpc
+
+REQUEST_DEADLINE_S = 600.0
+
+
+async def generate(
+    stub: inference_pb2_grpc.InferenceStub,
+    prompt: Sequence[int],
+    *,
+    output_tokens: int,
+    seed: int = 0,
+    temperature: float = 0.0,
+    ignore_eos: bool = True,
+    request_id: str = "",
+) -> Outcome:
+    """Sends one request and returns its outcome; errors become `Outcome.error`."""
+    sampling = inference_pb2.SamplingParams(
+        temperature=temperature, seed=seed, max_tokens=output_tokens, ignore_eos=ignore_eos
+    )
+    request = inference_pb2.GenerateRequest(
+        request_id=request_id,
+        tokens=inference_pb2.TokenPrompt(ids=prompt),
+        sampling=sampling,
+        return_token_ids=True,
+    )
+    outcome = Outcome(sent_s=time.perf_counter(), asked_tokens=output_tokens)
+    try:
+        async for response in stub.Generate(request, timeout=REQUEST_DEADLINE_S):
+            now = time.perf_counter()
+            outcome.token_ids.extend(response.token_ids)
+            outcome.token_times_s.extend([now] * len(response.token_ids))
+    except grpc.aio.AioRpcError as error:
+        outcome.error = f"{error.code().name}: {error.details()}"
+    if not outcome.error and not outcome.token_ids:
+        outcome.error = "no tokens"
+    return outcome
+
+
+async def offer(
+    address: str,
+    offered: Sequence[Offered],
+    prompts: Sequence[Sequence[int]],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Outcome]:
+    """Sends each request at its arrival time, whether or not earlier ones have ended, and waits for all."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+        start = time.perf_counter()
+        ended = 0
+
+        async def one(index: int) -> Outcome:
+            nonlocal ended
+            await asyncio.sleep(max(0.0, offered[index].arrival_s - (time.perf_counter() - start)))
+            outcome = await generate(stub, prompts[index], output_tokens=offered[index].output_tokens)
+            ended += 1
+            if progress is not None:
+                progress(ended, len(offered))
+            return outcome
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(index)) for index in range(len(offered))]
+        return [task.result() for task in tasks]
