@@ -1,0 +1,98 @@
+"""What `tandem bench` does: offers a workload to a running cluster and prints what its requests saw."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import Slo, summary
+from benchmarks.load import offer
+from benchmarks.report import table
+from benchmarks.workload import Offered, Scale, from_trace, random_prompts, uniform
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingOptions:
+    """One run: the workload, its bounds and its seed."""
+
+    address: str  # host:port of tandem.v1.Inference
+    trace: Path | None = None
+    num_requests: int = 50
+    rate: float | None = 1.0
+    prompt_tokens: int = 128
+    output_tokens: int = 64
+    spread: float = 0.5
+    length_scale: float = 1.0
+    prompt_tokens_max: int = 4096
+    output_tokens_max: int = 512
+    vocab_size: int = 32000
+    slo: Slo = Slo(ttft_ms=2000, tpot_ms=100)
+    seed: int = 1
+
+
+def workload(options: ServingOptions) -> list[Offered]:
+    """The requests of a run; ValueError names what is wrong with the trace or the options."""
+    if options.num_requests < 1:
+        raise ValueError(f"requests: {options.num_requests} is below 1")
+    if options.rate is not None and options.rate <= 0:
+        raise ValueError(f"rate: {options.rate} is not above 0 requests per second")
+    if options.trace is not None:
+        if not options.trace.is_file():
+            raise ValueError(f"trace: no file {options.trace}")
+        scale = Scale(
+            length=options.length_scale,
+            rate=options.rate,
+            prompt_tokens_max=options.prompt_tokens_max,
+            output_tokens_max=options.output_tokens_max,
+        )
+        return from_trace(options.trace, num_requests=options.num_requests, scale=scale, seed=options.seed)
+    return uniform(
+        num_requests=options.num_requests,
+        rate=options.rate or 1.0,
+        prompt_tokens=options.prompt_tokens,
+        output_tokens=options.output_tokens,
+        spread=options.spread,
+        seed=options.seed,
+    )
+
+
+def run(options: ServingOptions, *, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Offers the workload and returns all figures as plain numbers, ready for JSON."""
+    offered = workload(options)
+    prompts: Sequence[Sequence[int]] = random_prompts(offered, vocab_size=options.vocab_size, seed=options.seed)
+    outcomes = asyncio.run(offer(options.address, offered, prompts, progress=progress))
+    return {
+        "workload": {
+            "trace": str(options.trace) if options.trace else None,
+            "seed": options.seed,
+            "rate": options.rate,
+            "prompt_tokens_mean": round(sum(one.prompt_tokens for one in offered) / len(offered), 1),
+            "output_tokens_mean": round(sum(one.output_tokens for one in offered) / len(offered), 1),
+        },
+        **summary(outcomes, slo=options.slo),
+    }
+
+
+def as_text(figures: dict[str, Any]) -> str:
+    """The figures for a person: one table of percentiles, one line of goodput, the errors."""
+    rows = [[name, *figures[name].values()] for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")]
+    slo = figures["slo"]
+    lines = [
+        table(["ms", "mean", "p50", "p90", "p99"], rows),
+        "",
+        f"{figures['completed']} of {figures['requests']} requests in {figures['span_s']} s, "
+        f"{figures['tokens_per_s']} output tokens/s",
+        f"goodput {figures['goodput_per_s']}/s ({100 * figures['good_share']:.1f} % of all offered) under "
+        f"TTFT <= {slo['ttft_ms']:.0f} ms and TPOT <= {slo['tpot_ms']:.0f} ms together",
+        *(f"{count} x {error}" for error, count in figures["errors"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def as_json(figures: dict[str, Any]) -> str:
+    """The figures for a program."""
+    return json.dumps(figures, indent=2)
