@@ -1,0 +1,232 @@
+"""Reads a model's weights into fused, packed matrices: from safetensors or GGUF, never from a pickle.
+
+Both sources answer to Hugging Face's tensor names and write straight into the fused buffers, so that a model is held
+once. A tensor that is missing, misshaped or unknown is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from kernels.linear import PackedWeight, pack_weight
+from torch import Tensor
+
+from engine.arch import ArchSpec, ModelError
+from engine.gguf_weights import GgufSource
+from engine.model_files import ModelFiles, ModelFormat, safetensors_shards
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FLOATS = ("F64", "F32", "F16", "BF16")
+DIGEST_SAMPLES = 512
+
+
+class WeightSource(Protocol):
+    """Somewhere tensors can be read from by their Hugging Face names."""
+
+    def names(self) -> frozenset[str]:
+        """The names of all tensors."""
+        ...
+
+    def read(self, name: str, out: Tensor) -> None:
+        """Writes the tensor into `out`, cast to its dtype. ModelError when it is missing or of another shape."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    """One decoder layer. q, k and v are one matrix by rows, and so are gate and up."""
+
+    input_norm: Tensor
+    qkv: PackedWeight
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: PackedWeight
+    o_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: PackedWeight
+    gate_up_bias: Tensor | None
+    down: PackedWeight
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelWeights:
+    """All of a decoder's weights. `digest` names their values, whatever file they came from."""
+
+    embedding: Tensor  # [vocab_size, hidden_size]
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    head: PackedWeight
+    digest: str
+
+
+def load_weights(files: ModelFiles, arch: ArchSpec, *, dtype: str, exact: bool) -> ModelWeights:
+    """Reads the weights of `arch` as `dtype`, "float32" or "bfloat16", packed for exact or for fast steps.
+
+    Raises:
+        ModelError: a file is damaged, or a tensor is missing, misshaped, unknown or stored in an unsupported way.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
+    source: WeightSource
+    if files.format is ModelFormat.GGUF:
+        source = GgufSource(files.path, arch)
+    else:
+        source = SafetensorsSource(safetensors_shards(files.path))
+    _refuse_unknown(source, arch, files.path)
+    return _Loader(source, arch, DTYPES[dtype], exact=exact).load()
+
+
+def expected_shapes(arch: ArchSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor that `arch` has, by its Hugging Face name, with its shape."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (arch.vocab_size, arch.hidden_size),
+        "model.norm.weight": (arch.hidden_size,),
+    }
+    if not arch.tied:
+        shapes["lm_head.weight"] = (arch.vocab_size, arch.hidden_size)
+    for layer in range(arch.num_layers):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_shapes(arch).items()}
+    return shapes
+
+
+def _layer_shapes(arch: ArchSpec) -> dict[str, tuple[int, ...]]:
+    hidden, mlp = arch.hidden_size, arch.intermediate_size
+    q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (q, hidden),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.o_proj.weight": (hidden, q),
+        "mlp.gate_proj.weight": (mlp, hidden),
+        "mlp.up_proj.weight": (mlp, hidden),
+        "mlp.down_proj.weight": (hidden, mlp),
+    }
+    if arch.qkv_bias:
+        shapes |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+    if arch.o_bias:
+        shapes["self_attn.o_proj.bias"] = (hidden,)
+    if arch.mlp_bias:
+        shapes |= {"mlp.gate_proj.bias": (mlp,), "mlp.up_proj.bias": (mlp,), "mlp.down_proj.bias": (hidden,)}
+    if arch.qk_norm:
+        shapes |= {"self_attn.q_norm.weight": (arch.head_dim,), "self_attn.k_norm.weight": (arch.head_dim,)}
+    return shapes
+
+
+def _refuse_unknown(source: WeightSource, arch: ArchSpec, path: Path) -> None:
+    # A rotary table is recomputed, and a stored head of a tied model is its embedding.
+    expected = expected_shapes(arch)
+    for name in sorted(source.names()):
+        if name not in expected and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
+            raise ModelError(
+                f"{path}: tensor {name} is unknown for {arch.family} models; it may change the answer, so the model is "
+                "refused"
+            )
+
+
+class _Loader:
+    """Fills fused buffers from a source, packs them, and sums up the digest."""
+
+    def __init__(self, source: WeightSource, arch: ArchSpec, dtype: torch.dtype, *, exact: bool) -> None:
+        self.source, self.arch, self.dtype, self.exact = source, arch, dtype, exact
+        self.shapes = expected_shapes(arch)
+        self.digest = hashlib.blake2b(digest_size=16)
+
+    def load(self) -> ModelWeights:
+        """All weights."""
+        embedding = self._read("model.embed_tokens.weight")
+        layers = tuple(self._layer(f"model.layers.{layer}.") for layer in range(self.arch.num_layers))
+        norm = self._read("model.norm.weight")
+        head = embedding if self.arch.tied else self._read("lm_head.weight")
+        return ModelWeights(
+            embedding=embedding,
+            layers=layers,
+            norm=norm,
+            head=pack_weight(head, exact=self.exact),
+            digest=self.digest.hexdigest(),
+        )
+
+    def _layer(self, prefix: str) -> LayerWeights:
+        arch = self.arch
+        qkv = [f"{prefix}self_attn.{one}_proj" for one in "qkv"]
+        mlp = [f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"]
+        o, down = f"{prefix}self_attn.o_proj", f"{prefix}mlp.down_proj"
+        return LayerWeights(
+            input_norm=self._read(f"{prefix}input_layernorm.weight"),
+            qkv=self._pack(*qkv),
+            qkv_bias=self._bias(*qkv) if arch.qkv_bias else None,
+            q_norm=self._read(f"{prefix}self_attn.q_norm.weight") if arch.qk_norm else None,
+            k_norm=self._read(f"{prefix}self_attn.k_norm.weight") if arch.qk_norm else None,
+            o=self._pack(o),
+            o_bias=self._bias(o) if arch.o_bias else None,
+            mlp_norm=self._read(f"{prefix}post_attention_layernorm.weight"),
+            gate_up=self._pack(*mlp),
+            gate_up_bias=self._bias(*mlp) if arch.mlp_bias else None,
+            down=self._pack(down),
+            down_bias=self._bias(down) if arch.mlp_bias else None,
+        )
+
+    def _pack(self, *modules: str) -> PackedWeight:
+        return pack_weight(self._read(*(f"{module}.weight" for module in modules)), exact=self.exact)
+
+    def _bias(self, *modules: str) -> Tensor:
+        return self._read(*(f"{module}.bias" for module in modules))
+
+    def _read(self, *names: str) -> Tensor:
+        """The named tensors below one another as one."""
+        shapes = [self.shapes[name] for name in names]
+        fused = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=self.dtype)
+        first = 0
+        for name, shape in zip(names, shapes, strict=True):
+            self.source.read(name, fused[first : first + shape[0]])
+            first += shape[0]
+        flat = fused.view(-1)
+        sample = flat[:: max(1, flat.numel() // DIGEST_SAMPLES)].contiguous()
+        self.digest.update(f"{names}{tuple(fused.shape)}{fused.dtype}".encode())
+        self.digest.update(sample.view(torch.uint8).numpy().tobytes())
+        return fused
+
+
+class SafetensorsSource:
+    """Tensors of one or more safetensors files, mapped and copied one by one."""
+
+    def __init__(self, shards: list[Path]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._of: dict[str, tuple[Path, Callable[[str], Tensor], str]] = {}
+        for shard in shards:
+            try:
+                file = safe_open(shard, framework="pt")
+                for name in file.keys():
+                    kind = str(file.get_slice(name).get_dtype())
+                    self._of[name] = (shard, file.get_tensor, kind)
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    f"{shard}: not a whole safetensors file ({error}); it may be cut off: fetch it again"
+                ) from error
+
+    def names(self) -> frozenset[str]:
+        """The names of all tensors."""
+        return frozenset(self._of)
+
+    def read(self, name: str, out: Tensor) -> None:
+        """Copies the tensor into `out`, cast to its dtype."""
+        if name not in self._of:
+            raise ModelError(f"tensor {name} is missing from the safetensors files; fetch the model again")
+        shard, get_tensor, kind = self._of[name]
+        if kind not in FLOATS:
+            raise ModelError(f"{shard}: tensor {name} is stored as {kind}; supported are {', '.join(FLOATS)}")
+        tensor = get_tensor(name)
+        if tensor.shape != out.shape:
+            raise ModelError(
+                f"{shard}: tensor {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(out.shape)}"
+            )
+        out.copy_(tensor)
