@@ -1,0 +1,181 @@
+"""The engine loop: events in, tokens out, deadlines kept, crashes told, stopped in time."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from engine.blocks import BlockLedger
+from engine.events import Tick
+from engine.fake_runner import FakeRunner, expected_tokens
+from engine.loop import EngineLoop, InboxFull, now_ms
+from engine.sequence import Sequence as EngineSequence
+from engine.step import Batch, BatchConfig, Sampled, StepPlan
+from tandem.request import RequestId, Sampling, Token
+
+VOCAB = 1000
+WAIT_S = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """Wants `num` tokens after the prompt."""
+
+    request_id: RequestId
+    prompt: tuple[int, ...]
+    num: int
+
+
+class PlainCore:
+    """The smallest core that serves: every Ask becomes a sequence."""
+
+    def __init__(self) -> None:
+        ledger = BlockLedger(num_blocks=64, block_size=4)
+        self.batch = Batch(ledger, BatchConfig(chunk_tokens=8, max_tokens_per_step=32))
+        self.deadline_ms: int | None = None
+        self.seen: list[str] = []
+
+    def handle(self, now_ms: int, event: object) -> list[object]:
+        self.seen.append(type(event).__name__)
+        match event:
+            case Ask():
+                self.batch.add(
+                    EngineSequence(
+                        request_id=event.request_id,
+                        epoch=1,
+                        tokens=list(event.prompt),
+                        num_prompt_tokens=len(event.prompt),
+                        sampling=Sampling(max_tokens=event.num),
+                    )
+                )
+                return []
+            case Tick():
+                self.deadline_ms = None
+                return ["ticked"]
+            case int():
+                self.deadline_ms = now_ms + event
+                return []
+        raise TypeError(f"what is {event!r}")
+
+    def next_plan(self, now_ms: int) -> StepPlan | None:
+        return self.batch.compose()
+
+    def step_done(self, now_ms: int, plan: StepPlan, sampled: Sequence[Sampled | None]) -> list[object]:
+        return list(self.batch.apply(plan, sampled).tokens)
+
+    def next_deadline_ms(self) -> int | None:
+        return self.deadline_ms
+
+    def story(self) -> list[str]:
+        return self.seen
+
+
+class Shell:
+    """Collects what the loop tells."""
+
+    def __init__(self, *, inbox_events_max: int = 1000) -> None:
+        self.core = PlainCore()
+        self.actions: queue.Queue[object] = queue.Queue()
+        self.crashes: queue.Queue[tuple[BaseException, str]] = queue.Queue()
+        self.loop = EngineLoop(
+            core=self.core,
+            runner=FakeRunner(num_blocks=64, block_size=4, vocab_size=VOCAB),
+            perform=self.perform,
+            on_crash=lambda error, story: self.crashes.put((error, story)),
+            inbox_events_max=inbox_events_max,
+        )
+
+    def perform(self, actions: list[object]) -> None:
+        for action in actions:
+            self.actions.put(action)
+
+    def tokens(self, num: int) -> list[Token]:
+        taken = [self.actions.get(timeout=WAIT_S) for _ in range(num)]
+        return [token for token in taken if isinstance(token, Token)]
+
+
+@pytest.fixture
+def shell() -> Iterator[Shell]:
+    shell = Shell()
+    yield shell
+    assert shell.loop.stop(deadline_ms=WAIT_S * 1000)
+
+
+def test_serves_what_is_posted_from_many_threads(shell: Shell) -> None:
+    shell.loop.start()
+    asks = [Ask(request_id=RequestId(f"r{i}"), prompt=tuple(range(i, 3 * i + 5)), num=6) for i in range(8)]
+    posters = [threading.Thread(target=shell.loop.post, args=(ask,)) for ask in asks]
+    for poster in posters:
+        poster.start()
+    tokens = shell.tokens(8 * 6)
+    for poster in posters:
+        poster.join(WAIT_S)
+    for ask in asks:
+        mine = [token for token in tokens if token.request_id == ask.request_id]
+        assert [token.index for token in mine] == list(range(6))
+        assert [token.token_id for token in mine] == expected_tokens(ask.prompt, Sampling(), 6, VOCAB)
+    assert shell.loop.num_steps >= 6
+    assert shell.loop.last_step_ms > 0
+    assert shell.loop.step_began_ms is None or shell.loop.alive
+
+
+def test_ticks_at_the_deadline_though_idle(shell: Shell) -> None:
+    shell.loop.start()
+    began = now_ms()
+    shell.loop.post(30)
+    assert shell.actions.get(timeout=WAIT_S) == "ticked"
+    assert 30 <= now_ms() - began < 900  # well before the idle wait ends by itself
+
+
+def test_wakes_from_idleness_by_an_event(shell: Shell) -> None:
+    shell.loop.start()
+    shell.loop.post(Ask(request_id=RequestId("a"), prompt=(1, 2), num=1))
+    shell.tokens(1)
+    began = now_ms()
+    shell.loop.post(Ask(request_id=RequestId("b"), prompt=(1, 2), num=1))
+    shell.tokens(1)
+    assert now_ms() - began < 900
+
+
+def test_inbox_is_bounded() -> None:
+    shell = Shell(inbox_events_max=2)
+    shell.loop.post(1)
+    shell.loop.post(2)
+    with pytest.raises(InboxFull, match="at most 2"):
+        shell.loop.post(3)
+    assert shell.loop.num_inbox_events == 2
+    assert shell.loop.stop(deadline_ms=0)
+
+
+def test_a_crash_of_the_core_is_told_with_its_story(shell: Shell) -> None:
+    shell.loop.start()
+    shell.loop.post(Ask(request_id=RequestId("a"), prompt=(1,), num=1))
+    shell.loop.post("nonsense")
+    error, story = shell.crashes.get(timeout=WAIT_S)
+    assert isinstance(error, TypeError)
+    assert story == "Ask\nstr"
+    assert shell.loop.stop(deadline_ms=WAIT_S * 1000)
+    assert not shell.loop.alive
+
+
+def test_a_crash_of_the_runner_is_told(shell: Shell) -> None:
+    shell.core.batch.ledger = BlockLedger(num_blocks=99, block_size=4)  # more blocks than the runner's pool has
+    shell.core.batch.ledger.allocate("somebody", 64)
+    shell.loop.start()
+    shell.loop.post(Ask(request_id=RequestId("a"), prompt=(1,), num=1))
+    error, _ = shell.crashes.get(timeout=WAIT_S)
+    assert isinstance(error, IndexError)
+
+
+def test_stops_within_its_deadline_while_serving() -> None:
+    shell = Shell()
+    shell.loop.start()
+    shell.loop.post(Ask(request_id=RequestId("a"), prompt=(1, 2, 3), num=200))
+    shell.tokens(3)
+    assert shell.loop.stop(deadline_ms=WAIT_S * 1000)
+    assert not shell.loop.alive
+    assert shell.crashes.empty()
