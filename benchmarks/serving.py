@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class ServingOptions:
     prompt_tokens_max: int = 4096
     output_tokens_max: int = 512
     vocab_size: int = 32000
-    slo: Slo = Slo(ttft_ms=2000, tpot_ms=100)
+    slo: Slo = field(default_factory=lambda: Slo(ttft_ms=2000, tpot_ms=100))
     seed: int = 1
 
 
