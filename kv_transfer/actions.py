@@ -1,0 +1,77 @@
+"""What the cores of a worker take in beside wire messages, and what they ask of their shell.
+
+Into a core go Tick, PeerGone, RouterGone (engine/events.py), TransferMessage and AgentEvent (kv_transfer/messages.py)
+and the events below. Out of it come `Action`s; the shell performs them in order and decides nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame, TransferMessage
+from tandem.messages import (
+    BlockEvents,
+    CommitAsk,
+    OwnerQuery,
+    RequestFailed,
+    RouterMessage,
+    TransferStats,
+    WorkerAddress,
+    WorkerLoad,
+)
+from tandem.request import Token
+
+# ---- events ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterJoined:
+    """A router session began. It is told once which prefix hashes are here (BlockEvents with `cleared`)."""
+
+    session: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FromRouter:
+    """A router session said this. A session that was not announced by RouterJoined joins with its first message."""
+
+    session: int
+    message: RouterMessage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentLost:
+    """The worker's transfer agent ended and is reaped: nothing that it did is under way any more."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registered:
+    """The registry knows the worker by this name, incarnation and endpoints from now on."""
+
+    address: WorkerAddress
+
+
+# ---- actions -----------------------------------------------------------------------------------------------------
+
+Piece = Token | RequestFailed | CommitAsk | OwnerQuery | TransferStats | BlockEvents | WorkerLoad
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Tell this router session; the shell merges the pieces of one session that come together into a WorkerReport."""
+
+    session: int
+    piece: Piece
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendTransfer:
+    """Send the message to the worker at `to`. It may be lost: the tables of handoff.py repeat what matters."""
+
+    to: WorkerAddress
+    message: TransferMessage
+
+
+Action = Report | SendTransfer | SendFrame | ExpectFrames | EndTransfer
