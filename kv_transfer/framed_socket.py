@@ -1,0 +1,128 @@
+"""A stream socket that carries whole messages, each after its length, and now and then file descriptors."""
+
+from __future__ import annotations
+
+import array
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from contextlib import suppress
+
+from kv_transfer.agent_wire import Message, decode, encode
+
+MAX_MESSAGE_BYTES = 4 << 20
+MAX_DESCRIPTORS = 2
+_LENGTH = struct.Struct(">I")
+
+
+class LinkLost(Exception):
+    """The other end is gone, hangs, or speaks another language. The message says which."""
+
+
+class FramedSocket:
+    """Sends from any thread, one message at a time; receives on one thread only."""
+
+    def __init__(self, connection: socket.socket, *, send_timeout_s: float) -> None:
+        connection.setblocking(False)
+        self.connection = connection
+        self._send_timeout_s = send_timeout_s
+        self._sending = threading.Lock()
+        self._received = bytearray()
+        self.descriptors: list[int] = []  # that came with what was received; whoever takes one out closes it
+
+    def fileno(self) -> int:
+        """For poll."""
+        return self.connection.fileno()
+
+    def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
+        """Sends the whole message within the send timeout. Raises LinkLost."""
+        body = encode(message)
+        data = memoryview(_LENGTH.pack(len(body)) + body)
+        ends = time.monotonic() + self._send_timeout_s
+        with self._sending:
+            while data:
+                try:
+                    if descriptors:
+                        sent = socket.send_fds(self.connection, [data], list(descriptors))
+                        descriptors = ()
+                    else:
+                        sent = self.connection.send(data)
+                except BlockingIOError:
+                    if not wait_for(self.connection, ends - time.monotonic(), write=True):
+                        raise LinkLost(f"cannot be written to for {self._send_timeout_s:g} s") from None
+                    continue
+                except OSError as error:
+                    raise LinkLost(f"broken: {error}") from None
+                data = data[sent:]
+
+    def buffered(self) -> Message | None:
+        """The next message that is already here in full, or None. Raises LinkLost on what cannot be decoded."""
+        if len(self._received) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._received)
+        if length > MAX_MESSAGE_BYTES:
+            raise LinkLost(f"a message of {length} bytes, at most {MAX_MESSAGE_BYTES} are taken")
+        end = _LENGTH.size + length
+        if len(self._received) < end:
+            return None
+        body = bytes(self._received[_LENGTH.size : end])
+        del self._received[:end]
+        try:
+            return decode(body)
+        except ValueError as error:
+            raise LinkLost(f"a malformed message: {error}") from None
+
+    def receive(self, timeout_s: float) -> Message | None:
+        """The next message, or None when none came in full within the timeout. Raises LinkLost."""
+        ends = time.monotonic() + timeout_s
+        while True:
+            message = self.buffered()
+            if message is not None:
+                return message
+            if not wait_for(self.connection, ends - time.monotonic()):
+                return None
+            self._fill()
+
+    def _fill(self) -> None:
+        try:
+            if self.connection.family == socket.AF_UNIX:
+                room = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
+                data, ancillary, _, _ = self.connection.recvmsg(65536, room, socket.MSG_CMSG_CLOEXEC)
+                for level, kind, raw in ancillary:
+                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                        found = array.array("i")
+                        found.frombytes(raw[: len(raw) - len(raw) % found.itemsize])
+                        self.descriptors.extend(found)
+            else:
+                data = self.connection.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise LinkLost(f"broken: {error}") from None
+        if not data:
+            raise LinkLost("closed by the other end")
+        self._received += data
+
+    def hang_up(self) -> None:
+        """Ends the connection; a thread that waits in `receive` or `send` wakes with LinkLost. From any thread."""
+        with suppress(OSError):  # the other end was faster
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Closes the socket and what descriptors nobody took. Only by the thread that receives."""
+        self.hang_up()
+        self.connection.close()
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
+
+def wait_for(connection: socket.socket, timeout_s: float, *, write: bool = False) -> bool:
+    """Whether the socket can be read (or written) within the timeout. A closed socket counts as readable."""
+    if connection.fileno() < 0:
+        return True
+    poller = select.poll()
+    poller.register(connection, select.POLLOUT if write else select.POLLIN)
+    return bool(poller.poll(max(0, int(timeout_s * 1000 + 0.999))))

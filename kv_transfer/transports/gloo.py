@@ -1,0 +1,262 @@
+"""Frames over torch.distributed's gloo: one two-rank group for one direction between two agents, and one pair epoch.
+
+A group is built directly on a store that the target hosts, never with new_group: a pair that breaks or hangs takes
+only itself down, and is made anew under the next pair epoch. A frame is one message of all its blocks. It leaves
+straight from the pool where its blocks are neighbours, else from a staging buffer; it arrives in staging and is
+scattered only when it checks, so that a hung operation never has a hand on a block. torch is imported when the first
+group is made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import re
+import socket
+from contextlib import suppress
+from datetime import timedelta
+from itertools import pairwise
+from typing import TYPE_CHECKING, Protocol, cast
+
+from kv_transfer.messages import FrameHeader
+from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, SourceEnd, TargetEnd
+from kv_transfer.transports.memory import CopyAndHash, MappedPool, bytes_at, frame_checksum, hash_at
+from kv_transfer.transports.pull import check_frame, flip_bit
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+SOURCE_RANK, TARGET_RANK = 0, 1
+MAX_FRAME_BYTES = 64 << 20
+STAGING_SLOTS = 3  # one filling, one on the wire, one being checked
+
+
+class _Work(Protocol):
+    def wait(self, timeout: timedelta) -> bool: ...
+
+
+class _Group(Protocol):
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> _Work: ...
+    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> _Work: ...
+
+
+def host_store(host: str, *, timeout_s: float) -> tuple[Store, int]:
+    """A store that listens on `host` alone, and its port. One serves all channels that end at this agent."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    listener = socket.create_server((host, 0), family=_family(host))
+    port = listener.getsockname()[1]
+    try:
+        store = TCPStore(
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_s),
+            master_listen_fd=listener.fileno(),
+        )
+    except RuntimeError as error:
+        listener.close()
+        raise ChannelLost(f"no store on {host}: {_first_line(error)}") from None
+    listener.detach()  # the store closes it
+    return store, port
+
+
+def join_store(host: str, port: int, *, timeout_s: float) -> Store:
+    """The source's view of the target's store. Raises ChannelLost when it does not answer in time."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    try:
+        return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise ChannelLost(f"the store at {host}:{port} does not answer: {_first_line(error)}") from None
+
+
+def make_group(store: Store, prefix: str, rank: int, *, host: str, timeout_s: float) -> _Group:
+    """One end of a pair. `host` is this end's own address. Blocks until the other end joins. Raises ChannelLost."""
+    from torch.distributed import PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]
+
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timedelta(seconds=timeout_s)
+    options._threads = 1
+    options._devices = [ProcessGroupGloo.create_device(hostname=host)]
+    try:
+        return cast(_Group, ProcessGroupGloo(PrefixStore(prefix, store), rank, 2, options))
+    except RuntimeError as error:
+        raise ChannelLost(f"the pair {prefix} was not joined: {_first_line(error)}") from None
+
+
+class GlooSource(SourceEnd):
+    """The sending rank. One thread uses it."""
+
+    needs_go = True
+
+    def __init__(
+        self, group: _Group, pool: MappedPool, *, copy_and_hash: CopyAndHash, timeout_s: float, verify: bool = True
+    ) -> None:
+        self._group: _Group | None = group
+        self._pool = pool
+        self._copy_and_hash = copy_and_hash
+        self._timeout = timedelta(seconds=timeout_s)
+        self._verify = verify
+        self._prepared: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._staged: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._free: list[torch.Tensor] = []
+        self._sends: dict[tuple[str, int, int], _Work] = {}
+
+    def prepare(self, header: FrameHeader) -> int:
+        """Hashes the blocks where they lie when they are neighbours, else while gathering them."""
+        check_frame(header, self._pool.block_bytes)
+        size, blocks = self._pool.block_bytes, header.source_blocks
+        addresses = [self._pool.address(block) for block in blocks]
+        key = _key(header)
+        if all(after == before + size for before, after in pairwise(addresses)):
+            self._prepared[key] = _tensor_at(addresses[0], header.num_bytes)
+            return frame_checksum([hash_at(address, size) for address in addresses]) if self._verify else 0
+        buffer = self._buffer(header.num_bytes)
+        self._staged[key] = buffer
+        self._prepared[key] = buffer[: header.num_bytes]
+        start = buffer.data_ptr()
+        return frame_checksum(
+            [self._copy_and_hash(start + at * size, address, size) for at, address in enumerate(addresses)]
+        )
+
+    def push(self, header: FrameHeader) -> None:
+        """Sends the frame; what the socket does not take at once goes on in gloo's own thread."""
+        if self._group is None:
+            raise ChannelLost("the channel is closed")
+        key = _key(header)
+        try:
+            self._sends[key] = self._group.send([self._prepared[key]], TARGET_RANK, 0)
+        except RuntimeError as error:
+            raise ChannelLost(f"send: {_first_line(error)}") from None
+
+    def finish(self, header: FrameHeader) -> None:
+        """Reaps the send, which is over when the target has the frame, and takes the staging buffer back."""
+        key = _key(header)
+        work = self._sends.pop(key, None)
+        try:
+            if work is not None:
+                work.wait(self._timeout)
+        except RuntimeError as error:
+            raise ChannelLost(f"send: {_first_line(error)}") from None
+        self._prepared.pop(key, None)
+        buffer = self._staged.pop(key, None)
+        if buffer is not None:
+            self._free.append(buffer)
+
+    def close(self) -> None:
+        """Drops the group: its connections close, and the peer's receives fail."""
+        self._group = None
+        self._sends.clear()
+        self._prepared.clear()
+        self._staged.clear()
+
+    def _buffer(self, num_bytes: int) -> torch.Tensor:
+        for at, buffer in enumerate(self._free):
+            if buffer.numel() >= num_bytes:
+                return self._free.pop(at)
+        if self._free:
+            self._free.pop()  # too small: let it go rather than hold ever more
+        return _staging(num_bytes)
+
+
+class GlooTarget(TargetEnd):
+    """The receiving rank. `post` on one thread, `take` on another."""
+
+    def __init__(
+        self,
+        group: _Group,
+        pool: MappedPool,
+        *,
+        timeout_s: float,
+        corrupt_every: int = 0,
+        verify: bool = True,
+    ) -> None:
+        self._group: _Group | None = group
+        self._pool = pool
+        self._timeout_s = timeout_s
+        self._corrupt_every = corrupt_every
+        self._verify = verify
+        self._num_frames = 0
+        self._slots: queue.Queue[torch.Tensor | None] = queue.Queue()
+        for _ in range(STAGING_SLOTS):
+            self._slots.put(None)  # made when first needed
+        self._posted: queue.Queue[tuple[_Work, torch.Tensor]] = queue.Queue()
+
+    def post(self, header: FrameHeader) -> None:
+        """Waits for a staging slot and posts the receive into it."""
+        check_frame(header, self._pool.block_bytes)
+        if header.num_bytes > MAX_FRAME_BYTES:
+            raise ValueError(f"num_bytes: is {header.num_bytes}, at most {MAX_FRAME_BYTES} are taken at once")
+        for block in header.target_blocks:
+            self._pool.address(block)
+        try:
+            slot = self._slots.get(timeout=self._timeout_s)
+        except queue.Empty:
+            raise ChannelLost(f"no staging slot within {self._timeout_s:g} s") from None
+        group = self._group
+        if group is None:
+            raise ChannelLost("the channel is closed")
+        if slot is None or slot.numel() < header.num_bytes:
+            slot = _staging(header.num_bytes)
+        try:
+            work = group.recv([slot[: header.num_bytes]], SOURCE_RANK, 0)
+        except RuntimeError as error:
+            raise ChannelLost(f"receive: {_first_line(error)}") from None
+        self._posted.put((work, slot))
+
+    def take(self, header: FrameHeader, checksum: int) -> None:
+        """Waits for the bytes in staging, checks them, and only then scatters them into the target blocks."""
+        work, slot = self._posted.get_nowait()
+        try:
+            work.wait(timedelta(seconds=self._timeout_s))
+        except RuntimeError as error:
+            raise ChannelLost(f"receive: {_first_line(error)}") from None
+        try:
+            size, start = self._pool.block_bytes, slot.data_ptr()
+            self._num_frames += 1
+            if self._corrupt_every and self._num_frames % self._corrupt_every == 0:
+                flip_bit(start)
+            num_blocks = len(header.target_blocks)
+            if self._verify:
+                found = frame_checksum([hash_at(start + at * size, size) for at in range(num_blocks)])
+                if found != checksum:
+                    raise FrameCorrupt(f"checksum {found:016x}, announced {checksum:016x}")
+            for at, block in enumerate(header.target_blocks):
+                ctypes.memmove(self._pool.address(block), start + at * size, size)
+        finally:
+            self._slots.put(slot)
+
+    def close(self) -> None:
+        """Drops the group. A receive that still waits has only staging to write, and ends by its own timeout."""
+        self._group = None
+
+
+def _key(header: FrameHeader) -> tuple[str, int, int]:
+    return header.transfer_id, header.epoch, header.sequence
+
+
+def _tensor_at(address: int, num_bytes: int) -> torch.Tensor:
+    import torch
+
+    return torch.frombuffer(bytes_at(address, num_bytes), dtype=torch.uint8)
+
+
+def _staging(num_bytes: int) -> torch.Tensor:
+    import torch
+
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def _family(host: str) -> int:
+    with suppress(OSError):
+        socket.inet_pton(socket.AF_INET6, host)
+        return socket.AF_INET6
+    return socket.AF_INET
+
+
+def _first_line(error: Exception) -> str:
+    # "[file:line] what happened. Advice to read other logs": the middle is what an operator needs.
+    return re.sub(r"^\[[^\]]*\] ", "", str(error)).partition("\n")[0].partition(". This is")[0][:200]
