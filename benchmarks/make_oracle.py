@@ -62,7 +62,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def answer(model: torch.nn.Module, prompt: list[int], num_tokens: int) -> dict[str, object]:
-    """One prompt's greedy tokens and its near ties as (step, gap)."""
+    """One prompt's greedy tokens and the gaps of its near ties by step."""
     generated = model.generate(  # type: ignore[operator]
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
@@ -76,9 +76,9 @@ def answer(model: torch.nn.Module, prompt: list[int], num_tokens: int) -> dict[s
     tokens = generated.sequences[0, len(prompt) :].tolist()
     best = torch.stack(generated.logits).squeeze(1).topk(2).values
     gaps = (best[:, 0] - best[:, 1]).tolist()
-    ties = [(step, gap) for step, gap in enumerate(gaps) if gap < NEAR_TIE]
+    ties = {str(step): gap for step, gap in enumerate(gaps) if gap < NEAR_TIE}
     assert len(tokens) == num_tokens
-    return {"prompt": prompt, "tokens": tokens, "near_ties": ties}
+    return {"prompt": prompt, "tokens": tokens, "small_gaps": ties}
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ class KVPool:
 
     def _map(self, fd: int, num_blocks: int, block_bytes: int) -> None:
         self.fd = fd
+        self._closed = False
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
         self._memory = mmap.mmap(fd, num_blocks * block_bytes, mmap.MAP_SHARED)
@@ -107,14 +108,14 @@ class KVPool:
 
     def close(self) -> None:
         """Gives the descriptor and, once no tensor uses it any more, the memory back. Closing twice is harmless."""
-        if self.fd < 0:
+        if self._closed:
             return
+        self._closed = True
         self.view.release()
         # A tensor that is still alive keeps the mapping until it goes; the memory is freed with the last mapping.
         with contextlib.suppress(BufferError):
             self._memory.close()
         os.close(self.fd)
-        self.fd = -1
 
 
 def available_bytes() -> int:
@@ -123,7 +124,9 @@ def available_bytes() -> int:
     with contextlib.suppress(OSError, ValueError):
         limit = int((CGROUP / "memory.max").read_text())
         used = int((CGROUP / "memory.current").read_text())
-        available = min(available, max(0, limit - used))
+        files = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        # Cached files count as used, but go when memory is asked for.
+        available = min(available, max(0, limit - used + int(files.get("inactive_file", 0))))
     return int(available)
 
 
