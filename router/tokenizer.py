@@ -36,25 +36,26 @@ class Tokenizer:
         self.byte_level = _is_byte_level(backend)
         self._chat = ChatTemplate(settings.chat_template, settings.special_tokens) if settings.chat_template else None
         self._token_bytes: dict[int, bytes] = {}
+        # A normalizer may shorten text by any amount; without one, no token spells more than the longest piece.
+        exact = self.byte_level and backend.normalizer is None
+        self._piece_characters_max = max(map(len, backend.get_vocab())) if exact else 0
+
+    def characters_max(self, num_tokens: int) -> int:
+        """No text longer than this has at most `num_tokens` tokens; 0 when that cannot be told."""
+        return self._piece_characters_max * num_tokens
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The ids of `text`; special tokens spelled out in it become their ids."""
         return tuple(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """The ids of the prompt that the chat template makes of `messages`.
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt that the chat template makes of `messages`, to be encoded without adding special tokens.
 
         Raises:
             InvalidRequest: the model has no chat template, or the template refuses the messages.
         """
         if self._chat is None:
             raise InvalidRequest("messages", "the model has no chat template; send a prompt to /v1/completions instead")
-        return self.encode(self._chat.render(messages), add_special_tokens=False)
-
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text that `encode_chat` encodes. Raises as it does."""
-        if self._chat is None:
-            raise InvalidRequest("messages", "the model has no chat template")
         return self._chat.render(messages)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

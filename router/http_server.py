@@ -1,0 +1,70 @@
+"""Runs an HTTP application on uvicorn inside a running event loop, from a bound port to a clean stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+
+_START_TIMEOUT_S = 20.0
+_BACKLOG = 1024
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers: signals are the process's, not a server's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        """Leaves the signals alone."""
+        yield
+
+
+class HttpServer:
+    """A running HTTP server. `port` is the one really bound."""
+
+    def __init__(self, server: _Server, task: asyncio.Task[None], host: str, port: int) -> None:
+        self._server = server
+        self._task = task
+        self.host = host
+        self.port = port
+
+    async def stop(self) -> None:
+        """Stops taking requests, lets running replies end within the grace given at the start, and returns."""
+        self._server.should_exit = True
+        await self._task
+
+
+async def serve_http(app: FastAPI, *, host: str, port: int, grace_s: float = 5.0) -> HttpServer:
+    """Starts serving `app`; port 0 takes a free one. `grace_s` bounds how long a stop waits for running replies.
+
+    Raises:
+        OSError: the address cannot be bound.
+        TimeoutError: the server did not start.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen(_BACKLOG)
+    except OSError:
+        bound.close()
+        raise
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=max(1, round(grace_s))
+    )  # fmt: skip
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[bound]))
+    deadline = asyncio.get_running_loop().time() + _START_TIMEOUT_S
+    while not server.started:
+        if task.done():
+            task.result()
+            raise OSError("the HTTP server ended while it started")
+        if asyncio.get_running_loop().time() > deadline:
+            task.cancel()
+            raise TimeoutError(f"the HTTP server did not start within {_START_TIMEOUT_S} s")
+        await asyncio.sleep(0.005)
+    return HttpServer(server, task, host, bound.getsockname()[1])
