@@ -79,10 +79,12 @@ class CpuRunner:
             num_blocks = blocks_in(kv_bytes, layout.block_bytes)
         assert num_blocks is not None
         pool = KVPool(num_blocks=num_blocks, block_bytes=layout.block_bytes, inheritable=inheritable)
-        runner = cls(files=files, arch=arch, decoder=Decoder(arch, weights), pool=pool, layout=layout)
+        runner = cls(
+            files=files, arch=arch, decoder=Decoder(arch, weights, num_threads=threads), pool=pool, layout=layout
+        )
         if exact:
             runner.exact = True
-            runner.exact_ok, runner.exact_reason = self_test(arch, weights)
+            runner.exact_ok, runner.exact_reason = self_test(arch, weights, num_threads=threads)
         return runner
 
     @property

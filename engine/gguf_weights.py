@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 from torch import Tensor
 
 from engine.arch import ArchSpec, Family, ModelError
+from engine.gguf_dequantise import dequantise_into
 from engine.gguf_header import TensorPlace, read_header
 
 # GGUF name -> Hugging Face name; those of a layer follow "blk.N." and "model.layers.N.".
@@ -60,7 +60,7 @@ class GgufSource:
                 "take the model as safetensors"
             )
         self._places = {hf_name(name): place for name, place in tensors.items()}
-        self._data = np.memmap(path, mode="r")
+        self._data = np.asarray(np.memmap(path, mode="r"))
         for place in tensors.values():
             if place.start + self._row_bytes(place) * _num_rows(place) > self._data.size:
                 raise ModelError(f"{path}: cut off in tensor {place.name}; fetch the file again")
@@ -80,17 +80,18 @@ class GgufSource:
             )
         row_bytes = self._row_bytes(place)
         stored = self._data[place.start : place.start + row_bytes * _num_rows(place)].reshape(-1, row_bytes)
+        rotated = self._arch.family is Family.LLAMA and ROTATED.fullmatch(name)
+        straight = not rotated and out.dtype == torch.float32
+        values = out if straight else torch.empty(out.shape, dtype=torch.float32)
         try:
-            values = dequantize(stored, GGMLQuantizationType(place.type_id))
+            dequantise_into(stored, place.type_id, values.view(len(stored), -1).numpy())
         except NotImplementedError as error:
             raise ModelError(f"{self._path}: tensor {place.name}: {error}; take another quantisation") from error
-        tensor = _from_numpy(values).view(out.shape)
-        rotated = ROTATED.fullmatch(name)
-        if rotated is not None and self._arch.family is Family.LLAMA:
+        if rotated:
             num_heads = self._arch.num_heads if rotated["which"] == "q" else self._arch.num_kv_heads
-            _halves(out, num_heads).copy_(_pairs(tensor, num_heads))
-        else:
-            out.copy_(tensor)
+            _halves(out, num_heads).copy_(_pairs(values, num_heads))
+        elif not straight:
+            out.copy_(values)
 
     def _row_bytes(self, place: TensorPlace) -> int:
         try:
@@ -111,11 +112,6 @@ def _num_rows(place: TensorPlace) -> int:
     for dim in place.shape[:-1]:
         num *= dim
     return num
-
-
-def _from_numpy(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> Tensor:
-    # F32 tensors come as a read-only view of the file, which torch warns about.
-    return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 def _pairs(tensor: Tensor, num_heads: int) -> Tensor:

@@ -10,13 +10,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from kernels.attention import paged_attention, write_kv
-from kernels.elementwise import add_rms_norm, rms_norm, rope, silu_mul
-from kernels.linear import linear
 from torch import Tensor
 
 from engine.arch import ArchSpec, RopeScaling, RopeSpec
 from engine.weights import LayerWeights, ModelWeights
+from kernels.elementwise import add_rms_norm, rms_norm, rope, silu_mul
+from kernels.gemm import linear, weight_rows
+from kernels.kv_copy import write_kv
+from kernels.paged_attention import paged_attention
 
 ROPE_TABLE_TOKENS = 4096  # positions that the rotary tables begin with; they double when a longer context comes
 
@@ -41,10 +42,11 @@ class StepTensors:
 class Decoder:
     """Runs steps over a KV pool. Holds weights and rotary tables, and no state of any request."""
 
-    def __init__(self, arch: ArchSpec, weights: ModelWeights) -> None:
+    def __init__(self, arch: ArchSpec, weights: ModelWeights, *, num_threads: int = 1) -> None:
         self.arch = arch
         self.weights = weights
-        self.dtype = weights.embedding.dtype
+        self.num_threads = num_threads
+        self.dtype = weights.norm.dtype
         self._cos, self._sin = rope_tables(arch, min(arch.context_tokens, ROPE_TABLE_TOKENS), self.dtype)
 
     @torch.inference_mode()
@@ -56,9 +58,9 @@ class Decoder:
         if step.context_tokens > self._cos.shape[0]:
             self._grow_tables(step.context_tokens)
         cos, sin = self._cos.index_select(0, step.positions), self._sin.index_select(0, step.positions)
-        layers = self.weights.layers
+        layers, threads = self.weights.layers, self.num_threads
         eps = self.arch.norm_eps
-        residual = self.weights.embedding.index_select(0, step.tokens)
+        residual = self._embed(step.tokens)
         hidden = rms_norm(residual, layers[0].input_norm, eps)
         for index, layer in enumerate(layers):
             hidden = self._attention(hidden, layer, index, step, pool, cos, sin)
@@ -67,29 +69,42 @@ class Decoder:
                 hidden, residual = hidden.index_select(0, step.sampled), residual.index_select(0, step.sampled)
                 if not step.sampled.numel():
                     return hidden.new_empty((0, self.arch.vocab_size))
-            hidden = linear(hidden, layer.o, layer.o_bias)
+            hidden = linear(hidden, layer.o, layer.o_bias, num_threads=threads)
             hidden, residual = add_rms_norm(hidden, residual, layer.mlp_norm, eps)
-            hidden = silu_mul(linear(hidden, layer.gate_up, layer.gate_up_bias))
-            hidden = linear(hidden, layer.down, layer.down_bias)
+            hidden = silu_mul(linear(hidden, layer.gate_up, layer.gate_up_bias, num_threads=threads))
+            hidden = linear(hidden, layer.down, layer.down_bias, num_threads=threads)
             following = layers[index + 1].input_norm if index + 1 < len(layers) else self.weights.norm
             hidden, residual = add_rms_norm(hidden, residual, following, eps)
-        return linear(hidden, self.weights.head)
+        return linear(hidden, self.weights.head, num_threads=threads)
 
     def _attention(
         self, hidden: Tensor, layer: LayerWeights, index: int, step: StepTensors, pool: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
         arch = self.arch
         num_tokens, dim = hidden.shape[0], arch.head_dim
-        fused = linear(hidden, layer.qkv, layer.qkv_bias).view(num_tokens, -1, dim)
-        q, k, v = fused.split((arch.num_heads, arch.num_kv_heads, arch.num_kv_heads), dim=1)
+        fused = linear(hidden, layer.qkv, layer.qkv_bias, num_threads=self.num_threads).view(num_tokens, -1, dim)
+        q, k, v = torch.split(fused, [arch.num_heads, arch.num_kv_heads, arch.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, arch.norm_eps), rms_norm(k, layer.k_norm, arch.norm_eps)
+            rms_norm(q, layer.q_norm, arch.norm_eps, out=q)
+            rms_norm(k, layer.k_norm, arch.norm_eps, out=k)
         rope(q, k, cos, sin)
         write_kv(pool, index, k, v, step.slots)
         mixed = paged_attention(
-            q, pool, index, step.block_tables, step.starts, step.lengths, arch.scale, window=arch.windows[index]
+            q,
+            pool,
+            index,
+            step.block_tables,
+            step.starts,
+            step.lengths,
+            arch.scale,
+            window=arch.windows[index],
+            num_threads=self.num_threads,
         )
         return mixed.view(num_tokens, -1)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        embedding = self.weights.embedding
+        return weight_rows(self.weights.head, tokens) if embedding is None else embedding.index_select(0, tokens)
 
     def _grow_tables(self, context_tokens: int) -> None:
         length = self._cos.shape[0]

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from kernels.linear import PackedWeight, pack_weight
 from torch import Tensor
 
 from engine.arch import ArchSpec, ModelError
 from engine.gguf_weights import GgufSource
 from engine.model_files import ModelFiles, ModelFormat, safetensors_shards
+from kernels.gemm import PackedWeight, pack_weight
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -59,7 +59,7 @@ class LayerWeights:
 class ModelWeights:
     """All of a decoder's weights. `digest` names their values, whatever file they came from."""
 
-    embedding: Tensor  # [vocab_size, hidden_size]
+    embedding: Tensor | None  # [vocab_size, hidden_size]; None where the head serves as embedding too
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     head: PackedWeight
@@ -138,21 +138,16 @@ class _Loader:
     def __init__(self, source: WeightSource, arch: ArchSpec, dtype: torch.dtype, *, exact: bool) -> None:
         self.source, self.arch, self.dtype, self.exact = source, arch, dtype, exact
         self.shapes = expected_shapes(arch)
+        self._scratch = torch.empty(0, dtype=dtype)
         self.digest = hashlib.blake2b(digest_size=16)
 
     def load(self) -> ModelWeights:
         """All weights."""
-        embedding = self._read("model.embed_tokens.weight")
+        embedding = None if self.arch.tied else self._read("model.embed_tokens.weight")
+        head = self._pack("model.embed_tokens" if self.arch.tied else "lm_head")
         layers = tuple(self._layer(f"model.layers.{layer}.") for layer in range(self.arch.num_layers))
         norm = self._read("model.norm.weight")
-        head = embedding if self.arch.tied else self._read("lm_head.weight")
-        return ModelWeights(
-            embedding=embedding,
-            layers=layers,
-            norm=norm,
-            head=pack_weight(head, exact=self.exact),
-            digest=self.digest.hexdigest(),
-        )
+        return ModelWeights(embedding=embedding, layers=layers, norm=norm, head=head, digest=self.digest.hexdigest())
 
     def _layer(self, prefix: str) -> LayerWeights:
         arch = self.arch
@@ -175,7 +170,17 @@ class _Loader:
         )
 
     def _pack(self, *modules: str) -> PackedWeight:
-        return pack_weight(self._read(*(f"{module}.weight" for module in modules)), exact=self.exact)
+        """Reads below one another and packs. Memory touched for the first time is slow: the buffer is used again."""
+        names = [f"{module}.weight" for module in modules]
+        num_rows, columns = sum(self.shapes[name][0] for name in names), self.shapes[names[0]][1]
+        if self._scratch.numel() < num_rows * columns:
+            self._scratch = torch.empty(num_rows * columns, dtype=self.dtype)
+        fused = self._scratch[: num_rows * columns].view(num_rows, columns)
+        self._fill(fused, names)
+        packed = pack_weight(fused, exact=self.exact)
+        if packed.data.untyped_storage().data_ptr() == self._scratch.untyped_storage().data_ptr():
+            self._scratch = torch.empty(0, dtype=self.dtype)  # it is the weight now
+        return packed
 
     def _bias(self, *modules: str) -> Tensor:
         return self._read(*(f"{module}.bias" for module in modules))
@@ -184,15 +189,19 @@ class _Loader:
         """The named tensors below one another as one."""
         shapes = [self.shapes[name] for name in names]
         fused = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=self.dtype)
+        self._fill(fused, list(names))
+        return fused
+
+    def _fill(self, fused: Tensor, names: list[str]) -> None:
         first = 0
-        for name, shape in zip(names, shapes, strict=True):
-            self.source.read(name, fused[first : first + shape[0]])
-            first += shape[0]
+        for name in names:
+            num_rows = self.shapes[name][0]
+            self.source.read(name, fused[first : first + num_rows])
+            first += num_rows
         flat = fused.view(-1)
         sample = flat[:: max(1, flat.numel() // DIGEST_SAMPLES)].contiguous()
         self.digest.update(f"{names}{tuple(fused.shape)}{fused.dtype}".encode())
         self.digest.update(sample.view(torch.uint8).numpy().tobytes())
-        return fused
 
 
 class SafetensorsSource:
@@ -205,8 +214,8 @@ class SafetensorsSource:
         for shard in shards:
             try:
                 file = safe_open(shard, framework="pt")
-                for name in file.keys():
-                    kind = str(file.get_slice(name).get_dtype())
+                for name in file.keys():  # type: ignore[no-untyped-call]
+                    kind = str(file.get_slice(name).get_dtype())  # type: ignore[no-untyped-call]
                     self._of[name] = (shard, file.get_tensor, kind)
             except (SafetensorError, OSError) as error:
                 raise ModelError(
