@@ -1,0 +1,426 @@
+"""The source's end of a handoff: it offers, sends blocks as they become final, asks for the commit, and lets go.
+
+The sentence that the table keeps: the source frees only after the commit is answered. Once CommitRequest has been
+said (FENCED), neither the target's Cancel nor its death ends the attempt: only the owner record does (OwnerIs), or the
+router's own word that the request is over (Stop).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from engine.events import PeerGone, Tick
+from kv_transfer.actions import AgentLost
+from kv_transfer.handoff import (
+    AskOwner,
+    Attempt,
+    Closed,
+    EndExport,
+    ExportFrame,
+    Failed,
+    HandedOver,
+    HandoffConfig,
+    Machine,
+    Over,
+    Row,
+    Say,
+    Silence,
+    SourceAction,
+    Stop,
+    Table,
+    frame_digest,
+)
+from kv_transfer.messages import (
+    Cancel,
+    CommitRequest,
+    FrameAcked,
+    FrameFailed,
+    Grant,
+    Offer,
+    Refuse,
+    Renew,
+    TransferQuiet,
+    Wait,
+)
+from kv_transfer.plan import SendWindow, frame_blocks
+from tandem.messages import OwnerIs
+from tandem.request import Token
+
+Actions = list[SourceAction]
+FAILED_CODE = "handoff_failed"
+
+
+class SourceState(StrEnum):
+    """How far the source is."""
+
+    HOLDING = "holding"  # the request is ours and no attempt is alive; one that failed may still have frames under way
+    OFFERED = "offered"  # the target has been asked for room
+    SENDING = "sending"  # the target has granted blocks; frames go as blocks become final
+    FENCED = "fenced"  # every block is there and the commit is asked: only the owner record decides
+    HANDED = "handed"  # the target owns the request; the agent is about to fall silent
+    FREED = "freed"  # nothing of the attempt is held any more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Offer the request to the target."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksReady:
+    """The first `num` blocks of the block table are full and final."""
+
+    num: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fence:
+    """The request stands still here: all its blocks are final, the target goes on from `tokens`."""
+
+    tokens: tuple[Token, ...]
+
+
+class SourceHandoff(Machine[SourceState]):
+    """The source's end of one attempt. `num_blocks` is all blocks of the offered tokens, the last one may be partial.
+
+    `deadline_ms` is absolute, on the clock of `now_ms`.
+    """
+
+    def __init__(
+        self,
+        *,
+        attempt: Attempt,
+        config: HandoffConfig,
+        deadline_ms: int,
+        offer: Offer,
+        num_blocks: int,
+    ) -> None:
+        super().__init__(
+            attempt=attempt,
+            config=config,
+            deadline_ms=deadline_ms,
+            state=SourceState.HOLDING,
+            table=SOURCE_TABLE,
+            inside=SOURCE_INSIDE,
+        )
+        assert len(offer.hashes) <= num_blocks, f"{len(offer.hashes)} hashes for {num_blocks} blocks"
+        self.offer = offer
+        self.num_blocks = num_blocks
+        self.num_ready = 0
+        self.first_frame_ms: int | None = None  # absolute
+        self._tokens: tuple[Token, ...] | None = None  # known once fenced by the core
+        self._grant: Grant | None = None
+        self._window: SendWindow | None = None
+        self._offer_until_ms = 0
+        self._next_ms = 0  # when the message of this state goes again
+        self._give_up: str | None = None  # why the attempt ends as soon as the owner record allows it
+        self._draining = False
+
+    @property
+    def draining(self) -> bool:
+        """Whether the attempt has failed and waits only for the agent."""
+        return self._draining
+
+    def next_deadline_ms(self) -> int | None:
+        """When a Tick is wanted at the latest; None: not at all."""
+        if self.state in (SourceState.HANDED, SourceState.FREED) or self._draining:
+            return None
+        if self.state is SourceState.HOLDING:
+            return self.deadline_ms
+        if self.state is SourceState.OFFERED:
+            return min(self.deadline_ms, self._next_ms, self._offer_until_ms)
+        if self.state is SourceState.FENCED and self._give_up is not None:
+            return self._next_ms
+        return min(self.deadline_ms, self._next_ms)
+
+    # ---- before the commit is asked ----------------------------------------------------------------------------------
+
+    def _start(self, now_ms: int, event: Start) -> Actions:
+        assert not self._draining, f"{self.attempt.transfer_id} starts again: {self.story}"
+        self.state = SourceState.OFFERED
+        self._offer_until_ms = now_ms + self.config.offer_limit_ms
+        self._next_ms = now_ms + self.config.resend_ms
+        return [Say(body=self.offer)]
+
+    def _ready(self, now_ms: int, event: BlocksReady) -> Actions:
+        assert self.num_ready <= event.num <= self.num_blocks, f"{event.num} blocks ready after {self.num_ready}"
+        self.num_ready = event.num
+        return self._advance(now_ms)
+
+    def _fence(self, now_ms: int, event: Fence) -> Actions:
+        assert self._tokens is None, f"{self.attempt.transfer_id} is fenced twice: {self.story}"
+        self._tokens = event.tokens
+        self.num_ready = self.num_blocks
+        return self._advance(now_ms)
+
+    def _wait(self, now_ms: int, event: Wait) -> Actions:
+        self._next_ms = now_ms + min(max(event.retry_after_ms, 1), self.config.resend_ms)
+        self.story.tell(now_ms, f"target waits: {event.reason}")
+        return []
+
+    def _granted(self, now_ms: int, event: Grant) -> Actions:
+        num_granted = len(event.blocks)
+        if (
+            event.num_reused + num_granted != self.num_blocks
+            or event.num_reused > len(self.offer.hashes)
+            or len(event.generations) != num_granted
+            or len(set(event.blocks)) != num_granted
+            or event.credits < 1
+        ):
+            reason = (
+                f"the grant of {num_granted} blocks ({len(event.generations)} generations, {event.num_reused} reused, "
+                f"{event.credits} credits) does not fit the offer of {self.num_blocks} blocks"
+            )
+            return self._fail(now_ms, reason)
+        self._grant = event
+        self._window = SendWindow(
+            num_blocks=self.num_blocks,
+            num_reused=event.num_reused,
+            credits=min(event.credits, self.config.credits),
+            blocks_per_frame=frame_blocks(self.offer.layout.block_bytes, self.config.max_frame_bytes),
+        )
+        self.state = SourceState.SENDING
+        self._next_ms = now_ms + self.config.renew_ms
+        return self._advance(now_ms)
+
+    def _refused(self, now_ms: int, event: Refuse) -> Actions:
+        return self._fail(now_ms, f"{event.code}: {event.reason}", retryable=event.retryable, tell_peer=False)
+
+    def _cancelled(self, now_ms: int, event: Cancel) -> Actions:
+        return self._fail(now_ms, f"the target cancelled: {event.reason}", tell_peer=False)
+
+    def _peer_gone(self, now_ms: int, event: PeerGone) -> Actions:
+        return self._fail(now_ms, f"the target {event.worker_id} is gone", tell_peer=False)
+
+    def _agent_lost(self, now_ms: int, event: AgentLost) -> Actions:
+        actions = self._fail(now_ms, f"the transfer agent is lost: {event.reason}")
+        return actions if self.state is SourceState.FREED else [*actions, *self._close()]
+
+    def _acked(self, now_ms: int, event: FrameAcked) -> Actions:
+        assert self._window is not None
+        if self._window.acked(event.sequence, event.checksum) is None:
+            self.num_ignored += 1
+            return []
+        return [EndExport(sequence=event.sequence), *self._advance(now_ms)]
+
+    def _frame_failed(self, now_ms: int, event: FrameFailed) -> Actions:
+        assert self._window is not None
+        lost = self._window.in_flight if event.sequence is None else (event.sequence,)
+        for sequence in lost:
+            frame = self._window.failed(sequence)
+            if frame is None:
+                self.num_ignored += 1
+            elif frame.tries > self.config.resends_max:
+                tried = f"frame {sequence} failed {frame.tries} times, at last: {event.reason}"
+                return self._fail(now_ms, tried)
+            else:
+                self.story.tell(now_ms, f"frame {sequence} failed: {event.reason}")
+        return self._advance(now_ms)
+
+    def _tick_holding(self, now_ms: int, event: Tick) -> Actions:
+        if self._draining or now_ms < self.deadline_ms:
+            return []
+        return self._fail(now_ms, "the deadline passed before the handoff began", tell_peer=False)
+
+    def _tick_offered(self, now_ms: int, event: Tick) -> Actions:
+        if now_ms >= min(self.deadline_ms, self._offer_until_ms):
+            return self._fail(now_ms, "the target granted no room in time")
+        if now_ms < self._next_ms:
+            return []
+        self._next_ms = now_ms + self.config.resend_ms
+        return [Say(body=self.offer)]
+
+    def _tick_sending(self, now_ms: int, event: Tick) -> Actions:
+        if now_ms >= self.deadline_ms:
+            return self._fail(now_ms, "the deadline passed before all blocks were sent")
+        if now_ms < self._next_ms:
+            return []
+        self._next_ms = now_ms + self.config.renew_ms
+        return [Say(body=Renew(lease_ms=self.config.lease_ms))]
+
+    def _owner_told(self, now_ms: int, event: OwnerIs) -> Actions:
+        """The router speaks up before the commit was asked: only news that the request is not ours matters."""
+        if self._still_ours(event):
+            return []
+        return [Say(body=Cancel(reason="the request is over")), Over(reason=_who(event)), *self._drain()]
+
+    def _stop(self, now_ms: int, event: Stop) -> Actions:
+        if self._draining:
+            return []
+        told = [] if self.state is SourceState.HOLDING else [Say(body=Cancel(reason=event.reason))]
+        return [*told, *self._drain()]
+
+    # ---- the commit is asked -----------------------------------------------------------------------------------------
+
+    def _owner_answered(self, now_ms: int, event: OwnerIs) -> Actions:
+        to_target = (self.attempt.peer.worker_id, self.attempt.target_incarnation, self.attempt.epoch + 1)
+        if (event.worker_id, event.incarnation, event.epoch) == to_target:
+            self.state = SourceState.HANDED
+            return [HandedOver(), *self._silence_or_close()]
+        if not self._still_ours(event):
+            return [Over(reason=_who(event)), *self._end()]
+        if self._give_up is None:
+            return []  # the target may be about to ask: its lease and our deadline bound that
+        return self._fail(now_ms, self._give_up)
+
+    def _stop_fenced(self, now_ms: int, event: Stop) -> Actions:
+        return [Say(body=Cancel(reason=event.reason)), *self._end()]
+
+    def _doubt_cancel(self, now_ms: int, event: Cancel) -> Actions:
+        return self._doubt(now_ms, f"the target cancelled: {event.reason}")
+
+    def _doubt_peer(self, now_ms: int, event: PeerGone) -> Actions:
+        return self._doubt(now_ms, f"the target {event.worker_id} is gone")
+
+    def _doubt(self, now_ms: int, reason: str) -> Actions:
+        """The attempt looks lost, but the commit may have happened: ask."""
+        if self._give_up is None:
+            self._give_up = reason
+        self.story.tell(now_ms, reason)
+        self._next_ms = now_ms + self.config.resend_ms
+        return [AskOwner()]
+
+    def _tick_fenced(self, now_ms: int, event: Tick) -> Actions:
+        if now_ms >= self.deadline_ms and self._give_up is None:
+            return self._doubt(now_ms, "the deadline passed before the commit was answered")
+        if now_ms < self._next_ms:
+            return []
+        self._next_ms = now_ms + self.config.resend_ms
+        again: Actions = [] if self._give_up is not None else [Say(body=self._commit_request())]
+        return [*again, AskOwner()]
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def _late_ack(self, now_ms: int, event: FrameAcked) -> Actions:
+        """After the attempt failed: the frame's read is over, so its blocks need no pin."""
+        return [EndExport(sequence=event.sequence)] if self._draining else []
+
+    def _quiet(self, now_ms: int, event: TransferQuiet) -> Actions:
+        if self.state is SourceState.HOLDING and not self._draining:
+            return []
+        return self._close()
+
+    def _agent_lost_late(self, now_ms: int, event: AgentLost) -> Actions:
+        return self._close() if self._draining or self.state is SourceState.HANDED else []
+
+    # ---- parts of rows -----------------------------------------------------------------------------------------------
+
+    def _still_ours(self, event: OwnerIs) -> bool:
+        ours = (self.attempt.me, self.attempt.source_incarnation, self.attempt.epoch)
+        return (event.worker_id, event.incarnation, event.epoch) == ours
+
+    def _commit_request(self) -> CommitRequest:
+        assert self._window is not None
+        assert self._tokens is not None
+        checksums = self._window.checksums
+        return CommitRequest(
+            num_frames=len(checksums),
+            digest=frame_digest(checksums),
+            num_computed_tokens=self.offer.num_tokens,
+            tokens=self._tokens,
+        )
+
+    def _advance(self, now_ms: int) -> Actions:
+        """Sends what may go; when all is acknowledged and the request stands still, asks for the commit."""
+        if self._window is None or self._grant is None:
+            return []
+        actions: Actions = []
+        for frame in self._window.due(self.num_ready):
+            if self.first_frame_ms is None:
+                self.first_frame_ms = now_ms
+            start = frame.first - self._grant.num_reused
+            export = ExportFrame(
+                sequence=frame.sequence,
+                first=frame.first,
+                target_blocks=self._grant.blocks[start : start + frame.num],
+                target_generations=self._grant.generations[start : start + frame.num],
+                endpoint=self._grant.endpoint,
+            )
+            actions.append(export)
+        if self._tokens is not None and self._window.complete:
+            self.state = SourceState.FENCED
+            self._next_ms = now_ms + self.config.resend_ms
+            actions.append(Say(body=self._commit_request()))
+        return actions
+
+    def _fail(self, now_ms: int, reason: str, *, retryable: bool = True, tell_peer: bool = True) -> Actions:
+        """Back to HOLDING: the request stays ours, its core reports that this attempt failed."""
+        self.story.tell(now_ms, reason)
+        told: Actions = [Say(body=Cancel(reason=reason))] if tell_peer else []
+        return [*told, Failed(code=FAILED_CODE, reason=reason, retryable=retryable), *self._drain()]
+
+    def _drain(self) -> Actions:
+        self._draining = True
+        self.state = SourceState.HOLDING
+        return self._silence_or_close()
+
+    def _silence_or_close(self) -> Actions:
+        """Without a frame ever sent the agent knows nothing of the attempt."""
+        if self.first_frame_ms is None:
+            return self._close()
+        return [Silence()]
+
+    def _end(self) -> Actions:
+        """All frames are acknowledged, so nothing is read any more: no need to wait for the agent."""
+        silence: Actions = [] if self.first_frame_ms is None else [Silence()]
+        return [*silence, *self._close()]
+
+    def _close(self) -> Actions:
+        self.state = SourceState.FREED
+        ended: Actions = [] if self.first_frame_ms is None else [EndExport(sequence=None)]
+        return [*ended, Closed()]
+
+
+def _who(owner: OwnerIs) -> str:
+    if owner.worker_id is None:
+        return "the owner record says: over"
+    return f"the owner record says: {owner.worker_id} (incarnation {owner.incarnation}) at epoch {owner.epoch}"
+
+
+_H, _O, _S = SourceState.HOLDING, SourceState.OFFERED, SourceState.SENDING
+_N, _D, _X = SourceState.FENCED, SourceState.HANDED, SourceState.FREED
+_M = SourceHandoff
+
+SOURCE_INSIDE: frozenset[type] = frozenset({Start, BlocksReady, Fence, Stop, Tick})
+SOURCE_TABLE: Table[SourceState] = {
+    (_H, Start): Row(_M._start, (_O,)),
+    (_H, BlocksReady): Row(_M._ready, (_H,)),
+    (_H, Fence): Row(_M._fence, (_H,)),
+    (_H, Tick): Row(_M._tick_holding, (_H, _X)),
+    (_H, Stop): Row(_M._stop, (_H, _X)),
+    (_H, FrameAcked): Row(_M._late_ack, (_H,)),
+    (_H, TransferQuiet): Row(_M._quiet, (_H, _X)),
+    (_H, AgentLost): Row(_M._agent_lost_late, (_H, _X)),
+    (_O, BlocksReady): Row(_M._ready, (_O,)),
+    (_O, Fence): Row(_M._fence, (_O,)),
+    (_O, Grant): Row(_M._granted, (_S, _N, _X)),
+    (_O, Wait): Row(_M._wait, (_O,)),
+    (_O, Refuse): Row(_M._refused, (_X,)),
+    (_O, Cancel): Row(_M._cancelled, (_X,)),
+    (_O, PeerGone): Row(_M._peer_gone, (_X,)),
+    (_O, AgentLost): Row(_M._agent_lost, (_X,)),
+    (_O, OwnerIs): Row(_M._owner_told, (_O, _X)),
+    (_O, Stop): Row(_M._stop, (_X,)),
+    (_O, Tick): Row(_M._tick_offered, (_O, _X)),
+    (_S, BlocksReady): Row(_M._ready, (_S,)),
+    (_S, Fence): Row(_M._fence, (_S, _N)),
+    (_S, FrameAcked): Row(_M._acked, (_S, _N)),
+    (_S, FrameFailed): Row(_M._frame_failed, (_S, _H)),
+    (_S, Refuse): Row(_M._refused, (_H, _X)),
+    (_S, Cancel): Row(_M._cancelled, (_H, _X)),
+    (_S, PeerGone): Row(_M._peer_gone, (_H, _X)),
+    (_S, AgentLost): Row(_M._agent_lost, (_X,)),
+    (_S, OwnerIs): Row(_M._owner_told, (_S, _H, _X)),
+    (_S, Stop): Row(_M._stop, (_H, _X)),
+    (_S, Tick): Row(_M._tick_sending, (_S, _H, _X)),
+    (_N, OwnerIs): Row(_M._owner_answered, (_N, _D, _H, _X)),
+    (_N, Cancel): Row(_M._doubt_cancel, (_N,)),
+    (_N, PeerGone): Row(_M._doubt_peer, (_N,)),
+    (_N, Stop): Row(_M._stop_fenced, (_X,)),
+    (_N, Tick): Row(_M._tick_fenced, (_N,)),
+    (_D, Stop): Row(lambda machine, now_ms, event: [], (_D,)),
+    (_D, Tick): Row(lambda machine, now_ms, event: [], (_D,)),
+    (_D, TransferQuiet): Row(_M._quiet, (_X,)),
+    (_D, AgentLost): Row(_M._agent_lost_late, (_X,)),
+}
