@@ -1,0 +1,175 @@
+"""The settings of a cluster: one tree from flags, TANDEM_* variables, a YAML file and defaults, in that precedence."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+ENVIRONMENT_PREFIX = "TANDEM_"
+MiB = 1 << 20
+DEFAULT_MODEL = "smollm2-135m-instruct"
+FAKE_MODEL = "fake"  # next token = hash of the prefix: no weights, for tests of everything but the numbers
+
+
+class ConfigError(ValueError):
+    """A setting cannot be used; the message names its key, its value, where it came from and the limit."""
+
+
+class ClusterConfig(BaseModel):
+    """What `tandem serve` runs. Each key is a flag, a TANDEM_ variable and a key of the YAML file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(DEFAULT_MODEL, min_length=1, description="model folder, GGUF file, Hugging Face id or name")
+    host: str = Field("127.0.0.1", min_length=1, description="address that HTTP and gRPC listen on")
+    port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 picks a free one")
+    grpc_port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 picks a free one")
+
+    prefill: int = Field(1, ge=0, le=64, description="number of prefill workers")
+    decode: int = Field(2, ge=0, le=64, description="number of decode workers")
+    mixed: int = Field(0, ge=0, le=64, description="number of workers that do both")
+
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="data type of weights and KV")
+    exact: bool = Field(True, description="the same tokens whatever happens to a request")
+    kv_memory: ByteSize = Field(ByteSize(512 * MiB), ge=MiB, description="KV memory of each worker, e.g. 512MiB")
+    block_size: int = Field(16, ge=1, le=256, description="token slots of a KV block")
+    chunk_tokens: int = Field(256, ge=1, le=65536, description="tokens of a prefill chunk")
+    max_tokens_per_step: int = Field(512, ge=1, le=65536, description="token budget of one step")
+    max_rows: int = Field(64, ge=1, le=4096, description="sequences in one step")
+    threads: int = Field(0, ge=0, le=1024, description="compute threads of a worker; 0: its share of the cores")
+    transport: Literal["auto", "shm", "gloo"] = Field("auto", description="how KV blocks move between workers")
+    local_prefill_tokens: int = Field(
+        64, ge=0, le=1 << 20, description="a decode worker prefills an uncached rest of up to this many tokens itself"
+    )
+
+    address: str = Field("", description="address of a running Ray cluster; empty: start a local one")
+    worker_host: str = Field("", description="address that workers are reached at; empty: chosen")
+    heartbeat_ms: int = Field(1000, ge=50, le=60_000, description="time between a worker's heartbeats")
+    dead_after_misses: int = Field(3, ge=2, le=100, description="heartbeats missed until a worker is dead")
+    stall_ms: int = Field(5000, ge=100, le=600_000, description="a worker with work but no step for this long is stuck")
+    max_restarts: int = Field(5, ge=0, le=1000, description="restarts of one worker, or of the router, in ten minutes")
+    start_timeout_s: int = Field(120, ge=1, le=3600, description="time until all must be ready")
+    stop_timeout_s: int = Field(10, ge=1, le=600, description="time for an orderly stop")
+    fake_step_ms: int = Field(0, ge=0, le=10_000, description="time of one step of the model `fake`")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="level of the log files")
+    run_dir: Path = Field(
+        default_factory=lambda: default_run_dir(os.environ), description="folder of run files and logs"
+    )
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ClusterConfig:
+        if self.mixed == 0 and self.prefill == 0:
+            raise ValueError("prefill: 0 workers can read prompts; give prefill or mixed at least 1")
+        if self.mixed == 0 and self.decode == 0:
+            raise ValueError("decode: 0 workers can write tokens; give decode or mixed at least 1")
+        if self.chunk_tokens % self.block_size:
+            raise ValueError(f"chunk_tokens: {self.chunk_tokens} is no multiple of block_size, {self.block_size}")
+        if self.max_tokens_per_step < self.chunk_tokens:
+            raise ValueError(
+                f"max_tokens_per_step: {self.max_tokens_per_step} is less than chunk_tokens, {self.chunk_tokens}"
+            )
+        if self.port == self.grpc_port != 0:
+            raise ValueError(f"grpc_port: {self.grpc_port} is the HTTP port too")
+        return self
+
+    @property
+    def num_workers(self) -> int:
+        """Workers of all roles."""
+        return self.prefill + self.decode + self.mixed
+
+    def threads_per_worker(self, cores: int) -> int:
+        """Compute threads of one worker on a machine of `cores` cores: never more busy threads than cores in all."""
+        return self.threads or max(1, cores // self.num_workers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effective:
+    """A validated configuration and where each of its keys came from."""
+
+    config: ClusterConfig
+    origins: dict[str, str]  # key -> "flag --port", "TANDEM_PORT", the file's name or "default"
+
+
+def default_run_dir(environ: Mapping[str, str]) -> Path:
+    """Where run files live: XDG_RUNTIME_DIR/tandem, else ~/.cache/tandem/run."""
+    runtime = environ.get("XDG_RUNTIME_DIR")
+    if runtime and os.access(runtime, os.W_OK):
+        return Path(runtime) / "tandem"
+    return Path.home() / ".cache" / "tandem" / "run"
+
+
+def flag_of(key: str) -> str:
+    """The command-line flag of a key."""
+    return "--" + key.replace("_", "-")
+
+
+def load(flags: Mapping[str, object], environ: Mapping[str, str], file: Path | None = None) -> Effective:
+    """Composes the settings. `flags` holds only those given; `file` falls back to TANDEM_CONFIG.
+
+    Raises ConfigError naming the key, its value, its origin and the limit.
+    """
+    known = ClusterConfig.model_fields
+    values: dict[str, object] = {}
+    origins = dict.fromkeys(known, "default")
+    if file is None and environ.get(ENVIRONMENT_PREFIX + "CONFIG"):
+        file = Path(environ[ENVIRONMENT_PREFIX + "CONFIG"])
+    if file is not None:
+        for key, value in read_file(file).items():
+            values[key], origins[key] = value, str(file)
+    for key in known:
+        variable = ENVIRONMENT_PREFIX + key.upper()
+        if environ.get(variable, "") != "":
+            values[key], origins[key] = environ[variable], variable
+    for key, value in flags.items():
+        if key not in known:
+            raise ConfigError(f"{flag_of(key)}: there is no such setting{_closest(key)}")
+        values[key], origins[key] = value, f"flag {flag_of(key)}"
+    try:
+        return Effective(config=ClusterConfig.model_validate(values), origins=origins)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(dict(detail), origins) for detail in error.errors())) from None
+
+
+def read_file(file: Path) -> dict[str, object]:
+    """The keys of a YAML file. Raises ConfigError when it cannot be read, is no mapping or has an unknown key."""
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"config: cannot read {file}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config: {file} is not YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"config: {file} holds a {type(content).__name__}, not keys and values")
+    result = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for key in result:
+        if key not in ClusterConfig.model_fields:
+            raise ConfigError(f"{key}: there is no such setting{_closest(key)} (from {file})")
+    return result
+
+
+def _closest(key: str) -> str:
+    matches = difflib.get_close_matches(key, ClusterConfig.model_fields, n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _sentence(detail: dict[str, Any], origins: Mapping[str, str]) -> str:
+    """One line of a validation error: key, value, what is wrong, origin."""
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if not detail["loc"]:
+        return message  # a rule over several keys names them itself
+    key = str(detail["loc"][0])
+    return f"{key}: {detail['input']!r}: {message[0].lower()}{message[1:]} (from {origins[key]})"

@@ -1,0 +1,264 @@
+"""Who is in the cluster: one small state machine for each worker incarnation, fed by heartbeats and time.
+
+A worker is dead after a few missed heartbeats, or when it has work but takes no step. A dead incarnation never comes
+back: whoever speaks in its name is told to register again, under a higher incarnation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from tandem.messages import WorkerInfo
+from tandem.request import WorkerId
+
+
+class MemberState(StrEnum):
+    """Where a worker incarnation is in its life."""
+
+    JOINING = "joining"  # registered, not yet heard again
+    READY = "ready"
+    SUSPECT = "suspect"  # silent or stuck for a while: keeps what it has, gets nothing new
+    DRAINING = "draining"  # asked to leave: finishes or hands over what it has
+    DEAD = "dead"
+
+
+class Observation(StrEnum):
+    """What happens to one incarnation. The first four come from outside, the others are drawn from time."""
+
+    HEARD = "heard"  # a heartbeat, with steps going forward or nothing to do
+    DRAIN_ASKED = "drain_asked"
+    ENDED = "ended"  # its process is gone, or it said goodbye
+    SUPERSEDED = "superseded"  # a higher incarnation of the same worker registered
+    MISSED = "missed"  # all but one of the heartbeats that mean death are missing
+    EXPIRED = "expired"
+    STALLED = "stalled"  # it has runnable work, and its step counter stands still
+    STUCK = "stuck"  # stalled twice as long
+
+
+S, O = MemberState, Observation  # noqa: E741
+
+# A missing pair has no effect: such an observation is late, doubled or says nothing new.
+TRANSITIONS: dict[tuple[MemberState, Observation], MemberState] = {
+    (S.JOINING, O.HEARD): S.READY,
+    (S.JOINING, O.DRAIN_ASKED): S.DRAINING,
+    (S.JOINING, O.ENDED): S.DEAD,
+    (S.JOINING, O.SUPERSEDED): S.DEAD,
+    (S.JOINING, O.EXPIRED): S.DEAD,
+    (S.READY, O.DRAIN_ASKED): S.DRAINING,
+    (S.READY, O.ENDED): S.DEAD,
+    (S.READY, O.SUPERSEDED): S.DEAD,
+    (S.READY, O.MISSED): S.SUSPECT,
+    (S.READY, O.EXPIRED): S.DEAD,
+    (S.READY, O.STALLED): S.SUSPECT,
+    (S.READY, O.STUCK): S.DEAD,
+    (S.SUSPECT, O.HEARD): S.READY,
+    (S.SUSPECT, O.DRAIN_ASKED): S.DRAINING,
+    (S.SUSPECT, O.ENDED): S.DEAD,
+    (S.SUSPECT, O.SUPERSEDED): S.DEAD,
+    (S.SUSPECT, O.EXPIRED): S.DEAD,
+    (S.SUSPECT, O.STUCK): S.DEAD,
+    (S.DRAINING, O.ENDED): S.DEAD,
+    (S.DRAINING, O.SUPERSEDED): S.DEAD,
+    (S.DRAINING, O.EXPIRED): S.DEAD,
+    (S.DRAINING, O.STUCK): S.DEAD,
+}
+
+
+# ---- events --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registered:
+    """A worker asks to join. `incarnation` is the one it already has from an earlier router process, 0 for none."""
+
+    info: WorkerInfo
+    incarnation: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """A worker says that it lives. `runnable`: it has work that a step could advance."""
+
+    worker_id: WorkerId
+    incarnation: int
+    steps: int
+    runnable: bool
+    agent_pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainAsked:
+    """An operator wants the worker to leave."""
+
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """The worker's process is gone, or it said goodbye."""
+
+    worker_id: WorkerId
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passed:
+    """Time has passed."""
+
+
+Event = Registered | Heartbeat | DrainAsked | Ended | Passed
+
+
+# ---- actions -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """The worker is in, under this incarnation: connect to it."""
+
+    info: WorkerInfo
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrationRefused:
+    """The worker may not join, and why."""
+
+    worker_id: WorkerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateChanged:
+    """The worker incarnation went into this state; with DEAD everything it held is lost."""
+
+    worker_id: WorkerId
+    incarnation: int
+    state: MemberState
+    reason: str
+
+
+Action = Admitted | RegistrationRefused | StateChanged
+
+
+# ---- the machine ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class Member:
+    """One worker incarnation as the membership knows it."""
+
+    info: WorkerInfo
+    incarnation: int
+    state: MemberState
+    heard_ms: int
+    steps: int = 0
+    runnable: bool = False
+    moved_ms: int = 0  # when its step counter last moved, or it last had nothing to do
+    agent_pid: int = 0
+    reason: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Membership:
+    """All workers, the latest incarnation of each. Incarnations it gives out start above `base_incarnation`."""
+
+    heartbeat_ms: int = 1000
+    dead_after_misses: int = 3
+    stall_ms: int = 5000
+    join_ms: int = 15_000  # from registration to the first heartbeat
+    base_incarnation: int = 0
+    members: dict[WorkerId, Member] = field(default_factory=dict)
+
+    def handle(self, now_ms: int, event: Event) -> list[Action]:
+        """Takes one event at `now_ms` (monotonic milliseconds) and says what follows."""
+        match event:
+            case Registered():
+                return self._register(now_ms, event)
+            case Heartbeat():
+                return self._heard(now_ms, event)
+            case DrainAsked():
+                member = self.members.get(event.worker_id)
+                return self._observe(member, O.DRAIN_ASKED, "asked to drain") if member else []
+            case Ended():
+                return self._observe(self.current(event), O.ENDED, event.reason)
+            case Passed():
+                return [action for member in self.members.values() for action in self._passed(now_ms, member)]
+
+    def current(self, named: Heartbeat | Ended) -> Member | None:
+        """The member that is meant, or None when that incarnation is dead, gone or unknown."""
+        member = self.members.get(named.worker_id)
+        if member is None or member.incarnation != named.incarnation or member.state is S.DEAD:
+            return None
+        return member
+
+    def alive(self) -> Iterator[Member]:
+        """Members that are not dead."""
+        return (member for member in self.members.values() if member.state is not S.DEAD)
+
+    def _register(self, now_ms: int, event: Registered) -> list[Action]:
+        info, known = event.info, self.members.get(event.info.worker_id)
+        if event.incarnation and known is not None and known.incarnation >= event.incarnation:
+            reason = f"incarnation {event.incarnation} of {info.worker_id} is over; the latest is {known.incarnation}"
+            return [RegistrationRefused(worker_id=info.worker_id, reason=reason)]
+        stranger = next((member for member in self.alive() if member.info.namespace != info.namespace), None)
+        if stranger is not None:
+            reason = (
+                f"{info.worker_id} runs {info.namespace!r}, but {stranger.info.worker_id} runs "
+                f"{stranger.info.namespace!r}: one cluster serves one model"
+            )
+            return [RegistrationRefused(worker_id=info.worker_id, reason=reason)]
+        actions = self._observe(known, O.SUPERSEDED, "a new incarnation registered")
+        latest = max(self.base_incarnation, known.incarnation if known else 0)
+        incarnation = event.incarnation or latest + 1
+        self.members[info.worker_id] = Member(
+            info=info, incarnation=incarnation, state=S.JOINING, heard_ms=now_ms, moved_ms=now_ms,
+            agent_pid=info.agent_pid,
+        )  # fmt: skip
+        return [*actions, Admitted(info=info, incarnation=incarnation)]
+
+    def _heard(self, now_ms: int, event: Heartbeat) -> list[Action]:
+        member = self.current(event)
+        if member is None:
+            return []
+        if event.steps != member.steps or not event.runnable or not member.runnable:
+            member.moved_ms = now_ms
+        member.heard_ms = now_ms
+        member.steps, member.runnable, member.agent_pid = event.steps, event.runnable, event.agent_pid
+        if now_ms - member.moved_ms >= self.stall_ms:
+            return self._stalled(now_ms, member)
+        return self._observe(member, O.HEARD, "heartbeat")
+
+    def _passed(self, now_ms: int, member: Member) -> list[Action]:
+        silent_ms = now_ms - member.heard_ms
+        if member.state is S.JOINING:
+            expired = silent_ms >= self.join_ms
+            return self._observe(member, O.EXPIRED, f"no heartbeat in {silent_ms} ms") if expired else []
+        if silent_ms > self.heartbeat_ms * self.dead_after_misses:
+            return self._observe(member, O.EXPIRED, f"no heartbeat for {silent_ms} ms")
+        if silent_ms > self.heartbeat_ms * (self.dead_after_misses - 1):
+            return self._observe(member, O.MISSED, f"no heartbeat for {silent_ms} ms")
+        return self._stalled(now_ms, member) if member.runnable else []
+
+    def _stalled(self, now_ms: int, member: Member) -> list[Action]:
+        stalled_ms = now_ms - member.moved_ms
+        if stalled_ms < self.stall_ms:
+            return []
+        observation = O.STUCK if stalled_ms >= 2 * self.stall_ms else O.STALLED
+        return self._observe(member, observation, f"has work but took no step for {stalled_ms} ms")
+
+    def _observe(self, member: Member | None, observation: Observation, reason: str) -> list[Action]:
+        if member is None:
+            return []
+        state = TRANSITIONS.get((member.state, observation))
+        if state is None:
+            return []
+        member.state, member.reason = state, reason
+        return [
+            StateChanged(
+                worker_id=member.info.worker_id, incarnation=member.incarnation, state=state, reason=reason
+            )
+        ]  # fmt: skip

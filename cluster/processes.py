@@ -1,0 +1,83 @@
+"""Processes and ports of this machine: who dies with whom, what is left of a tree, which port is free."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+from collections.abc import Iterable
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class PortInUse(OSError):
+    """A port cannot be bound; the message names it and the flag that changes it."""
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """The kernel kills this process when the thread that started it ends. Linux only; elsewhere a closed stdin tells.
+
+    Raises ProcessLookupError when the parent is gone already.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        raise ProcessLookupError(f"the parent {parent_pid} is gone")
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of its descendants' orphans, so that none of them escapes a stop."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def descendants() -> list[psutil.Process]:
+    """All living processes below this one."""
+    return psutil.Process().children(recursive=True)
+
+
+def wait_gone(processes: Iterable[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Waits for the processes to end, and says which have not. Zombies count as gone."""
+    _, alive = psutil.wait_procs(list(processes), timeout=timeout_s)
+    return [process for process in alive if _lives(process)]
+
+
+def kill_all(processes: Iterable[psutil.Process], timeout_s: float = 5.0) -> list[psutil.Process]:
+    """SIGKILL to each, and what is left after `timeout_s`."""
+    doomed = list(processes)
+    for process in doomed:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    return wait_gone(doomed, timeout_s)
+
+
+def pick_port(host: str, port: int, flag: str) -> int:
+    """`port` when it can be bound at `host`, or a free one for 0. Raises PortInUse or OSError naming port and flag."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            raise PortInUse(f"port {port} at {host}: {error.strerror}; choose another with {flag}") from None
+        return int(probe.getsockname()[1])
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _prctl(option: int, value: int) -> None:
+    if not hasattr(signal, "pthread_sigmask") or os.uname().sysname != "Linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}) failed")

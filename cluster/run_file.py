@@ -1,0 +1,90 @@
+"""The file that tells other commands where a running cluster is: one a cluster, named after its HTTP port."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+
+class NoCluster(LookupError):
+    """No running cluster, or not one alone, is meant; the message says what to give."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFile:
+    """What is written down of a running cluster."""
+
+    pid: int  # of the supervisor
+    started_s: float  # when the supervisor's process began, by the machine's clock: tells a re-used pid
+    host: str
+    port: int
+    grpc_port: int
+    model: str
+    log_dir: str
+    router_pid: int = 0
+
+    @property
+    def grpc_address(self) -> str:
+        """Where this machine reaches the router's gRPC services."""
+        return f"{reachable(self.host)}:{self.grpc_port}"
+
+    def alive(self) -> bool:
+        """Whether the supervisor that wrote it still runs."""
+        try:
+            process = psutil.Process(self.pid)
+            return process.create_time() == self.started_s and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+def reachable(host: str) -> str:
+    """The address to dial for a server that listens at `host`, in brackets for IPv6."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def path_of(run_dir: Path, port: int) -> Path:
+    """The run file of the cluster at this HTTP port."""
+    return run_dir / f"{port}.json"
+
+
+def write(run_dir: Path, run: RunFile) -> None:
+    """Writes the file whole or not at all."""
+    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = path_of(run_dir, run.port)
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(json.dumps(asdict(run)))
+    draft.replace(path)
+
+
+def remove(run_dir: Path, run: RunFile) -> None:
+    """Removes the file if it is still this cluster's."""
+    found = _read(path_of(run_dir, run.port))
+    if found is not None and found.pid == run.pid:
+        path_of(run_dir, run.port).unlink(missing_ok=True)
+
+
+def find(run_dir: Path, port: int | None = None) -> RunFile:
+    """The running cluster at `port`, or the only one. Raises NoCluster with a hint otherwise."""
+    found = [run for path in sorted(run_dir.glob("*.json")) if (run := _read(path)) is not None and run.alive()]
+    if port is not None:
+        found = [run for run in found if run.port == port]
+    if not found:
+        at = "" if port is None else f" at port {port}"
+        raise NoCluster(f"no cluster runs here{at} (looked in {run_dir}); start one with `tandem serve`")
+    if len(found) > 1:
+        ports = ", ".join(str(run.port) for run in found)
+        raise NoCluster(f"several clusters run here, at ports {ports}: choose one with --port")
+    return found[0]
+
+
+def _read(path: Path) -> RunFile | None:
+    """The content of a run file, or None for one that is gone or of another version."""
+    try:
+        return RunFile(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
