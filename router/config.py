@@ -1,0 +1,58 @@
+"""The router's settings, each checked by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """Bounds, deadlines and weights of one router. Every number has its unit in its name.
+
+    Raises ValueError naming the key when a value cannot be used.
+    """
+
+    router_id: str = "router-0"
+    # Admission.
+    requests_max: int = 1024  # in flight at once
+    queued_tokens_max: int = 2_000_000  # prompt tokens admitted and without a first token yet
+    queue_wait_ms: int = 120_000  # for memory on a decode worker
+    workers_wait_ms: int = 10_000  # for any worker at all
+    # Stages of a request.
+    request_deadline_ms: int = 900_000
+    handoff_deadline_ms: int = 30_000  # placement to commit, beside the predicted prefill
+    decode_stall_ms: int = 60_000  # without a token from the owner
+    replacements_max: int = 3
+    replace_backoff_ms: int = 200  # before the second re-placement; doubles
+    # Placement.
+    local_prefill_tokens: int = 256  # 0 switches local prefill on warm decode workers off
+    decode_reserve_tokens: int = 256  # of each answer counted into a decode worker's memory in advance
+    transfer_bytes_per_ms: int = 1_000_000
+    report_lag_ms: int = 20  # own dispatches younger than this are not yet in a worker's report
+    tie_percent: float = 5.0
+    # What is remembered of requests that ended.
+    history_ms: int = 300_000
+    history_max: int = 1000
+    # Shells.
+    tick_ms: int = 50
+    stream_tokens_max: int = 8192  # a client that lags by more is cut off
+    send_queue_max: int = 4096  # messages towards one worker
+    dial_timeout_ms: int = 5_000
+    send_timeout_ms: int = 5_000
+    redial_ms: int = 100  # doubles up to redial_max_ms
+    redial_max_ms: int = 2_000
+
+    def __post_init__(self) -> None:
+        may_be_zero = {"local_prefill_tokens", "decode_reserve_tokens", "replacements_max", "report_lag_ms"}
+        may_be_zero |= {"tie_percent", "replace_backoff_ms"}
+        if not self.router_id:
+            raise ValueError("router_id: must not be empty")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name == "router_id":
+                continue
+            least = 0 if each.name in may_be_zero else 1
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
+                raise ValueError(f"{each.name}: is {value!r}, must be a number of at least {least}")
+        if self.redial_max_ms < self.redial_ms:
+            raise ValueError(f"redial_max_ms: is {self.redial_max_ms}, must be at least redial_ms ({self.redial_ms})")

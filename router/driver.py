@@ -1,0 +1,277 @@
+"""The router's core on an asyncio loop: streams to workers, streams to clients, and a tick. No policy lives here."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import assert_never
+
+from router.clients import WorkerLink
+from router.config import RouterConfig
+from router.core import RouterCore
+from router.events import (
+    Action,
+    ClientGone,
+    Deliver,
+    Event,
+    Fail,
+    Finish,
+    LinkLost,
+    LinkUp,
+    NewRequest,
+    Refuse,
+    ReportArrived,
+    SendToWorker,
+    StopRequested,
+    Submitted,
+    Tick,
+    Usage,
+    WorkerDraining,
+    WorkerJoined,
+    WorkerLost,
+    WorkerSuspected,
+)
+from router.request import StatusSnapshot
+from tandem.errors import Cancelled, TandemError, Unavailable
+from tandem.messages import WorkerInfo, WorkerReport
+from tandem.request import RequestId, Token, WorkerId
+
+__all__ = ["Driver", "NewRequest", "RequestStream"]
+
+log = logging.getLogger(__name__)
+
+_Key = tuple[WorkerId, int]
+
+
+class RequestStream:
+    """The answer of one request: an async iterator of batches of tokens, in order, each index once.
+
+    Ends after the batch whose last token has `finish` (or after stop_at); raises TandemError when the request fails.
+    `usage` is there once it has ended well. For one reader.
+    """
+
+    def __init__(self, request_id: RequestId) -> None:
+        self.request_id = request_id
+        self.usage: Usage | None = None
+        self._buffer: list[Token] = []
+        self._ended = False
+        self._error: TandemError | None = None
+        self._wake = asyncio.Event()
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> tuple[Token, ...]:
+        # The wait is bounded by the request's deadline, which the core keeps.
+        while not self._buffer and not self._ended:
+            self._wake.clear()
+            await self._wake.wait()
+        if self._buffer:
+            batch, self._buffer = tuple(self._buffer), []
+            return batch
+        if self._error is not None:
+            raise self._error
+        raise StopAsyncIteration
+
+    @property
+    def num_buffered(self) -> int:
+        """Tokens that the reader has not taken yet."""
+        return len(self._buffer)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will be added any more."""
+        return self._ended
+
+    def _push(self, tokens: tuple[Token, ...]) -> None:
+        self._buffer.extend(tokens)
+        self._wake.set()
+
+    def _end(self, usage: Usage | None, error: TandemError | None) -> None:
+        if not self._ended:
+            self._ended, self.usage, self._error = True, usage, error
+            self._wake.set()
+
+
+class Driver:
+    """Feeds the core and performs what it wants. All methods are called on the event loop that `start` ran on."""
+
+    def __init__(self, config: RouterConfig | None = None) -> None:
+        self.config = RouterConfig() if config is None else config
+        # Epochs and sessions grow over restarts of the router, so that nothing old is ever taken for current.
+        born_us = time.time_ns() // 1000
+        self._core = RouterCore(self.config, first_epoch=born_us)
+        self._sessions = itertools.count(born_us)
+        self._streams: dict[RequestId, RequestStream] = {}
+        self._links: dict[_Key, WorkerLink] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._ticker: asyncio.Task[None] | None = None
+        self._stopped = False
+
+    async def __aenter__(self) -> Driver:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Begins to tick."""
+        self._ticker = asyncio.get_running_loop().create_task(self._tick(), name="router tick")
+
+    async def stop(self) -> None:
+        """Ends every request with a named error, then every link. Bounded."""
+        self._stopped = True
+        for request_id in list(self._streams):
+            self._feed(ClientGone(request_id=request_id, reason="the router is stopping"))
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.gather(self._ticker, return_exceptions=True)
+        links = [link.close() for link in self._links.values()]
+        self._links.clear()
+        await asyncio.wait_for(asyncio.gather(*links, *self._closing), timeout=10)
+
+    # ---- clients ---------------------------------------------------------------------------------------------------
+
+    def submit(self, request: NewRequest) -> RequestStream:
+        """Starts a request. Raises the TandemError that it is refused with."""
+        if self._stopped:
+            raise Unavailable("the router is stopping")
+        stream = RequestStream(request.request_id)
+        known = self._streams.get(request.request_id)
+        self._streams[request.request_id] = stream
+        for action in self._core.handle(self._now_ms(), Submitted(request=request)):
+            if isinstance(action, Refuse):
+                if known is None:
+                    del self._streams[request.request_id]
+                else:
+                    self._streams[request.request_id] = known
+                raise action.error
+            self._perform(action)
+        return stream
+
+    def cancel(self, request_id: RequestId, reason: str) -> bool:
+        """Ends a request everywhere; its stream raises Cancelled. False when it is not known."""
+        if request_id not in self._streams:
+            return False
+        self._feed(ClientGone(request_id=request_id, reason=reason))
+        return True
+
+    def stop_at(self, request_id: RequestId, index: int) -> None:
+        """The answer ends at token `index`, which is kept: a stop string was found."""
+        self._feed(StopRequested(request_id=request_id, index=index))
+
+    # ---- workers ---------------------------------------------------------------------------------------------------
+
+    def worker_joined(self, info: WorkerInfo, incarnation: int) -> None:
+        """A worker incarnation registered: dial it. An older incarnation of it is given up."""
+        known = [each for each in self._links if each[0] == info.worker_id]
+        if any(each[1] >= incarnation for each in known):
+            return
+        for each in known:
+            self._close(each)
+        self._feed(WorkerJoined(info=info, incarnation=incarnation))
+        key = (info.worker_id, incarnation)
+
+        def lost(reason: str) -> None:
+            self._feed(LinkLost(worker_id=key[0], incarnation=key[1], reason=reason))
+
+        link = WorkerLink(
+            worker_id=info.worker_id,
+            control=info.control,
+            config=self.config,
+            next_session=lambda: next(self._sessions),
+            on_up=lambda: self._feed(LinkUp(worker_id=key[0], incarnation=key[1])),
+            on_report=lambda report: self._reported(key, report),
+            on_lost=lost,
+        )
+        self._links[key] = link
+        link.start()
+
+    def worker_lost(self, worker_id: WorkerId, incarnation: int, reason: str) -> None:
+        """The worker incarnation is dead: what it had is placed anew."""
+        self._close((worker_id, incarnation))
+        self._feed(WorkerLost(worker_id=worker_id, incarnation=incarnation, reason=reason))
+
+    def worker_suspected(self, worker_id: WorkerId, incarnation: int, suspected: bool) -> None:
+        """Its heartbeats are missing, or are there again: it gets nothing new meanwhile."""
+        self._feed(WorkerSuspected(worker_id=worker_id, incarnation=incarnation, suspected=suspected))
+
+    def worker_draining(self, worker_id: WorkerId, incarnation: int) -> None:
+        """It finishes what it has and gets nothing new."""
+        self._feed(WorkerDraining(worker_id=worker_id, incarnation=incarnation))
+
+    def status(self) -> StatusSnapshot:
+        """Workers and requests, also those that ended in the last minutes."""
+        return self._core.status(self._now_ms())
+
+    # ---- the loop --------------------------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.tick_ms / 1000)
+            self._feed(Tick())
+
+    def _reported(self, key: _Key, report: WorkerReport) -> None:
+        if (report.worker_id, report.incarnation) != key:
+            log.warning("worker=%s incarnation=%d speaks as %s/%d", *key, report.worker_id, report.incarnation)
+            return
+        self._feed(ReportArrived(report=report))
+
+    def _feed(self, event: Event) -> None:
+        for action in self._core.handle(self._now_ms(), event):
+            self._perform(action)
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case SendToWorker():
+                link = self._links.get((action.worker_id, action.incarnation))
+                if link is not None:
+                    link.send(action.message)
+            case Deliver(request_id=request_id, tokens=tokens):
+                self._deliver(request_id, tokens)
+            case Finish(request_id=request_id, usage=usage):
+                self._end(request_id, usage, None)
+            case Fail(request_id=request_id, error=error):
+                log.info("request=%s failed: %s", request_id, error)
+                self._end(request_id, None, error)
+            case Refuse():
+                raise AssertionError(f"{action} outside submit")
+            case _:
+                assert_never(action)
+
+    def _deliver(self, request_id: RequestId, tokens: tuple[Token, ...]) -> None:
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return
+        stream._push(tokens)
+        limit = self.config.stream_tokens_max
+        if stream.num_buffered > limit and not stream.ended:
+            reason = f"the client reads too slowly: {stream.num_buffered} tokens wait for it, the limit is {limit}"
+            stream._end(None, Cancelled(reason))
+            asyncio.get_running_loop().call_soon(self.cancel, request_id, reason)
+
+    def _end(self, request_id: RequestId, usage: Usage | None, error: TandemError | None) -> None:
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            stream._end(usage, error)
+
+    def _close(self, key: _Key) -> None:
+        link = self._links.pop(key, None)
+        if link is not None:
+            self._spawn(link.close())
+
+    def _spawn(self, closing: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(closing)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    @staticmethod
+    def _now_ms() -> int:
+        return time.monotonic_ns() // 1_000_000

@@ -1,0 +1,207 @@
+"""What happens to the router's core, and what it wants done: events in, actions out, both plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.errors import TandemError
+from tandem.messages import CommitAsk, RequestFailed, RouterMessage, WorkerInfo, WorkerReport
+from tandem.request import FinishReason, RequestId, Sampling, Token, WorkerId
+
+# ---- events ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRequest:
+    """A request that passed the edge's validation. `tokens` is the prompt; `deadline_ms` counts from now.
+
+    `deadline_ms` 0: the router's own bound. `model` is for status only.
+    """
+
+    request_id: RequestId
+    tokens: tuple[int, ...]
+    sampling: Sampling
+    deadline_ms: int = 0
+    model: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """A client wants this request served."""
+
+    request: NewRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportArrived:
+    """A worker said something on its stream."""
+
+    report: WorkerReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerJoined:
+    """A worker incarnation registered; it gets work once its link is up."""
+
+    info: WorkerInfo
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerDraining:
+    """The worker finishes what it has and gets nothing new."""
+
+    worker_id: WorkerId
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSuspected:
+    """The worker misses heartbeats or stands still (or, `suspected` False, is well again): it gets nothing new."""
+
+    worker_id: WorkerId
+    incarnation: int
+    suspected: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLost:
+    """The worker incarnation is dead, or taken for dead for good."""
+
+    worker_id: WorkerId
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkUp:
+    """The router's stream to the worker incarnation stands."""
+
+    worker_id: WorkerId
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkLost:
+    """The router's stream to the worker incarnation broke: the worker cancels all that it was assigned on it."""
+
+    worker_id: WorkerId
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientGone:
+    """Nobody waits for the request any more."""
+
+    request_id: RequestId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopRequested:
+    """The answer ends at token `index` (kept, 0-based) by a stop string that the edge found."""
+
+    request_id: RequestId
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """Time has passed: deadlines, waits and retries are due."""
+
+
+Event = (
+    Submitted
+    | ReportArrived
+    | WorkerJoined
+    | WorkerDraining
+    | WorkerSuspected
+    | WorkerLost
+    | LinkUp
+    | LinkLost
+    | ClientGone
+    | StopRequested
+    | Tick
+)
+
+# ---- from inside: what the core tells one of its own requests ----------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptLost:
+    """The attempt under way cannot succeed. `suspects` (worker, incarnation) are not chosen again where others are."""
+
+    reason: str
+    suspects: tuple[tuple[WorkerId, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StageDue:
+    """The state's own deadline is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDue:
+    """The request's deadline is over."""
+
+
+INTERNAL = (AttemptLost, StageDue, RequestDue)
+RequestEvent = Token | RequestFailed | CommitAsk | ClientGone | StopRequested | AttemptLost | StageDue | RequestDue
+
+# ---- actions -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of a request that ended. `cached_tokens` of the prompt were found in a prefix cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendToWorker:
+    """Say this on the stream to the worker incarnation."""
+
+    worker_id: WorkerId
+    incarnation: int
+    message: RouterMessage
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deliver:
+    """The next tokens of the answer, in order, each for the first time."""
+
+    request_id: RequestId
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """The request ended well."""
+
+    request_id: RequestId
+    reason: FinishReason
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fail:
+    """The request ended badly."""
+
+    request_id: RequestId
+    error: TandemError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refuse:
+    """The request is not taken at all; one of the same id that runs is not touched."""
+
+    request_id: RequestId
+    error: TandemError
+
+
+Action = SendToWorker | Deliver | Finish | Fail | Refuse

@@ -1,0 +1,55 @@
+"""The line of requests that wait for a place: first come first served, each with a bound on its wait."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from router.config import RouterConfig
+from router.placement import NoPlacement, Why
+from router.request import Request, RequestState
+
+
+class Line:
+    """Who needs much memory is not overtaken for ever: what cannot be placed now holds up what comes after it."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self._config = config
+        self._waiting: deque[Request] = deque()
+        self.blocked: NoPlacement | None = None  # why the first one cannot be placed
+        self._no_workers_since_ms = 0
+
+    def append(self, request: Request) -> None:
+        self._waiting.append(request)
+
+    def appendleft(self, request: Request) -> None:
+        """For who has waited before."""
+        self._waiting.appendleft(request)
+
+    def advance(self, now_ms: int, place: Callable[[Request], NoPlacement | None]) -> None:
+        """Lets `place` take the first ones; it says why it did not. NEVER_FITS must end the request instead."""
+        held: list[Request] = []
+        blocked: NoPlacement | None = None
+        while self._waiting and blocked is None:
+            request = self._waiting.popleft()
+            if request.state is not RequestState.ADMITTED:
+                continue  # ended while it waited
+            if request.not_before_ms <= now_ms:
+                blocked = place(request)
+            if blocked is not None or request.not_before_ms > now_ms:
+                held.append(request)
+        self._waiting.extendleft(reversed(held))
+        if blocked is not None and blocked.why is Why.NO_WORKERS and not self.lacks_workers:
+            self._no_workers_since_ms = now_ms
+        self.blocked = blocked
+
+    @property
+    def lacks_workers(self) -> bool:
+        """Whether no worker at all is ready, as far as was tried."""
+        return self.blocked is not None and self.blocked.why is Why.NO_WORKERS
+
+    def due_ms(self, request: Request) -> int:
+        """When a waiting request has waited too long."""
+        if self.lacks_workers:
+            return max(request.stage_since_ms, self._no_workers_since_ms) + self._config.workers_wait_ms
+        return request.stage_since_ms + self._config.queue_wait_ms

@@ -1,0 +1,279 @@
+"""Which workers serve a request: predicted-completion routing over a short list of candidates.
+
+Form of algorithms.md 14 (1): queue + w * prefill, where w grows with utilisation (a busy pool pays for recomputing
+what another worker has cached), from the warmest and soonest free workers only: its cost does not grow with the fleet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import islice
+
+from router.config import RouterConfig
+from router.fleet import Fleet, Worker
+from router.prefix_index import Matches, PrefixIndex
+from tandem.messages import AssignMode, Role, WorkerAddress
+from tandem.request import WorkerId
+
+WARMEST = 4  # candidates by match
+SOONEST = 4  # candidates by queue
+LEAST_LOADED = 8  # decode candidates by number of requests
+SCAN_MAX = 64  # how many workers without memory are passed over
+HORIZON_STEPS = 64  # decode steps that a decode worker's batch is judged over
+UTILISATION_WINDOW_MS = 10_000.0
+
+WorkerKey = tuple[WorkerId, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a request goes and why. With LOCAL both workers are the same. `scores` are predicted milliseconds."""
+
+    mode: AssignMode  # PREFILL: two workers and a handoff; LOCAL: one
+    prefill_worker: WorkerAddress
+    decode_worker: WorkerAddress
+    num_cached_tokens: int  # expected in the prefill worker's cache
+    predicted_ms: float  # until the first token
+    prefill_ms: float  # of it, the prefill itself
+    reason: str
+    scores: tuple[tuple[str, float], ...]
+
+
+class Why(StrEnum):
+    """Why there is no placement now."""
+
+    NO_WORKERS = "no_workers"
+    NO_MEMORY = "no_memory"
+    NEVER_FITS = "never_fits"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoPlacement:
+    """The request has to wait, or can never be served (NEVER_FITS)."""
+
+    why: Why
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What placement needs to know of a request. `num_tokens`: prompt and delivered; `num_more`: yet to be written."""
+
+    num_tokens: int
+    num_more: int
+    hashes: Sequence[bytes] = ()
+    avoid: frozenset[WorkerKey] = field(default=frozenset())
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """One worker that could prefill the request."""
+
+    worker: Worker
+    score_ms: float
+    queue_ms: float
+    prefill_ms: float
+    num_cached: int
+
+
+class Placer:
+    """Chooses workers; keeps nothing but the pool's recent utilisation."""
+
+    def __init__(self, fleet: Fleet, index: PrefixIndex, config: RouterConfig) -> None:
+        self._fleet = fleet
+        self._index = index
+        self._config = config
+        self._work_ms = 0.0
+        self._work_at_ms = 0
+
+    def place(self, now_ms: int, ask: Ask) -> Placement | NoPlacement:
+        """The best placement now. Does not charge any account."""
+        ready = self._fleet.ready
+        if not any(ready.values()):
+            return NoPlacement(why=Why.NO_WORKERS, reason="no worker is ready")
+        never = self._never_fits(ask)
+        if never is not None:
+            return never
+        matches = self._index.matches(ask.hashes)
+        weight = self._weight(now_ms)
+        if not ready[Role.DECODE] and not ready[Role.MIXED]:
+            return self._local(now_ms, ask, matches, weight, (Role.PREFILL,), "no decode worker is ready")
+        if not ready[Role.PREFILL]:
+            return self._local(now_ms, ask, matches, weight, (Role.DECODE, Role.MIXED), "no prefill worker is ready")
+        warm = self._warm_decode(now_ms, ask, matches)
+        if warm is not None:
+            return warm
+        return self._disaggregated(now_ms, ask, matches, weight)
+
+    def charge(self, now_ms: int, prefill_ms: float) -> None:
+        """Counts a dispatched prefill into the pool's utilisation."""
+        self._work_ms = self._recent_work_ms(now_ms) + prefill_ms
+        self._work_at_ms = now_ms
+
+    def num_blocks(self, ask: Ask, worker: Worker) -> int:
+        """Blocks that the request is counted with on a worker: its tokens and the expected part of its answer."""
+        expected = ask.num_tokens + min(ask.num_more, self._config.decode_reserve_tokens)
+        return min(-(-expected // worker.info.block_size), worker.info.total_blocks)
+
+    def shortest_wait_ms(self, now_ms: int) -> float:
+        """Predicted wait on the worker that is soonest free to prefill."""
+        waits = [each.queue_ms(now_ms) for role in Role for each in islice(self._fleet.soonest_free(role), 1)]
+        return min(waits, default=0.0)
+
+    # ---- the ways to place -----------------------------------------------------------------------------------------
+
+    def _disaggregated(self, now_ms: int, ask: Ask, matches: Matches, weight: float) -> Placement | NoPlacement:
+        """The best of: a prefill worker with a decode worker, or a mixed worker alone."""
+        options = self._options(now_ms, ask, matches, weight, Role.PREFILL)
+        decode = self._decode(ask, matches, Role.DECODE) or self._decode(ask, matches, Role.MIXED)
+        fresh = [each for each in options if each.worker.key not in ask.avoid]
+        alone = self._options(now_ms, ask, matches, weight, Role.MIXED)
+        alone = [each for each in alone if self._fits(ask, each.worker) and each.worker.key not in ask.avoid]
+        tried = not fresh or (decode is not None and decode[0].key in ask.avoid)
+        if tried and not alone:
+            roles = (Role.DECODE, Role.MIXED)
+            return self._local(now_ms, ask, matches, weight, roles, "every other pair was tried: no handoff")
+        if (decode is None or tried) and not alone:
+            return NoPlacement(why=Why.NO_MEMORY, reason="no decode worker has memory for it")
+        best = self._best(alone if decode is None or tried else fresh + alone)
+        scores = tuple((str(each.worker.worker_id), round(each.score_ms, 3)) for each in [*fresh, *alone])
+        if best.worker.info.role is Role.MIXED:
+            return self._placement(
+                best, best.worker, AssignMode.LOCAL, "mixed worker with the shortest completion", scores
+            )
+        assert decode is not None
+        target, decode_scores = decode
+        reason = (
+            f"prefill: wait {best.queue_ms:.0f} ms, run {best.prefill_ms:.0f} ms, {best.num_cached} tokens cached; "
+            f"decode: {target.num_requests} requests, {target.num_free_blocks} blocks free"
+        )
+        return self._placement(best, target, AssignMode.PREFILL, reason, scores + decode_scores)
+
+    def _warm_decode(self, now_ms: int, ask: Ask, matches: Matches) -> Placement | None:
+        """A decode worker that holds more of the prefix than every prefill worker prefills a short rest itself."""
+        ready, limit = self._fleet.ready, self._config.local_prefill_tokens
+        if limit == 0:
+            return None
+        for slot in matches.deepest(ready[Role.DECODE], WARMEST):
+            worker = self._fleet.at(slot)
+            coldest = matches.deepest(ready[Role.PREFILL], 1)
+            prefill_depth = matches.depth(coldest[0]) if coldest else 0
+            cached = _cached(matches, worker, ask)
+            if matches.depth(slot) <= prefill_depth or ask.num_tokens - cached > limit:
+                return None  # the next ones hold no more than this one
+            if worker.key in ask.avoid or not self._fits(ask, worker):
+                continue
+            option = self._option(now_ms, ask, matches, 1.0, worker)
+            reason = f"decode worker holds {cached} tokens, more than any prefill worker; the rest is short"
+            return self._placement(
+                option, worker, AssignMode.LOCAL, reason, ((str(worker.worker_id), option.score_ms),)
+            )
+        return None
+
+    def _local(
+        self, now_ms: int, ask: Ask, matches: Matches, weight: float, roles: Sequence[Role], why: str
+    ) -> Placement | NoPlacement:
+        """One worker does both, on any of the roles."""
+        options = []
+        for role in roles:
+            for each in self._options(now_ms, ask, matches, weight, role):
+                batch_ms = each.worker.cost.step_ms(each.worker.num_requests + 1) * HORIZON_STEPS
+                options.append(
+                    _Option(each.worker, each.score_ms + batch_ms, each.queue_ms, each.prefill_ms, each.num_cached)
+                )
+        options = [each for each in options if self._fits(ask, each.worker)]
+        options = [each for each in options if each.worker.key not in ask.avoid] or options
+        if not options:
+            return NoPlacement(why=Why.NO_MEMORY, reason=f"{why}, and none of the others has memory for it")
+        best = self._best(options)
+        scores = tuple((str(each.worker.worker_id), round(each.score_ms, 3)) for each in options)
+        return self._placement(best, best.worker, AssignMode.LOCAL, why, scores)
+
+    def _decode(self, ask: Ask, matches: Matches, role: Role) -> tuple[Worker, tuple[tuple[str, float], ...]] | None:
+        """The decode worker with memory whose batch and missing blocks cost least; tried ones only when all were."""
+        warm = (self._fleet.at(slot) for slot in matches.deepest(self._fleet.ready[role], WARMEST))
+        least = islice(self._fleet.fewest_requests(role), SCAN_MAX)
+        few = islice((each for each in least if self._fits(ask, each)), LEAST_LOADED)
+        candidates = [each for each in _distinct(warm, few) if self._fits(ask, each)]
+        candidates = [each for each in candidates if each.key not in ask.avoid] or candidates
+        scored = []
+        for worker in candidates:
+            missing = ask.num_tokens - _cached(matches, worker, ask)
+            num_bytes = -(-missing // worker.info.block_size) * worker.info.block_bytes
+            batch_ms = worker.cost.step_ms(worker.num_requests + 1) * HORIZON_STEPS
+            scored.append((batch_ms + num_bytes / self._config.transfer_bytes_per_ms, worker.slot, worker))
+        if not scored:
+            return None
+        _, _, chosen = min(scored, key=lambda each: each[:2])
+        return chosen, tuple((str(worker.worker_id), round(score, 3)) for score, _, worker in scored)
+
+    # ---- candidates and scores -------------------------------------------------------------------------------------
+
+    def _options(self, now_ms: int, ask: Ask, matches: Matches, weight: float, role: Role) -> list[_Option]:
+        """The warmest and the soonest free workers of a role, scored; tried ones beside as many others."""
+        warm = (self._fleet.at(slot) for slot in matches.deepest(self._fleet.ready[role], WARMEST))
+        soon = islice(self._fleet.soonest_free(role), SOONEST + len(ask.avoid))
+        return [self._option(now_ms, ask, matches, weight, each) for each in _distinct(warm, soon)]
+
+    def _option(self, now_ms: int, ask: Ask, matches: Matches, weight: float, worker: Worker) -> _Option:
+        cached = _cached(matches, worker, ask)
+        queue_ms = worker.queue_ms(now_ms)
+        prefill_ms = worker.cost.prefill_ms(ask.num_tokens - cached, ask.num_tokens)
+        return _Option(worker, queue_ms + weight * prefill_ms, queue_ms, prefill_ms, cached)
+
+    def _best(self, options: Sequence[_Option]) -> _Option:
+        """The least score; within the tie band the warmer, then the one with less cached, then the first joined."""
+        limit = min(each.score_ms for each in options) * (1 + self._config.tie_percent / 100)
+        near = [each for each in options if each.score_ms <= limit]
+        return min(
+            near, key=lambda each: (-each.num_cached, self._index.num_blocks(each.worker.slot), each.worker.slot)
+        )
+
+    def _placement(
+        self, option: _Option, target: Worker, mode: AssignMode, reason: str, scores: tuple[tuple[str, float], ...]
+    ) -> Placement:
+        return Placement(
+            mode=mode,
+            prefill_worker=option.worker.address,
+            decode_worker=target.address,
+            num_cached_tokens=option.num_cached,
+            predicted_ms=option.queue_ms + option.prefill_ms,
+            prefill_ms=option.prefill_ms,
+            reason=reason,
+            scores=scores,
+        )
+
+    def _fits(self, ask: Ask, worker: Worker) -> bool:
+        return self.num_blocks(ask, worker) <= worker.num_free_blocks
+
+    def _never_fits(self, ask: Ask) -> NoPlacement | None:
+        """Whether the prompt is larger than the memory of every worker that is known."""
+        for worker in self._fleet:  # the first one nearly always fits
+            if ask.num_tokens + 1 <= worker.info.total_blocks * worker.info.block_size:
+                return None
+        largest = max(each.info.total_blocks * each.info.block_size for each in self._fleet)
+        reason = f"has {ask.num_tokens} tokens, and the largest worker has memory for {largest - 1}"
+        return NoPlacement(why=Why.NEVER_FITS, reason=reason)
+
+    def _recent_work_ms(self, now_ms: int) -> float:
+        return self._work_ms * math.exp((self._work_at_ms - now_ms) / UTILISATION_WINDOW_MS)
+
+    def _weight(self, now_ms: int) -> float:
+        """w = 1 + 2 clip((rho - 0.6) / 0.4, 0, 1)."""
+        num = max(1, (self._fleet.ready[Role.PREFILL] | self._fleet.ready[Role.MIXED]).bit_count())
+        utilisation = self._recent_work_ms(now_ms) / (UTILISATION_WINDOW_MS * num)
+        return 1.0 + 2.0 * min(1.0, max(0.0, (utilisation - 0.6) / 0.4))
+
+
+def _cached(matches: Matches, worker: Worker, ask: Ask) -> int:
+    """Tokens of the request that the worker need not run: whole blocks, and never the last token."""
+    size = worker.info.block_size
+    return min(matches.depth(worker.slot), (ask.num_tokens - 1) // size) * size
+
+
+def _distinct(*groups: Iterable[Worker]) -> list[Worker]:
+    """The workers of all groups, each once, in the order met."""
+    return list({each.slot: each for group in groups for each in group}.values())

@@ -1,0 +1,192 @@
+"""One request as the router keeps it, and what status shows of requests and workers."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from engine.prefix_cache import block_hashes
+from router.events import NewRequest, Usage
+from router.fleet import Worker
+from router.placement import Placement, WorkerKey
+from router.store import OwnerRecord
+from tandem.messages import WorkerInfo, WorkerLoad
+from tandem.request import RequestId, Token, WorkerId
+
+STORY_MAX = 32
+
+
+class RequestState(StrEnum):
+    """Where a request is in its life."""
+
+    ADMITTED = "admitted"  # taken in; no worker has it (yet, or any more)
+    PREFILLING = "prefilling"  # assigned; no token of this attempt yet
+    HANDING_OFF = "handing_off"  # the source wrote its first token; the commit is awaited
+    DECODING = "decoding"  # the worker that owns it writes token after token
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class Transferred:
+    """What transfers did for one request, summed over its attempts."""
+
+    blocks_granted: int = 0
+    blocks_moved: int = 0
+    blocks_reused: int = 0
+    bytes: int = 0
+    tokens_recomputed: int = 0
+    tokens_cached: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """The life of one request. `answer` holds the tokens delivered; `owner` is None while no worker has it."""
+
+    new: NewRequest
+    submitted_ms: int
+    deadline_ms: int
+    stage_since_ms: int  # ADMITTED: when the wait began
+    stage_deadline_ms: int = 0  # the other states
+    state: RequestState = RequestState.ADMITTED
+    hashes: list[bytes] = field(default_factory=list)
+    namespace: tuple[str, int] | None = None  # of the hashes: namespace and block size
+    answer: list[Token] = field(default_factory=list)
+    owner: OwnerRecord | None = None
+    placement: Placement | None = None
+    involved: list[Worker] = field(default_factory=list)
+    avoid: set[WorkerKey] = field(default_factory=set)
+    num_replacements: int = 0
+    not_before_ms: int = 0
+    placed_ms: int = 0
+    first_token_ms: int | None = None
+    attempt_has_token: bool = False
+    last_failure: str = ""
+    transferred: Transferred = field(default_factory=Transferred)
+    story: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=STORY_MAX))
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.new.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and delivered tokens."""
+        return len(self.new.tokens) + len(self.answer)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Prompt and delivered tokens: what a worker goes on from."""
+        return self.new.tokens + tuple(each.token_id for each in self.answer)
+
+    def hash_blocks(self, namespace: str, block_size: int) -> None:
+        """Hashes the full blocks that have none yet, as the workers do."""
+        if self.namespace != (namespace, block_size):
+            self.namespace, self.hashes = (namespace, block_size), []
+        if len(self.hashes) < self.num_tokens // block_size:
+            self.hashes = block_hashes(namespace.encode(), self.tokens, block_size, self.hashes)
+
+    def tell(self, now_ms: int, what: str) -> None:
+        """Remembers what happened, in milliseconds since it was submitted."""
+        self.story.append((now_ms - self.submitted_ms, what))
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.new.tokens),
+            completion_tokens=len(self.answer),
+            cached_tokens=min(self.transferred.tokens_cached, len(self.new.tokens)),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestSnapshot:
+    """A request as status shows it. Times are milliseconds since it was submitted."""
+
+    request_id: RequestId
+    state: RequestState
+    mode: str
+    prefill_worker: str
+    decode_worker: str
+    epoch: int
+    prompt_tokens: int
+    tokens: int
+    blocks_granted: int
+    blocks_moved: int
+    blocks_reused: int
+    bytes_moved: int
+    tokens_recomputed: int
+    tokens_cached: int
+    num_replacements: int
+    ttft_ms: int | None
+    age_ms: int
+    error: str
+    reason: str
+    scores: tuple[tuple[str, float], ...]
+    story: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSnapshot:
+    """A worker as status shows it. `load` None: it has not reported yet."""
+
+    worker_id: WorkerId
+    incarnation: int
+    state: str
+    info: WorkerInfo
+    load: WorkerLoad | None
+    num_requests: int
+    cached_hashes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusSnapshot:
+    """Workers, then requests in flight and those that ended a while ago, newest last."""
+
+    workers: tuple[WorkerSnapshot, ...]
+    requests: tuple[RequestSnapshot, ...]
+    queued_tokens: int
+    waiting: int
+
+
+def snapshot(request: Request, now_ms: int, error: str = "") -> RequestSnapshot:
+    """The request as it is now."""
+    placement, done = request.placement, request.transferred
+    return RequestSnapshot(
+        request_id=request.request_id,
+        state=request.state,
+        mode="" if placement is None else placement.mode.value,
+        prefill_worker="" if placement is None else placement.prefill_worker.worker_id,
+        decode_worker="" if placement is None else placement.decode_worker.worker_id,
+        epoch=0 if request.owner is None else request.owner.epoch,
+        prompt_tokens=len(request.new.tokens),
+        tokens=len(request.answer),
+        blocks_granted=done.blocks_granted,
+        blocks_moved=done.blocks_moved,
+        blocks_reused=done.blocks_reused,
+        bytes_moved=done.bytes,
+        tokens_recomputed=done.tokens_recomputed,
+        tokens_cached=done.tokens_cached,
+        num_replacements=request.num_replacements,
+        ttft_ms=None if request.first_token_ms is None else request.first_token_ms - request.submitted_ms,
+        age_ms=now_ms - request.submitted_ms,
+        error=error or request.last_failure,
+        reason="" if placement is None else placement.reason,
+        scores=() if placement is None else placement.scores,
+        story=tuple(request.story),
+    )
+
+
+def worker_snapshot(worker: Worker, cached_hashes: int) -> WorkerSnapshot:
+    """The worker as it is now."""
+    return WorkerSnapshot(
+        worker_id=worker.worker_id,
+        incarnation=worker.incarnation,
+        state=worker.state.value,
+        info=worker.info,
+        load=worker.load,
+        num_requests=worker.num_requests,
+        cached_hashes=cached_hashes,
+        reason=worker.lost_reason,
+    )

@@ -1,0 +1,522 @@
+"""The router's core: exactly one end, each token once and in order, and one commit point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from router.config import RouterConfig
+from router.core import TABLE, RouterCore
+from router.events import (
+    INTERNAL,
+    Action,
+    AttemptLost,
+    ClientGone,
+    Deliver,
+    Event,
+    Fail,
+    Finish,
+    LinkLost,
+    LinkUp,
+    NewRequest,
+    Refuse,
+    ReportArrived,
+    RequestDue,
+    SendToWorker,
+    StageDue,
+    StopRequested,
+    Submitted,
+    Tick,
+    WorkerDraining,
+    WorkerJoined,
+    WorkerLost,
+)
+from router.request import RequestState
+from tandem.errors import (
+    Cancelled,
+    DeadlinePassed,
+    DuplicateRequest,
+    InvalidRequest,
+    Overloaded,
+    RequestLost,
+    Unavailable,
+)
+from tandem.messages import (
+    Assign,
+    AssignMode,
+    BlockCounts,
+    BlockEvents,
+    CancelAssigned,
+    CommitAsk,
+    OwnerIs,
+    OwnerQuery,
+    RequestFailed,
+    Role,
+    TransferStats,
+    WorkerInfo,
+    WorkerLoad,
+    WorkerReport,
+)
+from tandem.request import FinishReason, RequestId, Sampling, Token, TransferId, WorkerId
+
+R = RequestId("r")
+P, D, D2 = WorkerId("p0"), WorkerId("d0"), WorkerId("d1")
+PROMPT = tuple(range(40))
+
+
+def info(worker_id: str, role: Role, total_blocks: int = 100) -> WorkerInfo:
+    return WorkerInfo(
+        worker_id=WorkerId(worker_id),
+        role=role,
+        control=f"{worker_id}:1",
+        endpoint=f"agent-{worker_id}",
+        pid=1,
+        agent_pid=2,
+        model="m",
+        namespace="n",
+        fingerprint="f",
+        exact=True,
+        dtype="float32",
+        block_size=16,
+        total_blocks=total_blocks,
+        context_tokens=4096,
+        block_bytes=1000,
+    )
+
+
+def request(
+    request_id: str = "r", tokens: tuple[int, ...] = PROMPT, max_tokens: int = 8, deadline_ms: int = 0
+) -> NewRequest:
+    return NewRequest(
+        request_id=RequestId(request_id),
+        tokens=tokens,
+        sampling=Sampling(max_tokens=8),
+        deadline_ms=deadline_ms,
+    )
+
+
+class Rig:
+    """A core with its actions collected, and the workers' side spoken by hand."""
+
+    def __init__(self, config: RouterConfig | None = None) -> None:
+        self.core = RouterCore(config or RouterConfig())
+        self.now_ms = 1_000
+        self.actions: list[Action] = []
+        self.sequence = 0
+
+    def feed(self, event: Event, after_ms: int = 0) -> list[Action]:
+        self.now_ms += after_ms
+        actions = self.core.handle(self.now_ms, event)
+        self.actions += actions
+        return actions
+
+    def up(self, worker_id: str, role: Role, incarnation: int = 1, total_blocks: int = 100) -> None:
+        self.feed(WorkerJoined(info=info(worker_id, role, total_blocks), incarnation=incarnation))
+        self.feed(LinkUp(worker_id=WorkerId(worker_id), incarnation=incarnation))
+
+    def report(self, worker_id: WorkerId, incarnation: int = 1, **pieces: Any) -> list[Action]:
+        self.sequence += 1
+        report = WorkerReport(worker_id=worker_id, incarnation=incarnation, sequence=self.sequence, **pieces)
+        return self.feed(ReportArrived(report=report))
+
+    def token(self, worker: WorkerId, epoch: int, index: int, finish: FinishReason | None = None) -> list[Action]:
+        return self.report(worker, tokens=(token(epoch, index, finish),))
+
+    def commit(self, worker: WorkerId, epoch: int, next_index: int, carried: tuple[Token, ...] = ()) -> list[Action]:
+        ask = CommitAsk(
+            request_id=R,
+            transfer_id=self.assigns()[-1].transfer_id,
+            from_epoch=epoch,
+            next_index=next_index,
+            tokens=carried,
+        )
+        return self.report(worker, commit_asks=(ask,))
+
+    def assigns(self) -> list[Assign]:
+        return [
+            each.message for each in self.actions if isinstance(each, SendToWorker) and isinstance(each.message, Assign)
+        ]
+
+    def sent(self, kind: type, actions: list[Action] | None = None) -> list[tuple[WorkerId, Any]]:
+        actions = self.actions if actions is None else actions
+        return [
+            (each.worker_id, each.message)
+            for each in actions
+            if isinstance(each, SendToWorker) and isinstance(each.message, kind)
+        ]
+
+    def delivered(self) -> list[int]:
+        return [token.index for each in self.actions if isinstance(each, Deliver) for token in each.tokens]
+
+    def ends(self) -> list[Finish | Fail]:
+        return [each for each in self.actions if isinstance(each, Finish | Fail)]
+
+    def state(self) -> RequestState:
+        return self.core.status(self.now_ms).requests[-1].state
+
+    def error(self) -> Exception:
+        (end,) = self.ends()
+        assert isinstance(end, Fail)
+        return end.error
+
+
+def token(epoch: int, index: int, finish: FinishReason | None = None, token_id: int | None = None) -> Token:
+    return Token(
+        request_id=R, epoch=epoch, index=index, token_id=100 + index if token_id is None else token_id, finish=finish
+    )
+
+
+@pytest.fixture
+def rig() -> Rig:
+    """A prefill and a decode worker, and one request placed on them at epoch 1."""
+    rig = Rig()
+    rig.up("p0", Role.PREFILL)
+    rig.up("d0", Role.DECODE)
+    rig.feed(Submitted(request=request()))
+    return rig
+
+
+def test_a_request_is_prefilled_handed_off_and_decoded(rig: Rig) -> None:
+    (to_decode, decode), (to_prefill, prefill) = rig.sent(Assign)
+    assert (to_decode, decode.mode, decode.peer.worker_id) == (D, AssignMode.DECODE, P)
+    assert (to_prefill, prefill.mode, prefill.peer.worker_id) == (P, AssignMode.PREFILL, D)
+    assert decode.transfer_id == prefill.transfer_id != ""
+    assert prefill.tokens == PROMPT
+    assert rig.state() is RequestState.PREFILLING
+    rig.token(P, 1, 0)
+    assert rig.state() is RequestState.HANDING_OFF
+    answers = rig.sent(OwnerIs, rig.commit(D, 1, 1))
+    assert [(to, owner.worker_id, owner.epoch, owner.refused) for to, owner in answers] == [
+        (D, D, 2, ""),
+        (P, D, 2, ""),
+    ]
+    assert rig.state() is RequestState.DECODING
+    rig.token(D, 2, 1)
+    rig.token(D, 2, 2, FinishReason.LENGTH)
+    assert rig.delivered() == [0, 1, 2]
+    (end,) = rig.ends()
+    assert isinstance(end, Finish)
+    assert (end.reason, end.usage.prompt_tokens, end.usage.completion_tokens) == (FinishReason.LENGTH, 40, 3)
+    assert rig.core.num_requests == 0
+    assert rig.state() is RequestState.FINISHED
+
+
+def test_the_commit_delivers_the_first_token_when_it_comes_before_the_sources_report(rig: Rig) -> None:
+    rig.commit(D, 1, 1, (token(1, 0),))
+    assert rig.delivered() == [0]
+    rig.token(P, 1, 0)  # late, of the epoch before
+    rig.token(D, 2, 1)
+    assert rig.delivered() == [0, 1]
+
+
+def test_a_doubled_commit_is_answered_accepted_again(rig: Rig) -> None:
+    rig.token(P, 1, 0)
+    rig.commit(D, 1, 1)
+    rig.token(D, 2, 1)
+    ((to, answer),) = rig.sent(OwnerIs, rig.commit(D, 1, 1))
+    assert (to, answer.worker_id, answer.epoch, answer.refused) == (D, D, 2, "")
+
+
+@pytest.mark.parametrize(
+    ("worker", "epoch", "next_index", "carried", "says"),
+    [
+        (D, 0, 1, (), "from_epoch is 0"),
+        (D, 2, 1, (), "from_epoch is 2"),
+        (P, 1, 1, (), "the target is d0"),
+        (D, 1, 2, (), "next_index is 2"),
+        (D, 1, 0, (), "next_index is 0"),
+        (D, 1, 3, (token(1, 2),), "carries token 2 where 1 is due"),
+        (D, 1, 1, (token(1, 0, None, 7),), "token 0 is 7 in the commit, 100 was delivered"),
+    ],
+)
+def test_a_commit_that_does_not_fit_is_refused(
+    rig: Rig, worker: WorkerId, epoch: int, next_index: int, carried: tuple[Token, ...], says: str
+) -> None:
+    rig.token(P, 1, 0)
+    (_, answer), *_ = rig.sent(OwnerIs, rig.commit(worker, epoch, next_index, carried))
+    assert says in answer.refused
+    assert rig.state() is not RequestState.DECODING
+    rig.token(D, 2, 1)  # it must not be believed
+    assert rig.delivered() == [0]
+
+
+def test_a_commit_of_another_transfer_or_an_unknown_request_is_refused(rig: Rig) -> None:
+    ask = CommitAsk(request_id=R, transfer_id=TransferId("other"), from_epoch=1, next_index=0, tokens=())
+    ((_, answer),) = rig.sent(OwnerIs, rig.report(D, commit_asks=(ask,)))
+    assert "transfer_id" in answer.refused
+    ask = CommitAsk(request_id=RequestId("x"), transfer_id=TransferId("x"), from_epoch=1, next_index=0, tokens=())
+    ((_, answer),) = rig.sent(OwnerIs, rig.report(D, commit_asks=(ask,)))
+    assert (answer.worker_id, answer.refused) == (None, "the request is over")
+
+
+def test_the_owner_record_is_always_answered(rig: Rig) -> None:
+    def asked(request_id: str) -> OwnerIs:
+        query = OwnerQuery(request_id=RequestId(request_id), transfer_id=TransferId("t"), epoch=1)
+        ((_, answer),) = rig.sent(OwnerIs, rig.report(P, owner_queries=(query,)))
+        assert isinstance(answer, OwnerIs)
+        return answer
+
+    assert (asked("r").worker_id, asked("r").epoch) == (P, 1)
+    rig.commit(D, 1, 1, (token(1, 0),))
+    assert (asked("r").worker_id, asked("r").epoch) == (D, 2)
+    rig.token(D, 2, 1, FinishReason.STOP)
+    assert asked("r").worker_id is None
+    assert asked("nobody").worker_id is None
+
+
+def test_a_first_token_that_is_the_last_ends_the_request_and_frees_the_target(rig: Rig) -> None:
+    actions = rig.token(P, 1, 0, FinishReason.STOP)
+    assert [to for to, _ in rig.sent(CancelAssigned, actions)] == [D]
+    assert isinstance(rig.ends()[0], Finish)
+
+
+def test_tokens_doubled_stale_or_of_strangers_are_dropped(rig: Rig) -> None:
+    rig.token(P, 1, 0)
+    rig.token(P, 1, 0)
+    rig.token(D, 1, 1)
+    rig.token(P, 7, 1)
+    rig.report(P, incarnation=9, tokens=(token(1, 1),))
+    assert rig.delivered() == [0]
+    rig.commit(D, 1, 1)
+    rig.token(P, 1, 1)
+    rig.token(D, 2, 1)
+    assert rig.delivered() == [0, 1]
+
+
+def test_a_hole_between_tokens_loses_the_attempt_not_the_request(rig: Rig) -> None:
+    rig.commit(D, 1, 1, (token(1, 0),))
+    actions = rig.token(D, 2, 2)
+    assert [to for to, _ in rig.sent(CancelAssigned, actions)] == [D]
+    again = rig.sent(Assign, actions)
+    assert again
+    assert all(each.tokens == (*PROMPT, 100) and each.num_prompt_tokens == 40 for _, each in again)
+    assert rig.delivered() == [0]
+
+
+LOSSES: list[Callable[[Rig], object]] = [
+    lambda rig: rig.feed(WorkerLost(worker_id=D, incarnation=1, reason="killed")),
+    lambda rig: rig.feed(LinkLost(worker_id=D, incarnation=1, reason="cut")),
+    lambda rig: rig.report(D, failed=(RequestFailed(request_id=R, epoch=2, code="x", message="y", retryable=True),)),
+    lambda rig: rig.feed(Tick(), after_ms=61_000),
+]
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_lost_owner_is_replaced_with_what_was_delivered(rig: Rig, lose: Callable[[Rig], object]) -> None:
+    rig.up("d1", Role.DECODE)
+    rig.commit(D, 1, 1, (token(1, 0),))
+    rig.token(D, 2, 1)
+    rig.actions.clear()
+    lose(rig)
+    (to, assign), _ = rig.sent(Assign)
+    assert (to, assign.tokens, assign.epoch > 2) == (D2, (*PROMPT, 100, 101), True)
+    rig.token(D, 2, 2)  # of the epoch that is over
+    rig.token(P, assign.epoch, 2)
+    rig.commit(D2, assign.epoch, 3)
+    rig.token(D2, assign.epoch + 1, 3, FinishReason.LENGTH)
+    assert rig.delivered() == [2, 3]
+    assert len(rig.ends()) == 1
+
+
+def test_a_commit_of_an_attempt_that_is_over_is_refused(rig: Rig) -> None:
+    rig.token(P, 1, 0)
+    transfer = rig.assigns()[-1].transfer_id
+    rig.feed(LinkLost(worker_id=P, incarnation=1, reason="cut"))
+    ask = CommitAsk(request_id=R, transfer_id=transfer, from_epoch=1, next_index=1, tokens=())
+    (_, answer) = rig.sent(OwnerIs, rig.report(D, commit_asks=(ask,)))[0]
+    assert answer.refused
+
+
+def test_failures_are_bounded_and_the_last_one_is_named(rig: Rig) -> None:
+    for attempt in range(4):
+        assert not rig.ends()
+        epoch = rig.assigns()[-1].epoch
+        failed = RequestFailed(request_id=R, epoch=epoch, code="boom", message=f"number {attempt}", retryable=True)
+        rig.report(rig.sent(Assign)[-1][0], failed=(failed,))
+        rig.feed(Tick(), after_ms=5_000)
+    error = rig.error()
+    assert isinstance(error, RequestLost)
+    assert "number 3" in error.message
+    assert len({each.epoch for each in rig.assigns()}) == 4
+
+
+def test_a_failure_that_no_other_place_mends_ends_the_request(rig: Rig) -> None:
+    rig.report(
+        P, failed=(RequestFailed(request_id=R, epoch=1, code="invalid_request", message="bad", retryable=False),)
+    )
+    assert isinstance(rig.error(), InvalidRequest)
+
+
+def test_both_ends_of_an_attempt_may_fail_and_it_counts_once(rig: Rig) -> None:
+    failed = RequestFailed(request_id=R, epoch=1, code="x", message="", retryable=True)
+    rig.report(P, failed=(failed,))
+    rig.report(D, failed=(failed,))
+    assert rig.core.status(rig.now_ms).requests[-1].num_replacements == 1
+
+
+def test_without_workers_a_request_waits_a_bounded_time() -> None:
+    rig = Rig(RouterConfig(workers_wait_ms=1_000))
+    rig.feed(Submitted(request=request()))
+    rig.feed(Tick(), after_ms=999)
+    assert not rig.ends()
+    rig.feed(Tick(), after_ms=1)
+    assert isinstance(rig.error(), Unavailable)
+
+
+def test_a_request_that_waited_is_placed_when_a_worker_comes() -> None:
+    rig = Rig()
+    rig.feed(Submitted(request=request()))
+    rig.up("m0", Role.MIXED)
+    assert [(to, each.mode) for to, each in rig.sent(Assign)] == [(WorkerId("m0"), AssignMode.LOCAL)]
+
+
+def test_memory_is_waited_for_in_order() -> None:
+    rig = Rig()
+    rig.up("m0", Role.MIXED, total_blocks=10)
+    for name in ("r", "a", "b"):
+        rig.feed(Submitted(request=request(name, tuple(range(100)))))
+    assert [each.request_id for each in rig.assigns()] == ["r"]
+    rig.token(WorkerId("m0"), 1, 0, FinishReason.STOP)
+    assert [each.request_id for each in rig.assigns()] == ["r", "a"]
+
+
+def test_a_prompt_larger_than_any_memory_is_invalid() -> None:
+    rig = Rig()
+    rig.up("m0", Role.MIXED, total_blocks=2)
+    rig.feed(Submitted(request=request()))
+    assert isinstance(rig.error(), InvalidRequest)
+    assert "40 tokens" in str(rig.error())
+
+
+def test_the_client_may_go_in_any_state(rig: Rig) -> None:
+    actions = rig.feed(ClientGone(request_id=R, reason="hung up"))
+    assert sorted(to for to, _ in rig.sent(CancelAssigned, actions)) == [D, P]
+    assert isinstance(rig.error(), Cancelled)
+    rig.feed(ClientGone(request_id=R, reason="again"))
+    assert len(rig.ends()) == 1
+
+
+def test_a_stop_string_ends_the_request_where_it_says(rig: Rig) -> None:
+    rig.commit(D, 1, 1, (token(1, 0),))
+    rig.token(D, 2, 1)
+    rig.feed(StopRequested(request_id=R, index=5))  # not delivered: no effect
+    assert not rig.ends()
+    actions = rig.feed(StopRequested(request_id=R, index=0))
+    assert [to for to, _ in rig.sent(CancelAssigned, actions)] == [D]
+    (end,) = rig.ends()
+    assert isinstance(end, Finish)
+    assert (end.reason, end.usage.completion_tokens) == (FinishReason.STOP, 1)
+
+
+def test_deadlines_end_requests() -> None:
+    rig = Rig()
+    rig.up("m0", Role.MIXED)
+    rig.feed(Submitted(request=request(deadline_ms=500)))
+    rig.feed(Tick(), after_ms=500)
+    assert isinstance(rig.error(), DeadlinePassed)
+    assert rig.sent(CancelAssigned)
+
+
+def test_refusals_touch_nothing_that_runs(rig: Rig) -> None:
+    (refused,) = rig.feed(Submitted(request=request()))
+    assert isinstance(refused, Refuse)
+    assert isinstance(refused.error, DuplicateRequest)
+    (refused,) = rig.feed(Submitted(request=request("empty", ())))
+    assert isinstance(refused, Refuse)
+    assert isinstance(refused.error, InvalidRequest)
+    assert not rig.ends()
+
+
+def test_capacity_is_bounded() -> None:
+    rig = Rig(RouterConfig(requests_max=2, queued_tokens_max=100))
+    rig.feed(Submitted(request=request("a")))
+    (refused,) = rig.feed(Submitted(request=request("b", tuple(range(80)))))
+    assert isinstance(refused, Refuse)
+    assert isinstance(refused.error, Overloaded)
+    assert "queued" in refused.error.message
+    rig.feed(Submitted(request=request("c")))
+    (refused,) = rig.feed(Submitted(request=request("d", (1,))))
+    assert isinstance(refused, Refuse)
+    assert isinstance(refused.error, Overloaded)
+    assert refused.error.retry_after_ms > 0
+    assert "limit is 2" in refused.error.message
+
+
+def test_a_superseded_incarnation_loses_its_requests_and_is_not_heard(rig: Rig) -> None:
+    rig.commit(D, 1, 1, (token(1, 0),))
+    rig.up("d0", Role.DECODE, incarnation=2)
+    rig.token(D, 2, 1)
+    assert rig.delivered() == [0]
+    assert rig.sent(Assign)[-1][1].epoch > 2
+
+
+def test_a_draining_worker_keeps_its_requests_and_gets_none(rig: Rig) -> None:
+    rig.up("d1", Role.DECODE)
+    rig.feed(WorkerDraining(worker_id=D, incarnation=1))
+    rig.commit(D, 1, 1, (token(1, 0),))
+    rig.token(D, 2, 1)
+    assert rig.delivered() == [0, 1]
+    rig.actions.clear()
+    rig.feed(Submitted(request=request("b")))
+    assert {to for to, _ in rig.sent(Assign)} == {P, D2}
+
+
+def test_status_tells_transfers_also_after_the_end(rig: Rig) -> None:
+    stats = TransferStats(request_id=R, transfer_id=TransferId("t"), blocks_granted=2, blocks_moved=2, blocks_reused=1)
+    rig.report(D, transfers=(stats,))
+    rig.token(P, 1, 0, FinishReason.STOP)
+    rig.report(P, transfers=(TransferStats(request_id=R, transfer_id=TransferId("t"), tokens_cached=16),))
+    (shown,) = rig.core.status(rig.now_ms).requests
+    assert (shown.blocks_granted, shown.blocks_moved, shown.blocks_reused, shown.tokens_cached) == (2, 2, 1, 16)
+    assert (shown.prefill_worker, shown.decode_worker, shown.tokens, shown.state) == ("p0", "d0", 1, "finished")
+    rig.feed(Tick(), after_ms=300_001)
+    assert not rig.core.status(rig.now_ms).requests
+
+
+def test_accounts_are_empty_when_all_is_over(rig: Rig) -> None:
+    load = WorkerLoad(
+        running=1,
+        waiting=0,
+        blocks=BlockCounts(total=100, free=100),
+        prefill_backlog_tokens=0,
+        steps=1,
+        last_step_ms=5.0,
+    )
+    rig.report(P, load=load, blocks=BlockEvents(sequence=1, stored=(b"a" * 16,)))
+    rig.feed(Submitted(request=request("b")))
+    rig.feed(ClientGone(request_id=RequestId("b"), reason=""))
+    rig.commit(D, 1, 1, (token(1, 0),))
+    rig.feed(WorkerLost(worker_id=D, incarnation=1, reason="killed"))
+    rig.feed(ClientGone(request_id=R, reason=""))
+    status = rig.core.status(rig.now_ms)
+    assert status.queued_tokens == 0
+    assert all(not worker.reserved and not worker.dispatches for worker in rig.core.fleet)
+    assert all(worker.num_reserved_blocks == 0 for worker in rig.core.fleet)
+    assert {each.worker_id: each.state for each in status.workers} == {P: "ready", D: "dead"}
+
+
+def test_the_whole_square() -> None:
+    """Every pair of state and event is in the table, or has no effect when from outside and is a bug from inside."""
+    outside = (Token, CommitAsk, RequestFailed, ClientGone, StopRequested)
+    assigned = {RequestState.PREFILLING, RequestState.HANDING_OFF, RequestState.DECODING}
+    for state in RequestState:
+        rows = {event for (of, event) in TABLE if of is state}
+        if state in assigned:
+            assert rows == {*outside, *INTERNAL}
+        elif state is RequestState.ADMITTED:
+            assert rows == {CommitAsk, ClientGone, StopRequested, StageDue, RequestDue}
+        else:
+            assert rows == set()
+
+
+def test_a_missing_row_is_silent_from_outside_and_loud_from_inside() -> None:
+    rig = Rig()
+    rig.feed(Submitted(request=request()))
+    waiting = rig.core._requests[R]
+    failed = RequestFailed(request_id=R, epoch=1, code="x", message="", retryable=True)
+    rig.core._step(waiting, None, failed)
+    assert not rig.ends()
+    with pytest.raises(AssertionError):
+        rig.core._step(waiting, None, AttemptLost("from nowhere"))
