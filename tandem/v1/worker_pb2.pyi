@@ -297,7 +297,7 @@ class WorkerReport(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[RequestFailed, _Mapping]]] = ..., commit_asks: _Optional[_Iterable[_Union[CommitAsk, _Mapping]]] = ..., owner_queries: _Optional[_Iterable[_Union[OwnerQuery, _Mapping]]] = ..., transfers: _Optional[_Iterable[_Union[TransferStats, _Mapping]]] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("worker_id", "role", "control", "endpoint", "pid", "agent_pid", "model", "namespace", "fingerprint", "exact", "dtype", "block_size", "total_blocks", "context_tokens", "block_bytes", "labels")
+    __slots__ = ("worker_id", "role", "control", "endpoint", "pid", "agent_pid", "model", "namespace", "fingerprint", "exact", "dtype", "block_size", "total_blocks", "context_tokens", "block_bytes", "labels", "incarnation")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     CONTROL_FIELD_NUMBER: _ClassVar[int]
@@ -314,6 +314,7 @@ class RegisterRequest(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     control: str
@@ -330,7 +331,8 @@ class RegisterRequest(_message.Message):
     context_tokens: int
     block_bytes: int
     labels: _containers.RepeatedCompositeFieldContainer[Label]
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., control: _Optional[str] = ..., endpoint: _Optional[str] = ..., pid: _Optional[int] = ..., agent_pid: _Optional[int] = ..., model: _Optional[str] = ..., namespace: _Optional[str] = ..., fingerprint: _Optional[str] = ..., exact: _Optional[bool] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., labels: _Optional[_Iterable[_Union[Label, _Mapping]]] = ...) -> None: ...
+    incarnation: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., control: _Optional[str] = ..., endpoint: _Optional[str] = ..., pid: _Optional[int] = ..., agent_pid: _Optional[int] = ..., model: _Optional[str] = ..., namespace: _Optional[str] = ..., fingerprint: _Optional[str] = ..., exact: _Optional[bool] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., total_blocks: _Optional[int] = ..., context_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., labels: _Optional[_Iterable[_Union[Label, _Mapping]]] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class Label(_message.Message):
     __slots__ = ("name", "value")
