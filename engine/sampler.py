@@ -24,7 +24,8 @@ from tandem.request import Sampling
 GREEDY_TEMPERATURE = 1e-5  # below it a row is greedy, as in vLLM: the quotient would leave float32
 LEADING = (64, 1024)  # how many leading tokens top-p looks at before it sorts the vocabulary
 SCALAR_CANDIDATES_MAX = 64  # so few are scored one by one
-MARGIN = 1e-3  # float32 scores are off by 1e-5 at most near the maximum
+SLACK = 1.0001  # float32 exponentials of numbers above -50 are off by a factor of 1 + 1e-5 at most
+MARGIN = 1e-9  # of scores in double precision, whose logarithms may differ in the last bit from the scalar ones
 
 
 class Sampler:
@@ -62,7 +63,7 @@ class Sampler:
         _check(highest, row)
         if sampling.temperature >= GREEDY_TEMPERATURE and highest > -math.inf:
             scaled = (logits - highest) / sampling.temperature  # at most 0, so that exp never overflows
-            token_id = self._draw(scaled, sampling, stream_key(sampling.seed, row.position))
+            token_id = self._draw(scaled, token_id, sampling, stream_key(sampling.seed, row.position))
         if sampling.logprobs is None:
             return Sampled(token_id=token_id)
         logprobs = raw.log_softmax(dim=-1)
@@ -88,16 +89,16 @@ class Sampler:
             _penalise(logits, row)
         return logits
 
-    def _draw(self, scaled: Tensor, sampling: Sampling, key: int) -> int:
+    def _draw(self, scaled: Tensor, likeliest: int, sampling: Sampling, key: int) -> int:
         """Gumbel-max over what top-k, top-p and min-p leave of `scaled` = (logits - maximum) / temperature."""
         kept = self._kept(scaled, sampling)
         if kept is None:
-            kept = self._contenders(scaled, key)
+            kept = self._contenders(scaled, likeliest, key)
         elif len(kept) > SCALAR_CANDIDATES_MAX:
             mask = torch.full_like(scaled, -math.inf)
             ids = torch.tensor([token_id for token_id, _ in kept], device=scaled.device)
             mask[ids] = scaled[ids]
-            kept = self._contenders(mask, key)
+            kept = self._contenders(mask, likeliest, key)
         return min(kept, key=lambda candidate: (-(candidate[1] + gumbel(key, candidate[0])), candidate[0]))[0]
 
     def _kept(self, scaled: Tensor, sampling: Sampling) -> list[tuple[int, float]] | None:
@@ -109,7 +110,7 @@ class Sampler:
         if sampling.min_p > 0.0:
             if leading is None:
                 # A little lower, so that the exact test below decides.
-                ids = torch.nonzero(scaled >= math.log(sampling.min_p) - 1e-5).flatten()
+                ids = _where(scaled >= math.log(sampling.min_p) - 1e-5)
                 leading = list(zip(ids.tolist(), scaled[ids].tolist(), strict=True))
             leading = [(token_id, value) for token_id, value in leading if math.exp(value) >= sampling.min_p]
         return leading
@@ -129,22 +130,26 @@ class Sampler:
         assert leading is not None
         return leading
 
-    def _contenders(self, scaled: Tensor, key: int) -> list[tuple[int, float]]:
-        """(token id, scaled logit) of those that may have the highest score; the rest is surely below.
+    def _contenders(self, scaled: Tensor, likeliest: int, key: int) -> list[tuple[int, float]]:
+        """(token id, scaled logit) of those that may have the highest score; the rest surely has a lower one.
 
-        Computed in float32 over the vocabulary; a handful is left, which the caller scores in double precision.
+        The likeliest token's scaled logit is 0, its score g. Another, scaled z, beats it only if -log(u) <= e^(z - g),
+        and 1 - u is never more than -log(u): that takes one exponential in float32 a token, where its noise would take
+        two logarithms. Whoever passes is scored in double precision by the caller.
         """
-        exponential = -torch.log((self._bits(key, scaled.device) + 0.5) / (1 << UNIFORM_BITS))
-        scores = scaled - torch.log(exponential.float())
-        ids = torch.nonzero(scores >= scores.amax() - MARGIN).flatten()
+        bits = self._bits(key, scaled.device)
+        to_one = ((1 << UNIFORM_BITS) - bits).float() * 2.0**-UNIFORM_BITS
+        ids = _where(to_one <= torch.exp(scaled - gumbel(key, likeliest)) * SLACK + 2.0 ** -(UNIFORM_BITS - 1))
+        if len(ids) > SCALAR_CANDIDATES_MAX:
+            scores = scaled[ids].double() - torch.log(-torch.log((bits[ids] + 0.5) * 2.0**-UNIFORM_BITS))
+            ids = ids[_where(scores >= scores.amax() - MARGIN)]
         return list(zip(ids.tolist(), scaled[ids].tolist(), strict=True))
 
     def _bits(self, key: int, device: torch.device) -> Tensor:
-        """`random_bits` of every token id as doubles, [vocab_size]."""
+        """`random_bits` of every token id, [vocab_size] int64."""
         if device.type == "cpu":
-            return torch.from_numpy(random_bits_numpy(self._id_steps, key).astype(np.float64))
-        steps = torch.from_numpy(self._id_steps.view(np.int64)).to(device)
-        return random_bits_torch(steps, key).double()
+            return torch.from_numpy(random_bits_numpy(self._id_steps, key).view(np.int64))
+        return random_bits_torch(torch.from_numpy(self._id_steps.view(np.int64)).to(device), key)
 
 
 def random_bits_numpy(id_steps: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
@@ -204,12 +209,22 @@ def _argmax(logits: Tensor) -> list[tuple[int, float]]:
     return list(zip(lowest.tolist(), highest.flatten().tolist(), strict=True))
 
 
+def _where(mask: Tensor) -> Tensor:
+    """The ids at which the mask is set, ascending."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))  # several times faster than torch's
+    return torch.nonzero(mask).flatten()
+
+
 def _leading(values: Tensor, num: int) -> list[tuple[int, float]]:
     """(token id, value) of the `num` highest, highest first, lower ids first among equal ones."""
-    last = float(torch.topk(values, num).values[-1])
-    above = torch.nonzero(values > last).flatten()
-    equal = torch.nonzero(values == last).flatten()[: num - len(above)]
-    ids = torch.cat([above, equal])
+    highest, ids = torch.topk(values, min(num + 1, len(values)))
+    if len(ids) > num and highest[num - 1] > highest[num]:
+        ids = ids[:num]
+    else:  # which of the equal ones at the end torch takes is not said anywhere
+        last = float(highest[num - 1])
+        above = _where(values > last)
+        ids = torch.cat([above, _where(values == last)[: num - len(above)]])
     return sorted(zip(ids.tolist(), values[ids].tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
 
 

@@ -237,3 +237,17 @@ def test_everything_masked_yields_a_token_still() -> None:
     sampling = Sampling(temperature=1.0, min_tokens=9, stop_token_ids=tuple(range(VOCAB)))
     (drawn,) = Sampler(vocab_size=VOCAB, eos_token_ids=EOS).sample(torch.zeros(1, VOCAB), [row(sampling)])
     assert drawn.token_id == 0
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 12.0])
+def test_pruning_never_loses_the_winner(spread: float) -> None:
+    vocab = 32_000
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(8)) * spread
+    scaled = (logits[0] - logits.max()).double().numpy()
+    steps = np.arange(1, vocab + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    sampler = Sampler(vocab_size=vocab, eos_token_ids=())
+    for seed in range(60):
+        bits = random_bits_numpy(steps, stream_key(seed, 3)).astype(np.float64)
+        noise = -np.log(-np.log((bits + 0.5) / 2**52))
+        (drawn,) = sampler.sample(logits, [row(Sampling(temperature=1.0, seed=seed))])
+        assert drawn.token_id == int((scaled + noise).argmax())
