@@ -82,10 +82,9 @@ class OpenChannel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelAt:
-    """Target to source: the rendezvous of the channel. A port of 0: none is needed."""
+    """Target to source: the port of the store where both ends meet, at the host of the target's endpoint."""
 
     pair_epoch: int
-    host: str
     port: int
 
 
@@ -193,7 +192,7 @@ _MESSAGES: dict[int, tuple[type[Any], tuple[tuple[str, str], ...]]] = {
     33: (Welcome, (("nonce", _BYTES), ("transport", _TEXT))),
     34: (Denied, (("reason", _TEXT),)),
     35: (OpenChannel, (("pair_epoch", _U64),)),
-    36: (ChannelAt, (("pair_epoch", _U64), ("host", _TEXT), ("port", _U32))),
+    36: (ChannelAt, (("pair_epoch", _U64), ("port", _U32))),
     37: (Announce, (("header", _HEADER), ("checksum", _U64))),
     38: (Go, _FRAME_KEY),
     39: (Ack, (*_FRAME_KEY, ("checksum", _U64))),

@@ -126,3 +126,11 @@ def wait_for(connection: socket.socket, timeout_s: float, *, write: bool = False
     poller = select.poll()
     poller.register(connection, select.POLLOUT if write else select.POLLIN)
     return bool(poller.poll(max(0, int(timeout_s * 1000 + 0.999))))
+
+
+def address_family(host: str) -> socket.AddressFamily:
+    """IPv6 for an IPv6 address, else IPv4."""
+    with suppress(OSError):
+        socket.inet_pton(socket.AF_INET6, host)
+        return socket.AF_INET6
+    return socket.AF_INET

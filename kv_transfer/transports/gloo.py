@@ -13,11 +13,11 @@ import ctypes
 import queue
 import re
 import socket
-from contextlib import suppress
 from datetime import timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol, cast
 
+from kv_transfer.framed_socket import address_family
 from kv_transfer.messages import FrameHeader
 from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, SourceEnd, TargetEnd
 from kv_transfer.transports.memory import CopyAndHash, MappedPool, bytes_at, frame_checksum, hash_at
@@ -45,7 +45,7 @@ def host_store(host: str, *, timeout_s: float) -> tuple[Store, int]:
     """A store that listens on `host` alone, and its port. One serves all channels that end at this agent."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    listener = socket.create_server((host, 0), family=_family(host))
+    listener = socket.create_server((host, 0), family=address_family(host))
     port = listener.getsockname()[1]
     try:
         store = TCPStore(
@@ -85,6 +85,11 @@ def make_group(store: Store, prefix: str, rank: int, *, host: str, timeout_s: fl
         return cast(_Group, ProcessGroupGloo(PrefixStore(prefix, store), rank, 2, options))
     except RuntimeError as error:
         raise ChannelLost(f"the pair {prefix} was not joined: {_first_line(error)}") from None
+
+
+def pair_name(source_agent: int, pair_epoch: int) -> str:
+    """The rendezvous of one pair at the target's store: never used twice, so that no stale address is found there."""
+    return f"{source_agent:016x}/{pair_epoch}"
 
 
 class GlooSource(SourceEnd):
@@ -248,13 +253,6 @@ def _staging(num_bytes: int) -> torch.Tensor:
     import torch
 
     return torch.empty(num_bytes, dtype=torch.uint8)
-
-
-def _family(host: str) -> int:
-    with suppress(OSError):
-        socket.inet_pton(socket.AF_INET6, host)
-        return socket.AF_INET6
-    return socket.AF_INET
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,175 @@
+"""The transfer agent: a process beside each worker that moves its KV blocks, so that a hung transfer hangs no engine.
+
+Started by its worker as `python -m kv_transfer.agent`; it dies with it. It has no policy: the worker says which frames
+leave and which may land, the agent says what became of them. One thread reads the worker's commands, one writes
+events, one accepts peers, and each link to or from a peer has its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+
+from kv_transfer.agent_context import AgentContext
+from kv_transfer.agent_incoming import IncomingLink
+from kv_transfer.agent_outgoing import OutgoingLink
+from kv_transfer.agent_settings import TransportChoice, from_arguments
+from kv_transfer.agent_store import GlooStore
+from kv_transfer.agent_wire import AgentReady
+from kv_transfer.endpoint import Endpoint, format_endpoint, parse_endpoint
+from kv_transfer.framed_socket import FramedSocket, LinkLost, address_family
+from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame
+
+logger = logging.getLogger(__name__)
+
+MAX_OUTGOING_LINKS = 256
+MAX_INCOMING_LINKS = 512
+EVENT_TIMEOUT_S = 60.0  # a worker that takes no event for so long is stuck
+PR_SET_PDEATHSIG = 1
+
+
+class Agent:
+    """Listens, obeys its worker's commands, and routes frames to links."""
+
+    def __init__(self, context: AgentContext, control: FramedSocket) -> None:
+        self._context = context
+        self._control = control
+        self._links: dict[int, OutgoingLink] = {}
+        self._incoming: list[IncomingLink] = []
+        settings = context.settings
+        self._store = GlooStore(settings.reachable_host, timeout_s=settings.group_timeout_ms / 1000)
+        self._tcp = socket.create_server((settings.bind_host, 0), family=address_family(settings.bind_host), backlog=64)
+        self._local_name = f"tandem-agent-{context.incarnation:016x}"
+        self._local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._local.bind("\0" + self._local_name)
+        self._local.listen(64)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where peers reach it."""
+        return Endpoint(
+            host=self._context.settings.reachable_host,
+            port=self._tcp.getsockname()[1],
+            uds=self._local_name,
+            incarnation=self._context.incarnation,
+            token=self._context.token.hex(),
+        )
+
+    def run(self) -> None:
+        """Until the worker closes the control socket."""
+        for target, name in ((self._accept, "accept"), (self._tell, "tell")):
+            threading.Thread(target=target, name=name, daemon=True).start()
+        if self._context.settings.transport is TransportChoice.GLOO:
+            threading.Thread(target=self._store.open, name="torch", daemon=True).start()
+        self._control.send(AgentReady(endpoint=format_endpoint(self.endpoint), pid=os.getpid()))
+        while True:
+            command = self._control.receive(timeout_s=3600)
+            if isinstance(command, SendFrame):
+                self._send_frame(command)
+            elif isinstance(command, ExpectFrames):
+                self._expect(command)
+            elif isinstance(command, EndTransfer):
+                self._context.end(command)
+            elif command is not None:
+                raise LinkLost(f"an unexpected {type(command).__name__}")
+
+    # ---- commands ----
+
+    def _send_frame(self, command: SendFrame) -> None:
+        header = command.header
+        try:
+            peer = parse_endpoint(command.endpoint)
+        except ValueError as error:
+            self._context.refused(header, str(error))
+            return
+        link = self._links.get(peer.incarnation)
+        if link is None:
+            self._make_room()
+            link = self._links[peer.incarnation] = OutgoingLink(self._context, peer)
+            link.start()
+        if not link.submit(header):
+            self._context.refused(header, "the queue to the peer's agent is full")
+
+    def _expect(self, command: ExpectFrames) -> None:
+        try:
+            source = parse_endpoint(command.endpoint)
+        except ValueError as error:
+            self._context.link_failed({(command.transfer_id, command.epoch)}, str(error))
+            return
+        self._context.expect(command, source)
+
+    def _make_room(self) -> None:
+        """Closes the link that was idle for longest when there are too many."""
+        if len(self._links) < MAX_OUTGOING_LINKS:
+            return
+        idle = sorted((link.used_s, key) for key, link in self._links.items() if link.is_idle)
+        for _, key in idle[:1]:
+            self._links.pop(key).close()
+
+    # ---- the other threads ----
+
+    def _accept(self) -> None:
+        poller = select.poll()
+        listeners = {listener.fileno(): listener for listener in (self._tcp, self._local)}
+        for listener in listeners.values():
+            listener.setblocking(False)
+            poller.register(listener, select.POLLIN)
+        while True:
+            for fd, _ in poller.poll():
+                try:
+                    connection, _ = listeners[fd].accept()
+                except OSError as error:  # gone again, or no descriptor is free
+                    logger.warning("a peer was not accepted: %s", error)
+                    time.sleep(0.01)
+                    continue
+                self._welcome(connection)
+
+    def _welcome(self, connection: socket.socket) -> None:
+        self._incoming = [link for link in self._incoming if link.is_alive()]
+        if len(self._incoming) >= MAX_INCOMING_LINKS:
+            connection.close()
+            return
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        link = IncomingLink(self._context, connection, self._store)
+        self._incoming.append(link)
+        link.start()
+
+    def _tell(self) -> None:
+        while True:
+            event = self._context.events.get()
+            try:
+                self._control.send(event)
+            except LinkLost:
+                os._exit(0)  # the worker is gone, or stuck: either way this agent is of no use
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one agent until its worker goes. No clean-up is needed: what it holds is gone with the process."""
+    start = from_arguments(arguments)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != start.parent_pid:
+        return 1  # the worker died before the line above
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is for the worker; this process goes with it
+    logging.basicConfig(level=logging.WARNING, format=f"agent {os.getpid()} %(levelname)s %(message)s")
+    control = FramedSocket(socket.socket(fileno=start.control_fd), send_timeout_s=EVENT_TIMEOUT_S)
+    try:
+        Agent(AgentContext(start), control).run()
+    except LinkLost as error:
+        logger.info("the worker is gone: %s", error)
+    except (OSError, ValueError) as error:
+        print(f"kv_transfer.agent: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    # Not through the interpreter's own end: torch's threads may be in the middle of something.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

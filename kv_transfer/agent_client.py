@@ -1,0 +1,286 @@
+"""A worker's side of its transfer agent: starts it, talks with it, and starts another when it dies."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from kv_transfer.agent_settings import AgentSettings, AgentStart, to_arguments
+from kv_transfer.agent_wire import AgentReady
+from kv_transfer.framed_socket import FramedSocket, LinkLost
+from kv_transfer.messages import (
+    AgentCommand,
+    AgentEvent,
+    EndTransfer,
+    FrameAcked,
+    FrameFailed,
+    FrameLanded,
+    SendFrame,
+    TransferQuiet,
+)
+from tandem.errors import Unavailable
+from tandem.request import TransferId
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 30.0  # a loaded machine starts a Python slowly
+STOP_TIMEOUT_S = 5.0
+MAX_COMMANDS = 1 << 16  # not yet taken by the agent: with more it is stuck, and is killed
+MAX_RESTARTS = 5
+RESTART_WINDOW_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentInfo:
+    """The agent that runs now: what peers are told, and its process."""
+
+    endpoint: str
+    pid: int
+
+
+class AgentClient:
+    """One worker's agent over all its lives.
+
+    `on_event` is called on threads of this object, one call at a time, and must not block. When an agent dies, every
+    transfer that it knew gets FrameFailed(sequence=None) and, once its process is reaped, TransferQuiet; then a new
+    agent is started and told by `on_restart`. After MAX_RESTARTS deaths within a minute none is started any more, and
+    `on_restart` gets None.
+    """
+
+    def __init__(
+        self,
+        *,
+        pool_fd: int,
+        num_blocks: int,
+        block_bytes: int,
+        layout_digest: bytes,
+        settings: AgentSettings,
+        on_event: Callable[[AgentEvent], None],
+        on_restart: Callable[[AgentInfo | None], None],
+    ) -> None:
+        self._pool_fd = pool_fd
+        self._num_blocks = num_blocks
+        self._block_bytes = block_bytes
+        self._layout_digest = layout_digest
+        self._settings = settings
+        self._on_event = on_event
+        self._on_restart = on_restart
+        self._telling = threading.Lock()  # one event at a time
+        self._changed = threading.Condition()  # guards what follows
+        self._commands: deque[AgentCommand] = deque()
+        self._known: set[tuple[TransferId, int]] = set()
+        self._sock: FramedSocket | None = None  # None: no agent runs
+        self._process: subprocess.Popen[bytes] | None = None
+        self._info: AgentInfo | None = None
+        self._error: Exception | None = None
+        self._closing = False
+        self._reader = threading.Thread(target=self._run, name="agent-reader", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="agent-writer", daemon=True)
+
+    # ---- for the worker ----
+
+    def start(self) -> AgentInfo:
+        """Starts the first agent. Raises Unavailable when it does not get ready in time, with its reason."""
+        self._reader.start()
+        self._writer.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._info is not None or self._error is not None, START_TIMEOUT_S + 1)
+            info, error = self._info, self._error
+        if info is None:
+            self.close()
+            raise Unavailable(f"the transfer agent did not start: {error or 'no answer'}")
+        return info
+
+    @property
+    def info(self) -> AgentInfo | None:
+        """The agent that runs now, or None between two."""
+        with self._changed:
+            return self._info
+
+    def send(self, command: AgentCommand) -> None:
+        """Queues a command; never blocks. Every command is answered by events, also when no agent runs."""
+        with self._changed:
+            self._commands.append(command)
+            if len(self._commands) > MAX_COMMANDS and self._process is not None:
+                logger.error("the transfer agent takes no commands: it is killed")
+                self._process.kill()
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Ends the agent and the threads, bounded. Events of what was under way still come, the last is quiet."""
+        with self._changed:
+            self._closing = True
+            sock = self._sock
+            self._changed.notify_all()
+        if sock is not None:
+            sock.hang_up()
+        for thread in (self._reader, self._writer):
+            if thread.is_alive():
+                thread.join(STOP_TIMEOUT_S * 2)
+
+    # ---- the reader: one agent after another. It starts them too: an agent dies with the thread that started it ----
+
+    def _run(self) -> None:
+        deaths: deque[float] = deque(maxlen=MAX_RESTARTS)
+        first = True
+        while not self._closing:
+            try:
+                info = self._spawn()
+            except (OSError, LinkLost) as error:
+                logger.error("the transfer agent did not start: %s", error)
+                self._reap()
+                info = None
+                if first:
+                    self._fail_start(error)
+                    return
+            if info is not None:
+                if not first:
+                    self._on_restart(info)
+                self._read()
+                self._bury()
+            first = False
+            now_s = time.monotonic()
+            if len(deaths) == MAX_RESTARTS and now_s - deaths[0] < RESTART_WINDOW_S:
+                logger.error("the transfer agent died %d times within %g s", MAX_RESTARTS + 1, now_s - deaths[0])
+                if not self._closing:
+                    self._on_restart(None)
+                return
+            deaths.append(now_s)
+
+    def _spawn(self) -> AgentInfo:
+        own, theirs = socket.socketpair()
+        start = AgentStart(
+            pool_fd=self._pool_fd,
+            control_fd=theirs.fileno(),
+            parent_pid=os.getpid(),
+            num_blocks=self._num_blocks,
+            block_bytes=self._block_bytes,
+            layout_digest=self._layout_digest,
+            settings=self._settings,
+        )
+        with theirs:
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "kv_transfer.agent", *to_arguments(start)],
+                    pass_fds=(self._pool_fd, theirs.fileno()),
+                    stdin=subprocess.DEVNULL,
+                )
+            except OSError:
+                own.close()
+                raise
+        sock = FramedSocket(own, send_timeout_s=START_TIMEOUT_S)
+        with self._changed:
+            self._process = process
+            self._sock = sock
+        ready = sock.receive(START_TIMEOUT_S)
+        if not isinstance(ready, AgentReady):
+            raise LinkLost(f"not ready within {START_TIMEOUT_S:g} s")
+        info = AgentInfo(endpoint=ready.endpoint, pid=ready.pid)
+        with self._changed:
+            self._info = info
+            self._changed.notify_all()
+        return info
+
+    def _fail_start(self, error: Exception) -> None:
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+
+    def _read(self) -> None:
+        sock = self._sock
+        assert sock is not None
+        while True:
+            try:
+                event = sock.receive(timeout_s=3600)
+            except LinkLost:
+                return
+            if event is None:
+                continue
+            if not isinstance(event, (FrameLanded, FrameAcked, FrameFailed, TransferQuiet)):
+                logger.error("the transfer agent sent an unexpected %s", type(event).__name__)
+                return
+            if isinstance(event, TransferQuiet):
+                with self._changed:
+                    self._known.discard((event.transfer_id, event.epoch))
+            self._tell(event)
+
+    def _bury(self) -> None:
+        """Reaps an agent that died, then ends all that it knew."""
+        with self._changed:
+            self._info = None
+        self._reap()
+        with self._changed:
+            known = sorted(self._known)
+            self._known.clear()
+        for transfer_id, epoch in known:
+            self._tell(
+                FrameFailed(transfer_id=transfer_id, epoch=epoch, sequence=None, reason="the transfer agent died")
+            )
+            self._tell(TransferQuiet(transfer_id=transfer_id, epoch=epoch))
+
+    def _reap(self) -> None:
+        with self._changed:
+            process, sock = self._process, self._sock
+            self._process, self._sock, self._info = None, None, None
+        if sock is not None:
+            sock.close()
+        if process is None:
+            return
+        if self._closing:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_TIMEOUT_S)  # it ends by itself when the socket closes
+        process.kill()
+        process.wait()
+
+    # ---- the writer ----
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._commands or self._closing)
+                if not self._commands:
+                    return
+                command = self._commands.popleft()
+                sock = self._sock if self._info is not None else None
+                key = _key(command)
+                if sock is not None:
+                    self._known.add(key)
+            if sock is None:
+                self._answer_for_nobody(command)
+                continue
+            try:
+                sock.send(command)
+            except LinkLost:
+                sock.hang_up()  # it hangs: the reader buries it, and so ends this command's transfer too
+
+    def _answer_for_nobody(self, command: AgentCommand) -> None:
+        transfer_id, epoch = _key(command)
+        if isinstance(command, EndTransfer):
+            self._tell(TransferQuiet(transfer_id=transfer_id, epoch=epoch))
+            return
+        sequence = command.header.sequence if isinstance(command, SendFrame) else None
+        self._tell(
+            FrameFailed(transfer_id=transfer_id, epoch=epoch, sequence=sequence, reason="no transfer agent runs")
+        )
+
+    def _tell(self, event: AgentEvent) -> None:
+        with self._telling:
+            try:
+                self._on_event(event)
+            except Exception:  # the worker's own mistake must not end the thread that reaps its agent
+                logger.exception("on_event(%s)", type(event).__name__)
+
+
+def _key(command: AgentCommand) -> tuple[TransferId, int]:
+    if isinstance(command, SendFrame):
+        return command.header.transfer_id, command.header.epoch
+    return command.transfer_id, command.epoch

@@ -1,0 +1,117 @@
+"""How the source's agent reaches a peer: over the local socket where there is one, else TCP; hello; then a channel."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from contextlib import suppress
+from dataclasses import dataclass
+
+from kv_transfer.agent_context import AgentContext
+from kv_transfer.agent_settings import TransportChoice
+from kv_transfer.agent_wire import MAGIC, PROTOCOL_VERSION, ChannelAt, Denied, Hello, OpenChannel, Welcome
+from kv_transfer.endpoint import Endpoint
+from kv_transfer.framed_socket import FramedSocket, LinkLost
+from kv_transfer.transports.channel import ChannelLost, SourceEnd
+from kv_transfer.transports.pull import PullSource
+
+IMPORT_ALLOWANCE_S = 30.0  # the peer may have to import torch first
+
+
+class PeerRefused(Exception):
+    """The peer answered, and does not take the link: trying again is of no use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """A link that was welcomed, and the end of the channel that goes with it."""
+
+    sock: FramedSocket
+    channel: SourceEnd
+
+
+def connect(context: AgentContext, peer: Endpoint, *, pair_epoch: int) -> Connection:
+    """Opens a link and a channel to the peer, bounded. Raises LinkLost, ChannelLost and PeerRefused."""
+    sock = FramedSocket(_open(context, peer), send_timeout_s=context.operation_timeout_s)
+    try:
+        transport = _greet(context, peer, sock)
+        if transport == TransportChoice.SHM:
+            return Connection(sock=sock, channel=PullSource(context.pool))
+        return Connection(sock=sock, channel=_open_gloo(context, peer, sock, pair_epoch))
+    except BaseException:
+        sock.close()
+        raise
+
+
+def own_user(connection: socket.socket) -> bool:
+    """Whether the other end of a local socket runs under our user."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", raw)
+    return bool(uid == os.getuid())
+
+
+def _open(context: AgentContext, peer: Endpoint) -> socket.socket:
+    if context.settings.transport is not TransportChoice.GLOO and peer.uds:
+        local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with suppress(OSError):  # another host, or the peer is gone: TCP will tell
+            local.settimeout(context.connect_timeout_s)
+            local.connect("\0" + peer.uds)
+            if own_user(local):  # our pool's descriptor goes to no one else
+                return local
+        local.close()
+    if context.settings.transport is TransportChoice.SHM:
+        raise LinkLost(f"no local socket of the peer at {peer.uds!r}, and the transport is shm")
+    try:
+        remote = socket.create_connection((peer.host, peer.port), timeout=context.connect_timeout_s)
+    except OSError as error:
+        raise LinkLost(f"{peer.host}:{peer.port} cannot be reached: {error}") from None
+    remote.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return remote
+
+
+def _greet(context: AgentContext, peer: Endpoint, sock: FramedSocket) -> TransportChoice:
+    local = sock.connection.family == socket.AF_UNIX
+    hello = Hello(
+        magic=MAGIC,
+        version=PROTOCOL_VERSION,
+        layout_digest=context.start.layout_digest,
+        source_agent=context.incarnation,
+        target_agent=peer.incarnation,
+        token=bytes.fromhex(peer.token),
+        transport=context.settings.transport.value,
+        block_bytes=context.start.block_bytes,
+        num_blocks=context.start.num_blocks,
+    )
+    sock.send(hello, (context.readable_pool_fd, context.nonce_fd) if local else ())
+    answer = sock.receive(context.connect_timeout_s)
+    if isinstance(answer, Denied):
+        raise PeerRefused(f"refused by the peer's agent: {answer.reason}")
+    if not isinstance(answer, Welcome):
+        raise LinkLost(f"no welcome within {context.connect_timeout_s:g} s")
+    if answer.transport == TransportChoice.SHM:
+        if answer.nonce != context.nonce:
+            raise PeerRefused("the peer's agent does not share memory with this one")
+        return TransportChoice.SHM
+    return TransportChoice.GLOO
+
+
+def _open_gloo(context: AgentContext, peer: Endpoint, sock: FramedSocket, pair_epoch: int) -> SourceEnd:
+    from kv_transfer.transports import gloo
+
+    sock.send(OpenChannel(pair_epoch=pair_epoch))
+    answer = sock.receive(IMPORT_ALLOWANCE_S)
+    if not isinstance(answer, ChannelAt) or answer.pair_epoch != pair_epoch:
+        raise ChannelLost("the peer's agent does not say where to meet for gloo")
+    timeout_s = context.settings.group_timeout_ms / 1000
+    store = gloo.join_store(peer.host, answer.port, timeout_s=timeout_s)
+    group = gloo.make_group(
+        store,
+        gloo.pair_name(context.incarnation, pair_epoch),
+        gloo.SOURCE_RANK,
+        host=context.settings.reachable_host,
+        timeout_s=timeout_s,
+    )
+    return gloo.GlooSource(
+        group, context.pool, copy_and_hash=context.copy_and_hash, timeout_s=context.operation_timeout_s
+    )

@@ -1,0 +1,253 @@
+"""The link from one peer that frames arrive over: one thread for its words, and with gloo one for the bytes."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import queue
+import socket
+import threading
+
+from kv_transfer.agent_attempts import Verdict
+from kv_transfer.agent_connect import own_user
+from kv_transfer.agent_context import AgentContext
+from kv_transfer.agent_settings import TransportChoice
+from kv_transfer.agent_store import GlooStore
+from kv_transfer.agent_wire import (
+    MAGIC,
+    PROTOCOL_VERSION,
+    Ack,
+    Announce,
+    ChannelAt,
+    Denied,
+    Go,
+    Hello,
+    Nack,
+    OpenChannel,
+    Ping,
+    Welcome,
+)
+from kv_transfer.framed_socket import FramedSocket, LinkLost
+from kv_transfer.messages import FrameHeader
+from kv_transfer.transports import shm
+from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, TargetEnd
+
+logger = logging.getLogger(__name__)
+
+SILENT_PINGS = 3  # a source that has not been heard of for so many keep-alives is gone
+
+
+class IncomingLink(threading.Thread):
+    """Made for one accepted connection; ends with it."""
+
+    def __init__(self, context: AgentContext, connection: socket.socket, store: GlooStore) -> None:
+        super().__init__(name="from-peer", daemon=True)
+        self._context = context
+        self._store = store
+        self._sock = FramedSocket(connection, send_timeout_s=context.operation_timeout_s)
+        self._source_agent = 0
+        self._channel: TargetEnd | None = None
+        self._arriving: queue.SimpleQueue[tuple[FrameHeader, int] | None] = queue.SimpleQueue()
+        self._taker: threading.Thread | None = None
+
+    def run(self) -> None:
+        """Until the source closes the link, is silent for too long, or breaks the rules."""
+        try:
+            if self._greet():
+                self._listen()
+        except (LinkLost, ChannelLost) as error:
+            logger.info("the link from agent %x ended: %s", self._source_agent, error)
+        except Exception:  # our own mistake: the link ends, so that the source fails its frames, and the agent lives
+            logger.exception("the link from agent %x", self._source_agent)
+        finally:
+            self._sock.hang_up()
+            if self._taker is not None:
+                self._arriving.put(None)
+                self._taker.join()
+            if self._channel is not None:
+                self._channel.close()
+            self._sock.close()
+
+    def hang_up(self) -> None:
+        """Asks the thread to end."""
+        self._sock.hang_up()
+
+    # ---- hello ----
+
+    def _greet(self) -> bool:
+        hello = self._sock.receive(self._context.connect_timeout_s)
+        if not isinstance(hello, Hello):
+            raise LinkLost("no hello")
+        reason = self._objection(hello)
+        if reason is not None:
+            self._sock.send(Denied(reason=reason))
+            return False
+        self._source_agent = hello.source_agent
+        nonce = self._try_shared_memory(hello)
+        if nonce is not None:
+            self._sock.send(Welcome(nonce=nonce, transport=TransportChoice.SHM.value))
+            return True
+        if TransportChoice.SHM in (hello.transport, self._context.settings.transport):
+            self._sock.send(Denied(reason="transport: is shm, and no memory is shared"))
+            return False
+        self._sock.send(Welcome(nonce=b"", transport=TransportChoice.GLOO.value))
+        return True
+
+    def _objection(self, hello: Hello) -> str | None:
+        own = self._context
+        if hello.magic != MAGIC:
+            return "magic: is not that of a transfer agent"
+        if hello.version != PROTOCOL_VERSION:
+            return f"version: is {hello.version}, must be {PROTOCOL_VERSION}"
+        if hello.target_agent != own.incarnation:
+            return f"target_agent: is {hello.target_agent}, this one is {own.incarnation}"
+        if not hmac.compare_digest(hello.token, own.token):
+            return "token: is not the one of this agent's endpoint"
+        if hello.layout_digest != own.start.layout_digest or hello.block_bytes != own.start.block_bytes:
+            return "layout_digest: the blocks of the two workers are not alike"
+        local = self._sock.connection.family == socket.AF_UNIX
+        if local and not own_user(self._sock.connection):
+            return "user: is another one than that of this agent"
+        return None
+
+    def _try_shared_memory(self, hello: Hello) -> bytes | None:
+        """Maps the source's pool when its descriptors came. The nonce read from its memory, or None."""
+        if TransportChoice.GLOO in (hello.transport, self._context.settings.transport):
+            return None
+        if len(self._sock.descriptors) < 2:
+            return None
+        pool_fd, nonce_fd = self._sock.descriptors[:2]
+        del self._sock.descriptors[:2]
+        try:
+            self._channel = shm.open_target(
+                pool_fd,
+                source_num_blocks=hello.num_blocks,
+                target=self._context.pool,
+                copy_and_hash=self._context.copy_and_hash,
+                corrupt_every=self._context.settings.corrupt_every,
+            )
+            return shm.read_nonce(nonce_fd)
+        except (OSError, ValueError) as error:
+            logger.warning("the pool of agent %x cannot be mapped: %s", hello.source_agent, error)
+            return None
+        finally:
+            os.close(pool_fd)
+            os.close(nonce_fd)
+
+    # ---- frames ----
+
+    def _listen(self) -> None:
+        silence_s = self._context.settings.keepalive_ms / 1000 * SILENT_PINGS
+        while True:
+            message = self._sock.receive(silence_s)
+            if message is None:
+                raise LinkLost(f"silent for {silence_s:g} s")
+            if isinstance(message, Announce):
+                self._announced(message)
+            elif isinstance(message, OpenChannel) and self._channel is None:
+                self._open_gloo(message)
+            elif isinstance(message, Ping):
+                self._sock.send(Ping(number=message.number, answer=True))
+            else:
+                raise LinkLost(f"an unexpected {type(message).__name__}")
+
+    def _announced(self, message: Announce) -> None:
+        header, checksum = message.header, message.checksum
+        if self._channel is None:
+            raise LinkLost("a frame before its channel")
+        answer = self._context.take(header, checksum, source_agent=self._source_agent)
+        if answer.verdict is Verdict.AGAIN:
+            self._ack(header, checksum)
+        elif answer.verdict is not Verdict.TAKE:
+            self._nack(header, answer.reason)
+        elif self._taker is None:
+            self._take(header, checksum)
+        else:
+            self._post(header, checksum)
+
+    def _post(self, header: FrameHeader, checksum: int) -> None:
+        assert self._channel is not None
+        try:
+            self._channel.post(header)
+        except ValueError as error:
+            self._context.dropped(header)
+            self._nack(header, str(error))
+            return
+        except BaseException:
+            self._context.dropped(header)
+            raise
+        self._arriving.put((header, checksum))
+        self._sock.send(
+            Go(transfer_id=header.transfer_id, epoch=header.epoch, sequence=header.sequence),
+        )
+
+    def _take(self, header: FrameHeader, checksum: int) -> None:
+        """Has a frame that was allowed in its blocks, checked and told; or dropped and told."""
+        assert self._channel is not None
+        try:
+            self._channel.take(header, checksum)
+        except (FrameCorrupt, ValueError) as error:
+            self._context.dropped(header)
+            self._nack(header, str(error))
+            return
+        except BaseException:
+            self._context.dropped(header)
+            raise
+        if self._context.landed(header, checksum):
+            self._ack(header, checksum)
+        else:
+            self._nack(header, "not granted: the attempt ended while the frame arrived")
+
+    def _ack(self, header: FrameHeader, checksum: int) -> None:
+        self._sock.send(
+            Ack(transfer_id=header.transfer_id, epoch=header.epoch, sequence=header.sequence, checksum=checksum)
+        )
+
+    def _nack(self, header: FrameHeader, reason: str) -> None:
+        self._sock.send(
+            Nack(transfer_id=header.transfer_id, epoch=header.epoch, sequence=header.sequence, reason=reason)
+        )
+
+    # ---- gloo ----
+
+    def _open_gloo(self, message: OpenChannel) -> None:
+        from kv_transfer.transports import gloo
+
+        own = self._context
+        timeout_s = own.settings.group_timeout_ms / 1000
+        store, port = self._store.open()
+        self._sock.send(ChannelAt(pair_epoch=message.pair_epoch, port=port))
+        group = gloo.make_group(
+            store,
+            gloo.pair_name(self._source_agent, message.pair_epoch),
+            gloo.TARGET_RANK,
+            host=own.settings.reachable_host,
+            timeout_s=timeout_s,
+        )
+        self._channel = gloo.GlooTarget(
+            group, own.pool, timeout_s=own.operation_timeout_s, corrupt_every=own.settings.corrupt_every
+        )
+        self._taker = threading.Thread(target=self._take_all, name="taker", daemon=True)
+        self._taker.start()
+
+    def _take_all(self) -> None:
+        """Takes what was posted, in order, until the link ends. After a loss the rest is dropped without waiting."""
+        broken = False
+        while True:
+            frame = self._arriving.get()
+            if frame is None:
+                return
+            if broken:
+                self._context.dropped(frame[0])
+                continue
+            try:
+                self._take(*frame)
+            except (LinkLost, ChannelLost) as error:
+                logger.info("the channel from agent %x broke: %s", self._source_agent, error)
+                broken = True
+            except Exception:
+                logger.exception("the channel from agent %x", self._source_agent)
+                broken = True
+            if broken:
+                self._sock.hang_up()

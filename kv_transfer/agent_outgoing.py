@@ -1,0 +1,221 @@
+"""The link to one peer that frames leave over: one thread, one channel, a window of announced frames.
+
+A link that breaks or hangs is dropped with its channel and made anew once, under the next pair epoch; what was
+announced and not answered is announced again. When that fails too, every frame for the peer fails.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+
+from kv_transfer.agent_connect import Connection, PeerRefused, connect
+from kv_transfer.agent_context import AgentContext
+from kv_transfer.agent_wire import Ack, Announce, Go, Nack, Ping
+from kv_transfer.endpoint import Endpoint
+from kv_transfer.framed_socket import LinkLost
+from kv_transfer.messages import FrameHeader
+from kv_transfer.transports.channel import ChannelLost
+from tandem.request import TransferId
+
+logger = logging.getLogger(__name__)
+
+MAX_QUEUED_FRAMES = 8192
+MAX_LOSSES = 2  # in a row, without an answer in between
+
+FrameKey = tuple[TransferId, int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Announced:
+    header: FrameHeader
+    checksum: int
+    deadline_s: float
+
+
+class OutgoingLink(threading.Thread):
+    """Made for one endpoint; connects when the first frame is there."""
+
+    def __init__(self, context: AgentContext, peer: Endpoint) -> None:
+        super().__init__(name=f"to-{peer.incarnation:x}", daemon=True)
+        self._context = context
+        self._peer = peer
+        self._queue: deque[FrameHeader] = deque()
+        self._announced: OrderedDict[FrameKey, _Announced] = OrderedDict()
+        self._connection: Connection | None = None
+        self._pair_epoch = 0
+        self._losses = 0
+        self._heard_s = 0.0
+        self._pinged_s: float | None = None
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._closing = False
+        self.used_s = time.monotonic()
+
+    # ---- from other threads ----
+
+    def submit(self, header: FrameHeader) -> bool:
+        """Queues a frame. False: the queue is full."""
+        if len(self._queue) >= MAX_QUEUED_FRAMES:
+            return False
+        self.used_s = time.monotonic()
+        self._queue.append(header)
+        os.eventfd_write(self._wake, 1)
+        return True
+
+    def close(self) -> None:
+        """Asks the thread to end; frames not yet answered fail."""
+        self._closing = True
+        os.eventfd_write(self._wake, 1)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is queued or under way."""
+        return not self._queue and not self._announced
+
+    # ---- the thread ----
+
+    def run(self) -> None:
+        """Until closed."""
+        while not self._closing:
+            try:
+                if self._queue and self._connection is None:
+                    self._connect()
+                self._announce()
+                self._wait()
+                self._read()
+                self._check_time()
+            except PeerRefused as error:
+                self._give_up(str(error))
+            except (LinkLost, ChannelLost) as error:
+                self._lost(str(error))
+            except Exception as error:  # our own mistake, or the system's: the frames fail, the agent lives
+                logger.exception("the link to %s:%d", self._peer.host, self._peer.port)
+                self._give_up(f"{type(error).__name__}: {error}")
+        self._give_up("the link was closed")
+        os.close(self._wake)
+
+    def _connect(self) -> None:
+        self._pair_epoch += 1
+        self._connection = connect(self._context, self._peer, pair_epoch=self._pair_epoch)
+        self._heard_s = time.monotonic()
+        self._pinged_s = None
+
+    def _announce(self) -> None:
+        """Fills the window."""
+        connection = self._connection
+        while connection and self._queue and len(self._announced) < self._context.settings.window_frames:
+            header = self._queue.popleft()
+            if not self._context.begin_sending(header):
+                continue  # the attempt has ended meanwhile
+            key = (header.transfer_id, header.epoch, header.sequence)
+            if key in self._announced:
+                self._context.set_back(header)  # the answer to the first one answers both
+                continue
+            try:
+                checksum = connection.channel.prepare(header)
+            except ValueError as error:
+                self._context.failed(header, str(error))
+                continue
+            deadline_s = time.monotonic() + self._context.operation_timeout_s
+            self._announced[key] = _Announced(header=header, checksum=checksum, deadline_s=deadline_s)
+            connection.sock.send(Announce(header=header, checksum=checksum))
+
+    def _wait(self) -> None:
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
+        if self._connection is not None:
+            poller.register(self._connection.sock, select.POLLIN)
+        due_s = [frame.deadline_s for frame in self._announced.values()]
+        if self._connection is not None:
+            due_s.append(self._next_ping_s())
+        timeout_ms = max(0, int((min(due_s) - time.monotonic()) * 1000) + 1) if due_s else None
+        for fd, _ in poller.poll(timeout_ms):
+            if fd == self._wake:
+                os.eventfd_read(self._wake)
+
+    def _read(self) -> None:
+        while self._connection is not None:
+            message = self._connection.sock.receive(0)
+            if message is None:
+                return
+            self._heard_s, self._pinged_s = time.monotonic(), None
+            if isinstance(message, Go):
+                frame = self._announced.get((message.transfer_id, message.epoch, message.sequence))
+                if frame is not None:
+                    self._connection.channel.push(frame.header)
+            elif isinstance(message, (Ack, Nack)):
+                self._answered(message)
+            elif not isinstance(message, Ping):
+                raise LinkLost(f"an unexpected {type(message).__name__}")
+
+    def _answered(self, message: Ack | Nack) -> None:
+        assert self._connection is not None
+        key = (message.transfer_id, message.epoch, message.sequence)
+        frame = self._announced.get(key)
+        if frame is None:
+            return  # late: the frame was answered before
+        self._connection.channel.finish(frame.header)
+        del self._announced[key]
+        self._losses = 0
+        if isinstance(message, Nack):
+            self._context.failed(frame.header, message.reason)
+        elif message.checksum != frame.checksum:
+            self._context.failed(frame.header, f"checksum {message.checksum:016x} was acknowledged")
+        else:
+            self._context.acked(frame.header, frame.checksum)
+
+    def _next_ping_s(self) -> float:
+        """When to ping next, or, after a ping, when to have heard of it."""
+        if self._pinged_s is not None:
+            return self._pinged_s + self._context.operation_timeout_s
+        return self._heard_s + self._context.settings.keepalive_ms / 1000
+
+    def _check_time(self) -> None:
+        now_s = time.monotonic()
+        if self._announced:
+            first = next(iter(self._announced.values()))
+            if now_s >= first.deadline_s:
+                raise LinkLost(f"no answer to a frame within {self._context.operation_timeout_s:g} s")
+        if self._connection is not None and now_s >= self._next_ping_s():
+            if self._pinged_s is not None:
+                raise LinkLost(f"no answer to a ping within {self._context.operation_timeout_s:g} s")
+            self._connection.sock.send(Ping(number=self._pair_epoch, answer=False))
+            self._pinged_s = now_s
+
+    # ---- losses ----
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.channel.close()
+            self._connection.sock.close()
+            self._connection = None
+
+    def _lost(self, reason: str) -> None:
+        """Drops the link; frames that were announced go back to the head of the queue, to be sent once more."""
+        self._losses += 1
+        if self._losses >= MAX_LOSSES:
+            self._give_up(reason)
+            return
+        self._hang_up()
+        for frame in reversed(self._announced.values()):
+            self._context.set_back(frame.header)
+            self._queue.appendleft(frame.header)
+        self._announced.clear()
+
+    def _give_up(self, reason: str) -> None:
+        """Drops the link, and every frame with it."""
+        self._losses = 0
+        self._hang_up()
+        headers = [frame.header for frame in self._announced.values()]
+        for header in headers:
+            self._context.set_back(header)
+        self._announced.clear()
+        while self._queue:
+            headers.append(self._queue.popleft())
+        where = f"agent at {self._peer.host}:{self._peer.port}"
+        self._context.link_failed({(header.transfer_id, header.epoch) for header in headers}, f"{where}: {reason}")

@@ -1,0 +1,110 @@
+"""How an agent is set: its flags, and what it was started on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class TransportChoice(StrEnum):
+    """What frames may move over."""
+
+    AUTO = "auto"  # shared memory where the same host is proven, else gloo
+    SHM = "shm"
+    GLOO = "gloo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSettings:
+    """What an operator may choose. A frame that does not arrive fails within twice the first two limits together."""
+
+    bind_host: str = "127.0.0.1"  # an address of this host, never a wildcard when `advertised_host` is left empty
+    advertised_host: str = ""  # what peers connect to; empty: the bind address
+    transport: TransportChoice = TransportChoice.AUTO
+    connect_timeout_ms: int = 2_000
+    operation_timeout_ms: int = 5_000
+    group_timeout_ms: int = 10_000  # until both ends of a gloo pair have joined
+    keepalive_ms: int = 5_000
+    window_frames: int = 4  # announced to one peer and not yet answered
+    corrupt_every: int = 0  # fault to test with: damages each n-th frame that arrives; 0 is off
+
+    def __post_init__(self) -> None:
+        for name in ("connect_timeout_ms", "operation_timeout_ms", "group_timeout_ms", "keepalive_ms", "window_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: is {getattr(self, name)}, must be at least 1")
+        if self.corrupt_every < 0:
+            raise ValueError(f"corrupt_every: is {self.corrupt_every}, must be at least 0")
+        if self.bind_host in ("", "0.0.0.0", "::") and not self.advertised_host:
+            raise ValueError(f"advertised_host: is empty, must be set when bind_host is {self.bind_host!r}")
+
+    @property
+    def reachable_host(self) -> str:
+        """The address that peers connect to, and that gloo uses."""
+        return self.advertised_host or self.bind_host
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentStart:
+    """What a worker hands to its agent beside the settings: descriptors, the shape of the pool, and who it is."""
+
+    pool_fd: int
+    control_fd: int
+    parent_pid: int
+    num_blocks: int
+    block_bytes: int
+    layout_digest: bytes
+    settings: AgentSettings
+
+
+_NUMBERS = (
+    "connect_timeout_ms", "operation_timeout_ms", "group_timeout_ms", "keepalive_ms", "window_frames", "corrupt_every",
+)  # fmt: skip
+
+
+def to_arguments(start: AgentStart) -> list[str]:
+    """The command line of an agent, after `python -m kv_transfer.agent`."""
+    settings = start.settings
+    pairs: list[tuple[str, object]] = [
+        ("pool_fd", start.pool_fd),
+        ("control_fd", start.control_fd),
+        ("parent_pid", start.parent_pid),
+        ("num_blocks", start.num_blocks),
+        ("block_bytes", start.block_bytes),
+        ("layout_digest", start.layout_digest.hex()),
+        ("bind_host", settings.bind_host),
+        ("advertised_host", settings.advertised_host),
+        ("transport", settings.transport.value),
+        *((name, getattr(settings, name)) for name in _NUMBERS),
+    ]
+    return [f"--{name.replace('_', '-')}={value}" for name, value in pairs]
+
+
+def from_arguments(arguments: Sequence[str]) -> AgentStart:
+    """Reads a command line back. Exits with a message when a flag is missing or is not what it must be."""
+    parser = argparse.ArgumentParser(prog="python -m kv_transfer.agent", description="Moves KV blocks for one worker.")
+    for name in ("pool-fd", "control-fd", "parent-pid", "num-blocks", "block-bytes"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--layout-digest", type=bytes.fromhex, required=True)
+    defaults = AgentSettings()
+    parser.add_argument("--bind-host", default=defaults.bind_host)
+    parser.add_argument("--advertised-host", default=defaults.advertised_host)
+    parser.add_argument("--transport", type=TransportChoice, default=defaults.transport)
+    for name in _NUMBERS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
+    flags = parser.parse_args(arguments)
+    return AgentStart(
+        pool_fd=flags.pool_fd,
+        control_fd=flags.control_fd,
+        parent_pid=flags.parent_pid,
+        num_blocks=flags.num_blocks,
+        block_bytes=flags.block_bytes,
+        layout_digest=flags.layout_digest,
+        settings=AgentSettings(
+            bind_host=flags.bind_host,
+            advertised_host=flags.advertised_host,
+            transport=flags.transport,
+            **{name: getattr(flags, name) for name in _NUMBERS},
+        ),
+    )

@@ -1,0 +1,182 @@
+"""Two workers' pools with a real agent process each, and what a test asks of them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from kv_transfer.agent_client import AgentClient, AgentInfo
+from kv_transfer.agent_settings import AgentSettings
+from kv_transfer.messages import (
+    AgentEvent,
+    EndTransfer,
+    ExpectFrames,
+    FrameAcked,
+    FrameFailed,
+    FrameHeader,
+    FrameLanded,
+    SendFrame,
+    TransferQuiet,
+)
+from tandem.request import TransferId
+
+EventT = TypeVar("EventT", bound=AgentEvent)
+
+SOURCE_INCARNATION, TARGET_INCARNATION = 11, 22
+FAST = AgentSettings(connect_timeout_ms=1_000, operation_timeout_ms=1_500, keepalive_ms=500)
+LAYOUT = b"layout-digest-16"
+
+
+class End:
+    """One worker's pool and agent client, with every event that came."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 32,
+        block_bytes: int = 4096,
+        settings: AgentSettings = FAST,
+        layout: bytes = LAYOUT,
+        fill: bool = False,
+    ) -> None:
+        self.num_blocks, self.block_bytes = num_blocks, block_bytes
+        self.pool_fd = os.memfd_create("test-pool", os.MFD_CLOEXEC)
+        os.ftruncate(self.pool_fd, num_blocks * block_bytes)
+        if fill:
+            for block in range(num_blocks):
+                self.write(block, os.urandom(block_bytes))
+        self.events: list[AgentEvent] = []
+        self.restarts: list[AgentInfo | None] = []
+        self._changed = threading.Condition()
+        self.client = AgentClient(
+            pool_fd=self.pool_fd,
+            num_blocks=num_blocks,
+            block_bytes=block_bytes,
+            layout_digest=layout,
+            settings=settings,
+            on_event=self._on_event,
+            on_restart=self._on_restart,
+        )
+        self.info = self.client.start()
+
+    def _on_event(self, event: AgentEvent) -> None:
+        with self._changed:
+            self.events.append(event)
+            self._changed.notify_all()
+
+    def _on_restart(self, info: AgentInfo | None) -> None:
+        with self._changed:
+            self.restarts.append(info)
+            self._changed.notify_all()
+
+    def read(self, block: int) -> bytes:
+        """A block's bytes as the worker sees them."""
+        return os.pread(self.pool_fd, self.block_bytes, block * self.block_bytes)
+
+    def write(self, block: int, data: bytes) -> None:
+        """Writes a block as the worker does."""
+        os.pwrite(self.pool_fd, data, block * self.block_bytes)
+
+    def until(self, condition: Callable[[], bool], timeout_s: float = 20) -> None:
+        """Waits for the condition on what came; fails the test after the deadline."""
+        with self._changed:
+            came = self._changed.wait_for(condition, timeout_s)
+        assert came, f"not within {timeout_s} s; came: {self.events[-8:]}"
+
+    def of(self, kind: type[EventT]) -> list[EventT]:
+        """The events of that kind so far."""
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def wait(self, kind: type[EventT], num: int = 1, timeout_s: float = 20) -> list[EventT]:
+        """Waits until so many events of the kind came."""
+        self.until(lambda: len(self.of(kind)) >= num, timeout_s)
+        return self.of(kind)
+
+    def close(self) -> None:
+        """Ends the agent; the pool is gone."""
+        self.client.close()
+        os.close(self.pool_fd)
+
+
+class Pair:
+    """A source and a target, and the words that a handoff uses."""
+
+    def __init__(self, source: End, target: End) -> None:
+        self.source, self.target = source, target
+
+    def expect(self, transfer: str = "t", *, epoch: int = 1, blocks: tuple[int, ...], generation: int = 5) -> None:
+        """The target grants blocks of one generation to the source."""
+        self.target.client.send(
+            ExpectFrames(
+                transfer_id=TransferId(transfer),
+                epoch=epoch,
+                source_incarnation=SOURCE_INCARNATION,
+                target_incarnation=TARGET_INCARNATION,
+                blocks=blocks,
+                generations=(generation,) * len(blocks),
+                endpoint=self.source.info.endpoint,
+            )
+        )
+
+    def header(
+        self,
+        transfer: str = "t",
+        *,
+        epoch: int = 1,
+        sequence: int = 0,
+        source: tuple[int, ...],
+        target: tuple[int, ...],
+        generation: int = 5,
+    ) -> FrameHeader:
+        """A frame that fits the grant."""
+        return FrameHeader(
+            transfer_id=TransferId(transfer),
+            epoch=epoch,
+            source_incarnation=SOURCE_INCARNATION,
+            target_incarnation=TARGET_INCARNATION,
+            sequence=sequence,
+            source_blocks=source,
+            source_generations=(1,) * len(source),
+            target_blocks=target,
+            target_generations=(generation,) * len(target),
+            num_bytes=len(source) * self.source.block_bytes,
+        )
+
+    def send(self, header: FrameHeader, *, endpoint: str | None = None) -> None:
+        """The source asks its agent to move the frame."""
+        self.source.client.send(SendFrame(header=header, endpoint=endpoint or self.target.info.endpoint))
+
+    def end(self, end: End, transfer: str = "t", *, epoch: int = 1, timeout_s: float = 20) -> None:
+        """One side ends its part and waits for quiet."""
+        key = (TransferId(transfer), epoch)
+        end.client.send(EndTransfer(transfer_id=key[0], epoch=key[1]))
+        end.until(lambda: any((q.transfer_id, q.epoch) == key for q in end.of(TransferQuiet)), timeout_s)
+
+    def move(self, header: FrameHeader) -> FrameAcked:
+        """Sends one frame and waits until both sides have said that it is over there."""
+        before = len(self.source.of(FrameAcked))
+        self.send(header)
+        acked = self.source.wait(FrameAcked, before + 1)[-1]
+        self.target.until(
+            lambda: any(
+                (e.transfer_id, e.sequence) == (header.transfer_id, header.sequence)
+                for e in self.target.of(FrameLanded)
+            )
+        )
+        return acked
+
+    def refusal(self, header: FrameHeader, *, endpoint: str | None = None, timeout_s: float = 20) -> FrameFailed:
+        """Sends one frame that is to fail, and says how it did."""
+        before = len(self.source.of(FrameFailed))
+        self.send(header, endpoint=endpoint)
+        return self.source.wait(FrameFailed, before + 1, timeout_s)[-1]
+
+
+def with_transport(settings: AgentSettings, transport: str) -> AgentSettings:
+    """The same settings over another transport."""
+    from kv_transfer.agent_settings import TransportChoice
+
+    return replace(settings, transport=TransportChoice(transport))
