@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.fake_runner import FakeRunner, expected_tokens, fake_layout
+from engine.kv_pool import KVPool
 from engine.runner import Runner
 from engine.step import StepPlan, StepRow
 from tandem.request import RequestId, Sampling
@@ -123,6 +124,18 @@ def test_shares_given_memory() -> None:
     next_token(runner, [1, 2], [4])
     assert memory[4 * 32 : 4 * 32 + 16] != bytes(16)
     assert memory[: 4 * 32] == bytes(4 * 32)
+
+
+def test_runs_on_a_shared_pool() -> None:
+    pool = KVPool(num_blocks=16, block_bytes=32)
+    runner = FakeRunner(num_blocks=16, block_size=4, vocab_size=VOCAB, memory=pool.view)
+    prompt = list(range(10))
+    tokens = [*prompt, next_token(runner, prompt, [1, 2, 3])]
+    for here, there in ((1, 11), (2, 12), (3, 13)):
+        pool.block(there)[:] = pool.block(here)
+    assert next_token(runner, tokens, [11, 12, 13], computed=10) == expected_tokens(prompt, GREEDY, 2, VOCAB)[1]
+    del runner
+    pool.close()
 
 
 def test_logprobs_where_asked() -> None:
