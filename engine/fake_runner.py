@@ -95,7 +95,8 @@ class FakeRunner:
             )
         if memory is None:
             memory = bytearray(num_blocks * self._layout.block_bytes)
-        self.slots: Slots = np.frombuffer(memory, dtype="<u8").reshape(num_blocks, block_size)
+        # A view of its own, so that a pool can release the one that it gave.
+        self.slots: Slots = np.frombuffer(memoryview(memory), dtype="<u8").reshape(num_blocks, block_size)
         self.block_size = block_size
         self.vocab_size = vocab_size
         self._steps = np.arange(0, dtype=np.uint64)
