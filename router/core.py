@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 
+from kv_transfer.handoff_source import FAILED_CODE as HANDOFF_FAILED
 from router import admission, commit
 from router.config import RouterConfig
 from router.events import (
@@ -80,8 +81,8 @@ class RouterCore:
     def __init__(self, config: RouterConfig, *, first_epoch: int = 1, owners: OwnerStore | None = None) -> None:
         self._config = config
         self._owners: OwnerStore = EmbeddedOwners() if owners is None else owners
-        self._fleet = Fleet(report_lag_ms=config.report_lag_ms)
-        self._index = PrefixIndex()
+        self.fleet = self._fleet = Fleet(report_lag_ms=config.report_lag_ms)  # for others to read only
+        self.index = self._index = PrefixIndex()  # likewise
         self._placer = Placer(self._fleet, self._index, config)
         self._requests: dict[RequestId, Request] = {}
         self._line = Line(config)
@@ -97,16 +98,6 @@ class RouterCore:
     def num_requests(self) -> int:
         """Requests in flight."""
         return len(self._requests)
-
-    @property
-    def fleet(self) -> Fleet:
-        """To be read only."""
-        return self._fleet
-
-    @property
-    def index(self) -> PrefixIndex:
-        """To be read only."""
-        return self._index
 
     def handle(self, now_ms: int, event: Event) -> list[Action]:
         """The one entry: an event in, the actions that follow from it out, in order."""
@@ -263,6 +254,7 @@ class RouterCore:
         match event:
             case LinkUp():
                 self._fleet.linked(worker, True)
+                self._index.join(worker.slot, worker.incarnation)  # it begins with all that it holds
             case WorkerSuspected(suspected=suspected):
                 self._fleet.suspected(worker, suspected)
             case WorkerDraining():
@@ -432,8 +424,9 @@ class RouterCore:
             return
         why = f"{worker.worker_id}: {failed.code}: {failed.message}"
         if failed.retryable:
-            # A source gives up because of its target far more often than because of itself.
-            self._step(request, worker, AttemptLost(why, (request.involved[-1].key,)))
+            # Of a handoff that failed the other end is to blame, as far as who reports it can see.
+            others = [each for each in request.involved if each is not worker and failed.code == HANDOFF_FAILED]
+            self._step(request, worker, AttemptLost(why, tuple(each.key for each in others or [worker])))
         elif failed.code == InvalidRequest.code:
             self._fail(request, InvalidRequest("request", failed.message))
         else:

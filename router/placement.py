@@ -14,7 +14,7 @@ from itertools import islice
 
 from router.config import RouterConfig
 from router.fleet import Fleet, Worker
-from router.prefix_index import Matches, PrefixIndex
+from router.prefix_index import PrefixIndex
 from tandem.messages import AssignMode, Role, WorkerAddress
 from tandem.request import WorkerId
 
@@ -79,6 +79,38 @@ class _Option:
     num_cached: int
 
 
+class _Case:
+    """One decision: what is looked up for it is looked up once."""
+
+    def __init__(self, fleet: Fleet, index: PrefixIndex, ask: Ask, now_ms: int, weight: float) -> None:
+        self._fleet = fleet
+        self._index = index
+        self.ask = ask
+        self.now_ms = now_ms
+        self.weight = weight  # of the prefill against the queue
+        self._depths: dict[int, int] = {}
+        self._warm: dict[Role, list[Worker]] = {}
+
+    def depth(self, worker: Worker) -> int:
+        """Leading blocks of the request that the worker holds."""
+        depth = self._depths.get(worker.slot)
+        if depth is None:
+            depth = self._depths[worker.slot] = self._index.depth(worker.slot, self.ask.hashes)
+        return depth
+
+    def cached(self, worker: Worker) -> int:
+        """Tokens of the request that the worker need not run: whole blocks, and never the last token."""
+        size = worker.info.block_size
+        return min(self.depth(worker), (self.ask.num_tokens - 1) // size) * size
+
+    def warm(self, role: Role) -> list[Worker]:
+        """The ready workers of the role that hold most of it, deepest first."""
+        if role not in self._warm:
+            slots = self._index.deepest(self.ask.hashes, self._fleet.ready[role], WARMEST)
+            self._warm[role] = [self._fleet.at(slot) for slot in slots]
+        return self._warm[role]
+
+
 class Placer:
     """Chooses workers; keeps nothing but the pool's recent utilisation."""
 
@@ -97,16 +129,15 @@ class Placer:
         never = self._never_fits(ask)
         if never is not None:
             return never
-        matches = self._index.matches(ask.hashes)
-        weight = self._weight(now_ms)
+        case = _Case(self._fleet, self._index, ask, now_ms, self._weight(now_ms))
         if not ready[Role.DECODE] and not ready[Role.MIXED]:
-            return self._local(now_ms, ask, matches, weight, (Role.PREFILL,), "no decode worker is ready")
+            return self._local(case, (Role.PREFILL,), "no decode worker is ready")
         if not ready[Role.PREFILL]:
-            return self._local(now_ms, ask, matches, weight, (Role.DECODE, Role.MIXED), "no prefill worker is ready")
-        warm = self._warm_decode(now_ms, ask, matches)
+            return self._local(case, (Role.DECODE, Role.MIXED), "no prefill worker is ready")
+        warm = self._warm_decode(case)
         if warm is not None:
             return warm
-        return self._disaggregated(now_ms, ask, matches, weight)
+        return self._disaggregated(case)
 
     def charge(self, now_ms: int, prefill_ms: float) -> None:
         """Counts a dispatched prefill into the pool's utilisation."""
@@ -125,17 +156,17 @@ class Placer:
 
     # ---- the ways to place -----------------------------------------------------------------------------------------
 
-    def _disaggregated(self, now_ms: int, ask: Ask, matches: Matches, weight: float) -> Placement | NoPlacement:
+    def _disaggregated(self, case: _Case) -> Placement | NoPlacement:
         """The best of: a prefill worker with a decode worker, or a mixed worker alone."""
-        options = self._options(now_ms, ask, matches, weight, Role.PREFILL)
-        decode = self._decode(ask, matches, Role.DECODE) or self._decode(ask, matches, Role.MIXED)
-        fresh = [each for each in options if each.worker.key not in ask.avoid]
-        alone = self._options(now_ms, ask, matches, weight, Role.MIXED)
-        alone = [each for each in alone if self._fits(ask, each.worker) and each.worker.key not in ask.avoid]
-        tried = not fresh or (decode is not None and decode[0].key in ask.avoid)
+        options = self._options(case, Role.PREFILL)
+        decode = self._decode(case, Role.DECODE) or self._decode(case, Role.MIXED)
+        fresh = [each for each in options if each.worker.key not in case.ask.avoid]
+        alone = self._options(case, Role.MIXED)
+        alone = [each for each in alone if self._fits(case.ask, each.worker) and each.worker.key not in case.ask.avoid]
+        tried = not fresh or (decode is not None and decode[0].key in case.ask.avoid)
         if tried and not alone:
             roles = (Role.DECODE, Role.MIXED)
-            return self._local(now_ms, ask, matches, weight, roles, "every other pair was tried: no handoff")
+            return self._local(case, roles, "every other pair was tried: no handoff")
         if (decode is None or tried) and not alone:
             return NoPlacement(why=Why.NO_MEMORY, reason="no decode worker has memory for it")
         best = self._best(alone if decode is None or tried else fresh + alone)
@@ -152,56 +183,51 @@ class Placer:
         )
         return self._placement(best, target, AssignMode.PREFILL, reason, scores + decode_scores)
 
-    def _warm_decode(self, now_ms: int, ask: Ask, matches: Matches) -> Placement | None:
+    def _warm_decode(self, case: _Case) -> Placement | None:
         """A decode worker that holds more of the prefix than every prefill worker prefills a short rest itself."""
-        ready, limit = self._fleet.ready, self._config.local_prefill_tokens
+        limit = self._config.local_prefill_tokens
         if limit == 0:
             return None
-        for slot in matches.deepest(ready[Role.DECODE], WARMEST):
-            worker = self._fleet.at(slot)
-            coldest = matches.deepest(ready[Role.PREFILL], 1)
-            prefill_depth = matches.depth(coldest[0]) if coldest else 0
-            cached = _cached(matches, worker, ask)
-            if matches.depth(slot) <= prefill_depth or ask.num_tokens - cached > limit:
+        warmest = max((case.depth(each) for each in case.warm(Role.PREFILL)), default=0)
+        for worker in case.warm(Role.DECODE):
+            cached = case.cached(worker)
+            if case.depth(worker) <= warmest or case.ask.num_tokens - cached > limit:
                 return None  # the next ones hold no more than this one
-            if worker.key in ask.avoid or not self._fits(ask, worker):
+            if worker.key in case.ask.avoid or not self._fits(case.ask, worker):
                 continue
-            option = self._option(now_ms, ask, matches, 1.0, worker)
+            option = self._option(case, worker)
             reason = f"decode worker holds {cached} tokens, more than any prefill worker; the rest is short"
-            return self._placement(
-                option, worker, AssignMode.LOCAL, reason, ((str(worker.worker_id), option.score_ms),)
-            )
+            scores = ((str(worker.worker_id), round(option.score_ms, 3)),)
+            return self._placement(option, worker, AssignMode.LOCAL, reason, scores)
         return None
 
-    def _local(
-        self, now_ms: int, ask: Ask, matches: Matches, weight: float, roles: Sequence[Role], why: str
-    ) -> Placement | NoPlacement:
+    def _local(self, case: _Case, roles: Sequence[Role], why: str) -> Placement | NoPlacement:
         """One worker does both, on any of the roles."""
         options = []
         for role in roles:
-            for each in self._options(now_ms, ask, matches, weight, role):
+            for each in self._options(case, role):
                 batch_ms = each.worker.cost.step_ms(each.worker.num_requests + 1) * HORIZON_STEPS
                 options.append(
                     _Option(each.worker, each.score_ms + batch_ms, each.queue_ms, each.prefill_ms, each.num_cached)
                 )
-        options = [each for each in options if self._fits(ask, each.worker)]
-        options = [each for each in options if each.worker.key not in ask.avoid] or options
+        options = [each for each in options if self._fits(case.ask, each.worker)]
+        options = [each for each in options if each.worker.key not in case.ask.avoid] or options
         if not options:
             return NoPlacement(why=Why.NO_MEMORY, reason=f"{why}, and none of the others has memory for it")
         best = self._best(options)
         scores = tuple((str(each.worker.worker_id), round(each.score_ms, 3)) for each in options)
         return self._placement(best, best.worker, AssignMode.LOCAL, why, scores)
 
-    def _decode(self, ask: Ask, matches: Matches, role: Role) -> tuple[Worker, tuple[tuple[str, float], ...]] | None:
+    def _decode(self, case: _Case, role: Role) -> tuple[Worker, tuple[tuple[str, float], ...]] | None:
         """The decode worker with memory whose batch and missing blocks cost least; tried ones only when all were."""
-        warm = (self._fleet.at(slot) for slot in matches.deepest(self._fleet.ready[role], WARMEST))
+        warm = case.warm(role)
         least = islice(self._fleet.fewest_requests(role), SCAN_MAX)
-        few = islice((each for each in least if self._fits(ask, each)), LEAST_LOADED)
-        candidates = [each for each in _distinct(warm, few) if self._fits(ask, each)]
-        candidates = [each for each in candidates if each.key not in ask.avoid] or candidates
+        few = islice((each for each in least if self._fits(case.ask, each)), LEAST_LOADED)
+        candidates = [each for each in _distinct(warm, few) if self._fits(case.ask, each)]
+        candidates = [each for each in candidates if each.key not in case.ask.avoid] or candidates
         scored = []
         for worker in candidates:
-            missing = ask.num_tokens - _cached(matches, worker, ask)
+            missing = case.ask.num_tokens - case.cached(worker)
             num_bytes = -(-missing // worker.info.block_size) * worker.info.block_bytes
             batch_ms = worker.cost.step_ms(worker.num_requests + 1) * HORIZON_STEPS
             scored.append((batch_ms + num_bytes / self._config.transfer_bytes_per_ms, worker.slot, worker))
@@ -212,17 +238,17 @@ class Placer:
 
     # ---- candidates and scores -------------------------------------------------------------------------------------
 
-    def _options(self, now_ms: int, ask: Ask, matches: Matches, weight: float, role: Role) -> list[_Option]:
+    def _options(self, case: _Case, role: Role) -> list[_Option]:
         """The warmest and the soonest free workers of a role, scored; tried ones beside as many others."""
-        warm = (self._fleet.at(slot) for slot in matches.deepest(self._fleet.ready[role], WARMEST))
-        soon = islice(self._fleet.soonest_free(role), SOONEST + len(ask.avoid))
-        return [self._option(now_ms, ask, matches, weight, each) for each in _distinct(warm, soon)]
+        warm = case.warm(role)
+        soon = islice(self._fleet.soonest_free(role), SOONEST + len(case.ask.avoid))
+        return [self._option(case, each) for each in _distinct(warm, soon)]
 
-    def _option(self, now_ms: int, ask: Ask, matches: Matches, weight: float, worker: Worker) -> _Option:
-        cached = _cached(matches, worker, ask)
-        queue_ms = worker.queue_ms(now_ms)
-        prefill_ms = worker.cost.prefill_ms(ask.num_tokens - cached, ask.num_tokens)
-        return _Option(worker, queue_ms + weight * prefill_ms, queue_ms, prefill_ms, cached)
+    def _option(self, case: _Case, worker: Worker) -> _Option:
+        cached = case.cached(worker)
+        queue_ms = worker.queue_ms(case.now_ms)
+        prefill_ms = worker.cost.prefill_ms(case.ask.num_tokens - cached, case.ask.num_tokens)
+        return _Option(worker, queue_ms + case.weight * prefill_ms, queue_ms, prefill_ms, cached)
 
     def _best(self, options: Sequence[_Option]) -> _Option:
         """The least score; within the tie band the warmer, then the one with less cached, then the first joined."""
@@ -266,12 +292,6 @@ class Placer:
         num = max(1, (self._fleet.ready[Role.PREFILL] | self._fleet.ready[Role.MIXED]).bit_count())
         utilisation = self._recent_work_ms(now_ms) / (UTILISATION_WINDOW_MS * num)
         return 1.0 + 2.0 * min(1.0, max(0.0, (utilisation - 0.6) / 0.4))
-
-
-def _cached(matches: Matches, worker: Worker, ask: Ask) -> int:
-    """Tokens of the request that the worker need not run: whole blocks, and never the last token."""
-    size = worker.info.block_size
-    return min(matches.depth(worker.slot), (ask.num_tokens - 1) // size) * size
 
 
 def _distinct(*groups: Iterable[Worker]) -> list[Worker]:

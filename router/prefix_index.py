@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from tandem.messages import BlockEvents
 
@@ -18,30 +19,6 @@ class _Holder:
     incarnation: int
     sequence: int | None = None  # of the last event; None: none yet
     hashes: set[bytes] = field(default_factory=set)
-
-
-@dataclass(frozen=True, slots=True)
-class Matches:
-    """Workers by number of leading blocks held: (depth in blocks, bit mask of slots), deepest first."""
-
-    levels: tuple[tuple[int, int], ...]
-
-    def depth(self, slot: int) -> int:
-        """Leading blocks that this worker holds; 0 when it holds none."""
-        for depth, mask in self.levels:
-            if mask >> slot & 1:
-                return depth
-        return 0
-
-    def deepest(self, among: int, num: int) -> list[int]:
-        """Up to `num` slots of the bit mask `among`, those that hold most first."""
-        slots: list[int] = []
-        for _, mask in self.levels:
-            for slot in _bits(mask & among):
-                if len(slots) == num:
-                    return slots
-                slots.append(slot)
-        return slots
 
 
 class PrefixIndex:
@@ -67,11 +44,14 @@ class PrefixIndex:
             self._forget(slot, holder)
 
     def apply(self, slot: int, incarnation: int, events: BlockEvents) -> None:
-        """Takes one batch of events. Old batches and old incarnations have no effect; after a gap all is forgotten."""
+        """Takes one batch of events. Old batches and old incarnations have no effect; after a gap all is forgotten.
+
+        A batch with `cleared` begins anew, whatever its number.
+        """
         holder = self._slots.get(slot)
         if holder is None or holder.incarnation != incarnation:
             return
-        if holder.sequence is not None:
+        if holder.sequence is not None and not events.cleared:
             if events.sequence <= holder.sequence:
                 return
             if events.sequence != holder.sequence + 1:
@@ -94,35 +74,43 @@ class PrefixIndex:
         holder = self._slots.get(slot)
         return 0 if holder is None else len(holder.hashes)
 
-    def matches(self, hashes: Sequence[bytes]) -> Matches:
-        """How many leading blocks of `hashes` each worker holds.
+    def depth(self, slot: int, hashes: Sequence[bytes]) -> int:
+        """How many leading blocks of `hashes` this worker holds, by bisection."""
+        holder = self._slots.get(slot)
+        if holder is None:
+            return 0
+        low, high = 0, len(hashes)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if hashes[middle - 1] in holder.hashes:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
-        Looks up O(k log n) hashes for n blocks and k different depths, never all n.
+    def deepest(self, hashes: Sequence[bytes], among: int, num: int) -> list[int]:
+        """Up to `num` slots of the bit mask `among`, those that hold most leading blocks of `hashes` first.
+
+        All workers are bisected at once: O(k log n) sets for n blocks and the k depths that are found.
         """
+        found: list[int] = []
         if not hashes:
-            return Matches(())
-        found: list[tuple[int, int]] = []
-        masks: dict[int, int] = {}
-
-        def mask(depth: int) -> int:
-            if depth not in masks:
-                masks[depth] = self._holders.get(hashes[depth - 1], 0)
-            return masks[depth]
-
-        # Each entry: workers known to hold `low` blocks, and to hold at most `high`. The deeper half is popped first.
-        todo = [(mask(1), 1, len(hashes))]
-        while todo:
+            return found
+        holders = self._holders.get
+        # Each entry: workers known to hold `low` blocks, and at most `high`. The deepest is popped first.
+        todo = [(holders(hashes[0], 0) & among, 1, len(hashes))]
+        while todo and len(found) < num:
             workers, low, high = todo.pop()
-            if not workers:
-                continue
             if low == high:
-                found.append((low, workers))
+                found += islice(_bits(workers), num - len(found))
                 continue
             middle = (low + high + 1) // 2
-            deeper = workers & mask(middle)
-            todo.append((workers & ~deeper, low, middle - 1))
-            todo.append((deeper, middle, high))
-        return Matches(tuple(found))
+            deeper = workers & holders(hashes[middle - 1], 0)
+            if workers != deeper:
+                todo.append((workers & ~deeper, low, middle - 1))
+            if deeper:
+                todo.append((deeper, middle, high))
+        return found
 
     def audit(self) -> list[str]:
         """Differences between the two directions of the index; empty when it is sound."""

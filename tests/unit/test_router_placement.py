@@ -91,10 +91,10 @@ def test_the_index_finds_how_deep_each_worker_goes() -> None:
     for slot, depth in depths.items():
         index.join(slot, 1)
         index.apply(slot, 1, BlockEvents(sequence=1, stored=tuple(chain[:depth])))
-    matches = index.matches(chain)
-    assert {slot: matches.depth(slot) for slot in depths} == depths
-    assert matches.deepest(0b11111, 3) == [0, 3, 4]
-    assert matches.deepest(0b10010, 3) == [4, 1]
+    assert {slot: index.depth(slot, chain) for slot in depths} == depths
+    assert index.deepest(chain, 0b11111, 3) == [0, 3, 4]
+    assert index.deepest(chain, 0b10010, 3) == [4, 1]
+    assert index.deepest([], 0b11111, 3) == []
 
 
 def test_a_gap_an_old_batch_and_an_old_incarnation() -> None:
@@ -126,8 +126,9 @@ def test_the_index_agrees_with_a_scan(changes: list[tuple[int, int, bool]]) -> N
         stored, removed = tuple(chain[depth[slot] : target]), tuple(chain[target : depth[slot]])
         index.apply(slot, 1, BlockEvents(sequence=sequences[slot], stored=stored, removed=removed))
         depth[slot] = target
-        matches = index.matches(chain)
-        assert [matches.depth(each) for each in range(4)] == depth
+        assert [index.depth(each, chain) for each in range(4)] == depth
+        found = index.deepest(chain, 0b1111, 4)
+        assert [depth[each] for each in found] == sorted((each for each in depth if each), reverse=True)
         assert index.audit() == []
 
 
