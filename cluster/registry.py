@@ -1,0 +1,122 @@
+"""The registry: workers register and send heartbeats here; what membership concludes is told to the router's driver."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import assert_never
+
+import grpc.aio
+
+from cluster.membership import (
+    Admitted,
+    Ended,
+    Event,
+    Heartbeat,
+    Membership,
+    MemberState,
+    Passed,
+    Registered,
+    RegistrationRefused,
+    StateChanged,
+)
+from router.driver import Driver
+from tandem import wire
+from tandem.request import WorkerId
+from tandem.v1 import worker_pb2 as pb
+from tandem.v1 import worker_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+
+
+class Registry(worker_pb2_grpc.RegistryServicer):
+    """The shell around Membership. All methods run on the driver's event loop.
+
+    `on_change` hears of every change of a worker's state, after the driver has.
+    """
+
+    def __init__(self, *, membership: Membership, driver: Driver, on_change: Callable[[StateChanged], None]) -> None:
+        self.membership = membership
+        self._driver = driver
+        self._on_change = on_change
+
+    async def Register(
+        self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext[pb.RegisterRequest, pb.RegisterReply]
+    ) -> pb.RegisterReply:
+        """Takes a worker in under an incarnation, or says why not."""
+        try:
+            info = wire.decode_worker_info(request)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        reply = pb.RegisterReply(heartbeat_ms=self.membership.heartbeat_ms)
+        for action in self._take(Registered(info=info, incarnation=request.incarnation)):
+            if isinstance(action, Admitted):
+                reply.incarnation = action.incarnation
+            elif isinstance(action, RegistrationRefused):
+                reply.refused = action.reason
+        return reply
+
+    async def Heartbeat(
+        self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext[pb.HeartbeatRequest, pb.HeartbeatReply]
+    ) -> pb.HeartbeatReply:
+        """Books a sign of life. `known` False: that incarnation is dead or was never here."""
+        beat = Heartbeat(
+            worker_id=WorkerId(request.worker_id),
+            incarnation=request.incarnation,
+            steps=request.steps,
+            runnable=request.runnable,
+            agent_pid=request.agent_pid,
+        )
+        self._take(beat)
+        return pb.HeartbeatReply(known=self.membership.current(beat) is not None)
+
+    def ended(self, worker_id: str, incarnation: int, reason: str) -> None:
+        """The supervisor saw the worker's process end. `incarnation` 0: whichever is the latest."""
+        member = self.membership.members.get(WorkerId(worker_id))
+        if member is not None:
+            latest = incarnation or member.incarnation
+            self._take(Ended(worker_id=WorkerId(worker_id), incarnation=latest, reason=reason))
+
+    async def tick(self) -> None:
+        """Tells membership the time, for ever."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._take(Passed())
+
+    def _take(self, event: Event) -> list[Admitted | RegistrationRefused | StateChanged]:
+        actions = self.membership.handle(time.monotonic_ns() // 1_000_000, event)
+        for action in actions:
+            match action:
+                case Admitted(info=info, incarnation=incarnation):
+                    log.info("worker=%s incarnation=%d joins, pid=%d", info.worker_id, incarnation, info.pid)
+                    self._driver.worker_joined(info, incarnation)
+                case RegistrationRefused(worker_id=worker_id, reason=reason):
+                    log.warning("worker=%s refused: %s", worker_id, reason)
+                case StateChanged():
+                    self._tell(action)
+                case _:
+                    assert_never(action)
+        return actions
+
+    def _tell(self, change: StateChanged) -> None:
+        log.info(
+            "worker=%s incarnation=%d state=%s: %s", change.worker_id, change.incarnation, change.state, change.reason
+        )
+        match change.state:
+            case MemberState.DEAD:
+                self._driver.worker_lost(change.worker_id, change.incarnation, change.reason)
+            case MemberState.DRAINING:
+                self._driver.worker_draining(change.worker_id, change.incarnation)
+            case MemberState.SUSPECT:
+                self._driver.worker_suspected(change.worker_id, change.incarnation, True)
+            case MemberState.READY:
+                self._driver.worker_suspected(change.worker_id, change.incarnation, False)
+            case MemberState.JOINING:
+                raise AssertionError("no observation leads back to joining")
+            case _:
+                assert_never(change.state)
+        self._on_change(change)
