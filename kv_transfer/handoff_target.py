@@ -91,9 +91,14 @@ class Declined:
 
 
 class TargetHandoff(Machine[TargetState]):
-    """The target's end of one attempt. `deadline_ms` is absolute, on the clock of `now_ms`."""
+    """The target's end of one attempt. `deadline_ms` is absolute, on the clock of `now_ms`.
 
-    def __init__(self, *, attempt: Attempt, config: HandoffConfig, deadline_ms: int, num_tokens: int) -> None:
+    The source computes `num_tokens` tokens and draws the answer token `next_index`.
+    """
+
+    def __init__(
+        self, *, attempt: Attempt, config: HandoffConfig, deadline_ms: int, num_tokens: int, next_index: int
+    ) -> None:
         super().__init__(
             attempt=attempt,
             config=config,
@@ -103,6 +108,7 @@ class TargetHandoff(Machine[TargetState]):
             inside=TARGET_INSIDE,
         )
         self.num_tokens = num_tokens  # that the router told us to expect
+        self.next_index = next_index  # of the answer token that the source draws
         self.quarantined_since_ms: int | None = None
         self._offer: Offer | None = None
         self._grant: Grant | None = None
@@ -254,8 +260,7 @@ class TargetHandoff(Machine[TargetState]):
     # ---- sealed ------------------------------------------------------------------------------------------------------
 
     def _owner_answered(self, now_ms: int, event: OwnerIs) -> Actions:
-        ours = (self.attempt.me, self.attempt.target_incarnation, self.attempt.epoch + 1)
-        if (event.worker_id, event.incarnation, event.epoch) != ours:
+        if not self._is_ours(event):
             self._owned_epoch = None
             why = event.refused or f"the owner is {event.worker_id} at epoch {event.epoch}"
             return self._abort(now_ms, f"the commit was refused: {why}", report=False)
@@ -277,6 +282,13 @@ class TargetHandoff(Machine[TargetState]):
         return [self._ask()]
 
     # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def _owned_too_late(self, now_ms: int, event: OwnerIs) -> Actions:
+        """The owner record gives us what we gave up: it must hear that nobody runs the request."""
+        if not self._is_ours(event) or self._owned_epoch is not None:
+            return []
+        self._owned_epoch = event.epoch
+        return [Failed(code=FAILED_CODE, reason="the target had given the attempt up", retryable=True)]
 
     def _quiet_at_last(self, now_ms: int, event: TransferQuiet | AgentLost) -> Actions:
         self._quiet = self._over = True
@@ -311,14 +323,18 @@ class TargetHandoff(Machine[TargetState]):
             problem = "the digest of the frames differs from the source's"
         elif commit.num_computed_tokens != self.num_tokens:
             problem = f"the source computed {commit.num_computed_tokens} tokens, the router spoke of {self.num_tokens}"
-        elif not commit.tokens:
-            problem = "the commit request has no token to go on from"
+        elif [token.index for token in commit.tokens] != [self.next_index]:
+            problem = f"the source hands over tokens {[t.index for t in commit.tokens]}, {[self.next_index]} expected"
         if problem:
             return self._abort(now_ms, problem)
         self.state = TargetState.SEALED
         self._next_ms = now_ms + self.config.resend_ms
         silence: Actions = [] if self._quiet else [Silence()]
         return [*silence, self._ask()]
+
+    def _is_ours(self, event: OwnerIs) -> bool:
+        ours = (self.attempt.me, self.attempt.target_incarnation, self.attempt.epoch + 1)
+        return (event.worker_id, event.incarnation, event.epoch) == ours
 
     def _ask(self) -> AskCommit:
         assert self._commit is not None
@@ -372,7 +388,7 @@ TARGET_TABLE: Table[TargetState] = {
     (_N, Stop): Row(_M._stopped_before, (_N,)),
     (_N, Tick): Row(_M._tick_none, (_N,)),
     (_R, Offer): Row(_M._offered_again, (_R,)),
-    (_R, FrameLanded): Row(_M._frame, (_V, _S, _Q)),
+    (_R, FrameLanded): Row(_M._frame, (_V, _S, _Q, _N)),
     (_R, FrameFailed): Row(_M._frame_failed, (_R,)),
     (_R, CommitRequest): Row(_M._commit_asked, (_R, _S, _Q, _N)),
     (_R, Renew): Row(_M._renewed, (_R,)),
@@ -400,6 +416,7 @@ TARGET_TABLE: Table[TargetState] = {
     (_S, Stop): Row(_M._stop, (_Q, _N)),
     (_S, Tick): Row(_M._tick_sealed, (_S, _Q)),
     (_A, StatusAsk): Row(_M._status, (_A,)),
+    (_Q, OwnerIs): Row(_M._owned_too_late, (_Q,)),
     (_Q, TransferQuiet): Row(_M._quiet_at_last, (_N,)),
     (_Q, AgentLost): Row(_M._quiet_at_last, (_N,)),
     (_Q, StatusAsk): Row(_M._status, (_Q,)),
