@@ -15,6 +15,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tandem.errors import InvalidRequest
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MESSAGES_MAX = 4096
+
 
 class ChatTemplate:
     """A compiled chat template and the special tokens that it may name.
@@ -84,6 +87,23 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
+
+
+def check_num_messages(num_messages: int) -> None:
+    """Raises InvalidRequest unless there is something to answer, and not too much of it."""
+    if not 1 <= num_messages <= MESSAGES_MAX:
+        raise InvalidRequest("messages", f"has {num_messages} messages, must have 1 to {MESSAGES_MAX}")
+
+
+def check_role(role: str, field: str) -> str:
+    """The role as templates know it: `developer` is what OpenAI now calls the system.
+
+    Raises:
+        InvalidRequest: naming `field`, when there is no such role.
+    """
+    if role not in ROLES:
+        raise InvalidRequest(field, f"is {role[:60]!r}, must be one of {', '.join(ROLES)}")
+    return "system" if role == "developer" else role
 
 
 def text_of_content(content: object, field: str) -> str:

@@ -7,11 +7,9 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from router.chat import text_of_content
-from router.validation import COMPLETION_MAX_TOKENS, MESSAGES_MAX, SamplingFields, show
+from router.chat import check_num_messages, check_role, text_of_content
+from router.validation import COMPLETION_MAX_TOKENS, SamplingFields, show
 from tandem.errors import InvalidRequest
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Fields that say something about the client and nothing about the answer.
 IGNORED = frozenset(
@@ -164,8 +162,7 @@ class ChatRequest(CommonRequest):
 
     def turns(self) -> list[dict[str, str]]:
         """The messages for the chat template, as text. Raises InvalidRequest naming the message."""
-        if not 1 <= len(self.messages) <= MESSAGES_MAX:
-            raise InvalidRequest("messages", f"has {len(self.messages)} messages, must have 1 to {MESSAGES_MAX}")
+        check_num_messages(len(self.messages))
         return [_turn(number, message) for number, message in enumerate(self.messages)]
 
 
@@ -217,14 +214,13 @@ def _check_extra(extra: Mapping[str, object], n: int | None) -> None:
 
 def _turn(number: int, message: ChatMessage) -> dict[str, str]:
     place = f"messages.{number}"
-    if message.role not in ROLES:
-        raise InvalidRequest(f"{place}.role", f"is {show(message.role)}, must be one of {', '.join(ROLES)}")
     for name in ("tool_calls", "function_call", "audio"):
         if (message.model_extra or {}).get(name):
             raise InvalidRequest(f"{place}.{name}", "is not supported")
-    # Templates know no developer: it is what OpenAI now calls the system.
-    role = "system" if message.role == "developer" else message.role
-    turn = {"role": role, "content": text_of_content(message.content, f"{place}.content")}
+    turn = {
+        "role": check_role(message.role, f"{place}.role"),
+        "content": text_of_content(message.content, f"{place}.content"),
+    }
     return turn | ({"name": message.name} if message.name is not None else {})
 
 

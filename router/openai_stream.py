@@ -37,10 +37,15 @@ def error_body(error: TandemError) -> bytes:
     return json.dumps({"error": inner}).encode()
 
 
-def usage_of(answers: Answers) -> dict[str, int]:
+def usage_of(answers: Answers) -> dict[str, object]:
     """The usage of all answers so far; a prompt with several answers counts once."""
     prompt, completion = answers.num_prompt_tokens, answers.num_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": answers.num_cached_tokens},
+    }
 
 
 class EventWriter:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from router.detokenizer import StopStrings, text_stream
-from router.events import NewRequest
+from router.events import NewRequest, Usage
 from router.metrics import Api, EdgeMetrics
 from router.tokenizer import Tokenizer
 from router.validation import (
@@ -31,14 +31,24 @@ _ENCODING_MAX = 64  # long texts on threads, or waiting for one
 _MERGE_QUEUE_MAX = 256  # pieces of all answers of one request that wait for its client
 
 
+class TokenStream(Protocol):
+    """What the edge needs of router.driver.RequestStream: tokens in order, ended by the one with `finish`.
+
+    Raises TandemError when the request fails.
+    """
+
+    usage: Usage | None
+
+    async def __anext__(self) -> tuple[Token, ...]:
+        """The tokens that came since the last call."""
+        ...
+
+
 class Driver(Protocol):
-    """What the edge needs of router/driver.py."""
+    """What the edge needs of router.driver.Driver."""
 
-    def submit(self, request: NewRequest) -> AsyncIterator[tuple[Token, ...]]:
-        """Starts a request; the iterator gives its tokens in order and ends after the one with `finish`.
-
-        Raises TandemError when it is refused; the iterator raises TandemError when it fails.
-        """
+    def submit(self, request: NewRequest) -> TokenStream:
+        """Starts a request. Raises the TandemError that it is refused with."""
         ...
 
     def cancel(self, request_id: RequestId, reason: str) -> bool:
@@ -117,7 +127,7 @@ class Answer:
         if self.done:
             raise StopAsyncIteration
         try:
-            batch = await anext(self._stream)
+            batch = await self._stream.__anext__()
         except StopAsyncIteration:
             error = RequestLost("the answer's stream ended without a finish")
             self._end(error.code)
@@ -130,6 +140,12 @@ class Answer:
         if piece.finish is not None:
             self._end(piece.finish.value)
         return piece
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompt, found in a prefix cache; 0 until the answer has ended."""
+        usage = self._stream.usage
+        return 0 if usage is None else usage.cached_tokens
 
     def close(self, reason: str) -> None:
         """Cancels the request everywhere unless it has ended."""
@@ -222,6 +238,12 @@ class Answers:
         """Of all prompts, each counted once."""
         each = len(self.answers) // self.num_prompts
         return sum(answer.num_prompt_tokens for answer in self.answers[::each])
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of all prompts, as `num_prompt_tokens` counts them."""
+        each = len(self.answers) // self.num_prompts
+        return sum(answer.num_cached_tokens for answer in self.answers[::each])
 
     @property
     def num_tokens(self) -> int:

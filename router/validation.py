@@ -21,7 +21,6 @@ LOGIT_BIAS_MAX = 1024
 LOGPROBS_MAX = 20
 CHOICES_EACH_MAX = 16  # `n`
 CHOICES_MAX = 128  # prompts times `n`
-MESSAGES_MAX = 4096
 REQUEST_ID_CHARACTERS_MAX = 128
 TEMPERATURE_LEAST = 1e-5  # logits divided by less leave float32; 0 is greedy
 COMPLETION_MAX_TOKENS = 16  # what /v1/completions gives when nothing is asked

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from router.events import NewRequest
+from router.events import NewRequest, Usage
 from tandem.errors import Cancelled, DuplicateRequest, TandemError
 from tandem.request import FinishReason, RequestId, Token
 
@@ -27,6 +27,24 @@ class Running:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+class ScriptedStream:
+    """As router.driver.RequestStream."""
+
+    def __init__(self, batches: AsyncIterator[tuple[Token, ...]], running: Running) -> None:
+        self.usage: Usage | None = None
+        self._batches = batches
+        self._running = running
+
+    async def __anext__(self) -> tuple[Token, ...]:
+        batch = await anext(self._batches)
+        if batch[-1].finish is not None:
+            num_prompt = len(self._running.request.tokens)
+            self.usage = Usage(
+                prompt_tokens=num_prompt, completion_tokens=self._running.delivered, cached_tokens=num_prompt // 2
+            )
+        return batch
+
+
 class ScriptedDriver:
     """Gives `script(request)` as the answer: to max_tokens, or to the first stop token."""
 
@@ -39,7 +57,7 @@ class ScriptedDriver:
         self.fail_after = 0
         self.hold_after: int | None = None  # deliver so many tokens, then wait to be cancelled
 
-    def submit(self, request: NewRequest) -> AsyncIterator[tuple[Token, ...]]:
+    def submit(self, request: NewRequest) -> ScriptedStream:
         """As router.driver.Driver.submit."""
         if self.refuse_with is not None:
             raise self.refuse_with
@@ -47,7 +65,7 @@ class ScriptedDriver:
         if known is not None and not known.cancelled and known.stopped_at is None:
             raise DuplicateRequest(f"request_id: {request.request_id!r} is known")
         running = self.requests[request.request_id] = Running(request)
-        return self._stream(running)
+        return ScriptedStream(self._stream(running), running)
 
     def cancel(self, request_id: RequestId, reason: str) -> bool:
         """As router.driver.Driver.cancel."""

@@ -1,0 +1,239 @@
+"""The gRPC API tandem.v1.Inference, with health and reflection; other services are added beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]  # it is set at run time
+from grpc_reflection.v1alpha import reflection
+
+from router.chat import check_num_messages, check_role
+from router.metrics import Api
+from router.service import Answers, Ask, Piece, Service
+from router.tokenizer import Tokenizer
+from router.validation import BODY_BYTES_MAX, SamplingFields
+from tandem.errors import InvalidRequest, Overloaded, TandemError
+from tandem.v1 import inference_pb2, inference_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+INFERENCE = "tandem.v1.Inference"
+_HEALTH_PERIOD_S = 0.2
+_OPTIONS = [
+    ("grpc.max_receive_message_length", BODY_BYTES_MAX),
+    ("grpc.max_send_message_length", BODY_BYTES_MAX),
+    ("grpc.so_reuseport", 0),  # two servers on one port is a mistake, not a feature
+]
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    # The stubs are generic, the classes are not.
+    _Context = grpc.aio.ServicerContext[Any, Any]
+
+# Adds a service to the server and returns its full name.
+AddService = Callable[[grpc.aio.Server], str]
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """tandem.v1.Inference over the service that both APIs share."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def Generate(self, request: inference_pb2.GenerateRequest, context: _Context) -> None:
+        """Streams one answer; the client's cancellation ends it everywhere."""
+        try:
+            answers = await self._open(request)
+        except TandemError as error:
+            self._service.metrics.refused(Api.GRPC, error)
+            await _abort(context, error)
+        try:
+            async for piece in answers.answers[0]:
+                await context.write(self._response(answers, piece, with_ids=request.return_token_ids))
+        except TandemError as error:
+            await _abort(context, error)
+        except Exception as error:
+            log.exception("request=%s failed", answers.request_id)
+            await _abort(context, TandemError(f"internal error: {type(error).__name__}"))
+        finally:
+            answers.close("the client disconnected")
+
+    async def Attach(self, request: inference_pb2.AttachRequest, context: _Context) -> None:
+        """Refused: a stream can only be resumed where routers share their state."""
+        await context.abort(
+            grpc.StatusCode.UNIMPLEMENTED,
+            "resuming a stream needs shared state (Redis), which this router does not have; send the request again",
+        )
+
+    async def Cancel(self, request: inference_pb2.CancelRequest, context: _Context) -> inference_pb2.CancelResponse:
+        """Ends a request and all its answers."""
+        found = self._service.cancel(request.request_id, "cancelled by a client")
+        return inference_pb2.CancelResponse(found=found)
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: _Context
+    ) -> inference_pb2.TokenizeResponse:
+        """The ids that a prompt would have."""
+        try:
+            self._service.check_model(request.model)
+            if request.WhichOneof("input") is None:
+                raise InvalidRequest("input", "is missing; send text or chat")
+            is_chat = request.WhichOneof("input") == "chat"
+            ids = await (self._chat(request.chat) if is_chat else self._service.encode(request.text, "text"))
+        except TandemError as error:
+            await _abort(context, error)
+        return inference_pb2.TokenizeResponse(ids=ids)
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: _Context
+    ) -> inference_pb2.ListModelsResponse:
+        """The models served: one."""
+        model = self._service.model
+        card = inference_pb2.Model(
+            id=model.id,
+            context_tokens=model.context_tokens,
+            created_s=model.created_s,
+            dtype=model.dtype,
+            exact=model.exact,
+        )
+        return inference_pb2.ListModelsResponse(models=[card])
+
+    async def _open(self, request: inference_pb2.GenerateRequest) -> Answers:
+        self._service.check_model(request.model)
+        match request.WhichOneof("prompt"):
+            case "text":
+                prompt: Sequence[int] = await self._service.encode(request.text, "text")
+            case "chat":
+                prompt = await self._chat(request.chat)
+            case "tokens":
+                prompt = list(request.tokens.ids)
+            case _:
+                raise InvalidRequest("prompt", "is missing; send text, chat or tokens")
+        fields = _fields(request.sampling)
+        return self._service.open(
+            Ask(api=Api.GRPC, request_id=request.request_id, prompts=[prompt], fields=fields)
+        )  # fmt: skip
+
+    async def _chat(self, chat: inference_pb2.ChatPrompt) -> tuple[int, ...]:
+        check_num_messages(len(chat.messages))
+        turns = [
+            {"role": check_role(message.role, f"chat.messages.{number}.role"), "content": message.content}
+            for number, message in enumerate(chat.messages)
+        ]
+        return await self._service.encode_chat(turns)
+
+    def _response(self, answers: Answers, piece: Piece, *, with_ids: bool) -> inference_pb2.GenerateResponse:
+        tokenizer = self._service.tokenizer
+        response = inference_pb2.GenerateResponse(request_id=answers.request_id, index=piece.index, text=piece.text)
+        if with_ids:
+            response.token_ids.extend([token.token_id for token in piece.tokens])
+        for token in piece.tokens if piece.offsets else ():
+            if token.logprob is not None:
+                entry = response.logprobs.add()
+                entry.chosen.CopyFrom(_logprob(token.token_id, token.logprob, tokenizer))
+                entry.top.extend([_logprob(each, logprob, tokenizer) for each, logprob in token.top])
+        if piece.finish is not None:
+            response.finish = piece.finish.value
+            response.stop_reason = "" if piece.stop_reason is None else str(piece.stop_reason)
+            response.usage.prompt_tokens = answers.num_prompt_tokens
+            response.usage.completion_tokens = answers.num_tokens
+            response.usage.cached_tokens = answers.num_cached_tokens
+        return response
+
+
+class GrpcServer:
+    """The gRPC server of a router: Inference, health, reflection and what was added."""
+
+    def __init__(self, server: grpc.aio.Server, health: health_aio.HealthServicer, service: Service) -> None:
+        self.port = 0
+        self._server = server
+        self._health = health
+        self._service = service
+        self._follower: asyncio.Task[None] | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Serves on host:port, 0 takes a free one; returns the port. Raises OSError when it cannot be bound."""
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"gRPC cannot bind {address}: {error}") from error
+        await self._server.start()
+        await self._set_health()
+        self._follower = asyncio.create_task(self._follow_health(), name="grpc health")
+        return self.port
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Says NOT_SERVING, takes no new calls, lets running ones end within the grace."""
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.gather(self._follower, return_exceptions=True)
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def _follow_health(self) -> None:
+        while True:
+            await asyncio.sleep(_HEALTH_PERIOD_S)
+            await self._set_health()
+
+    async def _set_health(self) -> None:
+        statuses = health_pb2.HealthCheckResponse
+        status = statuses.NOT_SERVING if self._service.not_ready() else statuses.SERVING
+        for name in ("", INFERENCE):
+            await self._health.set(name, status)
+
+
+def build_grpc_server(service: Service, *, extra: Sequence[AddService] = ()) -> GrpcServer:
+    """The server, not started yet. `extra` add their services to it and are seen by reflection."""
+    server = grpc.aio.server(options=_OPTIONS)
+    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), server)  # type: ignore[no-untyped-call]
+    health = health_aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    names = [INFERENCE, "grpc.health.v1.Health", *(add(server) for add in extra), reflection.SERVICE_NAME]
+    reflection.enable_server_reflection(names, server)
+    return GrpcServer(server, health, service)
+
+
+async def _abort(context: _Context, error: TandemError) -> NoReturn:
+    """Ends the call with the error's status; its code, field and time to wait are in the trailing metadata."""
+    details: list[tuple[str, str]] = [("tandem-code", error.code)]
+    if isinstance(error, InvalidRequest) and error.field.isascii():
+        details.append(("tandem-field", error.field))
+    if isinstance(error, Overloaded):
+        details.append(("retry-after-ms", str(error.retry_after_ms)))
+    await context.abort(getattr(grpc.StatusCode, error.grpc_status), error.message, tuple(details))
+    raise AssertionError("abort raises")
+
+
+def _fields(params: inference_pb2.SamplingParams) -> SamplingFields:
+    def given(name: str) -> int | None:
+        return getattr(params, name) if params.HasField(name) else None
+
+    return SamplingFields(
+        temperature=given("temperature"),
+        top_k=given("top_k"),
+        top_p=given("top_p"),
+        min_p=given("min_p"),
+        repetition_penalty=given("repetition_penalty"),
+        presence_penalty=given("presence_penalty"),
+        frequency_penalty=given("frequency_penalty"),
+        seed=given("seed"),
+        max_tokens=given("max_tokens"),
+        min_tokens=params.min_tokens,
+        stop=list(params.stop),
+        stop_token_ids=list(params.stop_token_ids),
+        ignore_eos=params.ignore_eos,
+        logprobs=given("logprobs"),
+        logit_bias=dict(params.logit_bias),
+    )
+
+
+def _logprob(token_id: int, logprob: float, tokenizer: Tokenizer) -> inference_pb2.TokenLogprob:
+    text = tokenizer.token_bytes(token_id).decode(errors="replace")
+    return inference_pb2.TokenLogprob(token_id=token_id, logprob=logprob, text=text)

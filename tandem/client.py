@@ -1,0 +1,344 @@
+"""The public client of a Tandem cluster over gRPC, synchronous and asynchronous; errors come back as tandem.errors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
+
+import grpc
+import grpc.aio
+
+from tandem.errors import ERRORS, InvalidRequest, Overloaded, TandemError
+from tandem.request import FinishReason
+from tandem.v1 import inference_pb2, inference_pb2_grpc
+
+if TYPE_CHECKING:
+    from tandem.v1.inference_pb2 import GenerateRequest, GenerateResponse, TokenizeRequest
+
+DEFAULT_TARGET = "localhost:50051"
+MESSAGE_BYTES_MAX = 8 * 1024 * 1024
+
+# A prompt: a text, token ids, or the messages of a chat, each with `role` and `content`.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+_OPTIONS = [
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How tokens are drawn; ranges and defaults are those of SamplingParams in proto/tandem/v1/inference.proto."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+    max_tokens: int
+    min_tokens: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    logprobs: int
+    logit_bias: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of a request that ended."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logprob:
+    """A token with its logarithmic probability."""
+
+    token_id: int
+    logprob: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """The token chosen, and the likeliest ones at its place."""
+
+    chosen: Logprob
+    top: tuple[Logprob, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """What one message of a stream adds. `finish`, `stop_reason` and `usage` come with the last."""
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish: FinishReason | None
+    stop_reason: str
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A whole answer."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish: FinishReason
+    stop_reason: str
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """A model that the cluster serves."""
+
+    id: str
+    context_tokens: int
+    created_s: int
+    dtype: str
+    exact: bool
+
+
+class Client:
+    """Talks to a cluster from ordinary code; safe to share among threads. Close it, or use it in a `with`."""
+
+    def __init__(self, target: str = DEFAULT_TARGET, *, timeout_s: float = 600.0) -> None:
+        """`target` is host:port of the router's gRPC; `timeout_s` bounds each call, a stream's whole length."""
+        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._timeout_s = timeout_s
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets the connection go; running streams end with Cancelled."""
+        self._channel.close()
+
+    def generate(
+        self, prompt: Prompt, *, model: str = "", request_id: str = "", **sampling: Unpack[SamplingOptions]
+    ) -> Completion:
+        """The whole answer. Raises TandemError."""
+        return _joined(list(self.stream(prompt, model=model, request_id=request_id, **sampling)))
+
+    def stream(
+        self, prompt: Prompt, *, model: str = "", request_id: str = "", **sampling: Unpack[SamplingOptions]
+    ) -> Iterator[Chunk]:
+        """The answer as it comes; leaving the iteration cancels the request. Raises TandemError."""
+        call = self._stub.Generate(_request(prompt, model, request_id, sampling), timeout=self._timeout_s)
+        try:
+            for response in call:
+                yield _chunk(response)
+        except grpc.RpcError as error:
+            raise _translated(error) from None
+        finally:
+            call.cancel()
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request everywhere; False when it is not known."""
+        return bool(self._call(self._stub.Cancel, inference_pb2.CancelRequest(request_id=request_id)).found)
+
+    def tokenize(self, prompt: str | Sequence[Mapping[str, str]], *, model: str = "") -> tuple[int, ...]:
+        """The ids that the prompt has on the cluster."""
+        return tuple(self._call(self._stub.Tokenize, _tokenize_request(prompt, model)).ids)
+
+    def models(self) -> list[ModelInfo]:
+        """What is served."""
+        return _models(self._call(self._stub.ListModels, inference_pb2.ListModelsRequest()))
+
+    def _call(self, method: Any, request: object) -> Any:
+        try:
+            return method(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise _translated(error) from None
+
+
+class AsyncClient:
+    """Talks to a cluster from an event loop. Close it, or use it in an `async with`."""
+
+    def __init__(self, target: str = DEFAULT_TARGET, *, timeout_s: float = 600.0) -> None:
+        """`target` is host:port of the router's gRPC; `timeout_s` bounds each call, a stream's whole length."""
+        self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+        self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._timeout_s = timeout_s
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Lets the connection go; running streams end with Cancelled."""
+        await self._channel.close(None)
+
+    async def generate(
+        self, prompt: Prompt, *, model: str = "", request_id: str = "", **sampling: Unpack[SamplingOptions]
+    ) -> Completion:
+        """The whole answer. Raises TandemError."""
+        return _joined([each async for each in self.stream(prompt, model=model, request_id=request_id, **sampling)])
+
+    async def stream(
+        self, prompt: Prompt, *, model: str = "", request_id: str = "", **sampling: Unpack[SamplingOptions]
+    ) -> AsyncIterator[Chunk]:
+        """The answer as it comes; closing the iterator cancels the request. Raises TandemError."""
+        call = self._stub.Generate(_request(prompt, model, request_id, sampling), timeout=self._timeout_s)
+        try:
+            async for response in call:
+                yield _chunk(response)
+        except grpc.RpcError as error:
+            raise _translated(error) from None
+        finally:
+            call.cancel()
+
+    async def cancel(self, request_id: str) -> bool:
+        """Ends a request everywhere; False when it is not known."""
+        return bool((await self._call(self._stub.Cancel, inference_pb2.CancelRequest(request_id=request_id))).found)
+
+    async def tokenize(self, prompt: str | Sequence[Mapping[str, str]], *, model: str = "") -> tuple[int, ...]:
+        """The ids that the prompt has on the cluster."""
+        return tuple((await self._call(self._stub.Tokenize, _tokenize_request(prompt, model))).ids)
+
+    async def models(self) -> list[ModelInfo]:
+        """What is served."""
+        return _models(await self._call(self._stub.ListModels, inference_pb2.ListModelsRequest()))
+
+    async def _call(self, method: Any, request: object) -> Any:
+        try:
+            return await method(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise _translated(error) from None
+
+
+def _request(prompt: Prompt, model: str, request_id: str, sampling: SamplingOptions) -> GenerateRequest:
+    try:
+        # protobuf's own errors name neither the field nor the value well, but say what type it wants.
+        params = inference_pb2.SamplingParams(**sampling)
+        request = inference_pb2.GenerateRequest(
+            model=model, request_id=request_id, sampling=params, return_token_ids=True
+        )
+        if isinstance(prompt, str):
+            request.text = prompt
+        elif _is_chat(prompt):
+            request.chat.CopyFrom(_chat(prompt))
+        else:
+            request.tokens.ids.extend(prompt)  # type: ignore[arg-type]
+            request.tokens.SetInParent()
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest("request", f"has a field of a wrong type or range: {error}") from None
+    return request
+
+
+def _tokenize_request(prompt: str | Sequence[Mapping[str, str]], model: str) -> TokenizeRequest:
+    if isinstance(prompt, str):
+        return inference_pb2.TokenizeRequest(model=model, text=prompt)
+    return inference_pb2.TokenizeRequest(model=model, chat=_chat(prompt))
+
+
+def _is_chat(prompt: Sequence[object]) -> bool:
+    return len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _chat(messages: Sequence[Any]) -> inference_pb2.ChatPrompt:
+    try:
+        turns = [inference_pb2.ChatMessage(role=each["role"], content=each["content"]) for each in messages]
+    except (KeyError, TypeError) as error:
+        raise InvalidRequest("messages", f"each needs the texts 'role' and 'content': {error}") from None
+    return inference_pb2.ChatPrompt(messages=turns)
+
+
+def _chunk(response: GenerateResponse) -> Chunk:
+    usage = response.usage
+    return Chunk(
+        request_id=response.request_id,
+        index=response.index,
+        text=response.text,
+        token_ids=tuple(response.token_ids),
+        logprobs=tuple(
+            TokenLogprobs(chosen=_logprob(each.chosen), top=tuple(map(_logprob, each.top)))
+            for each in response.logprobs
+        ),
+        finish=FinishReason(response.finish) if response.finish else None,
+        stop_reason=response.stop_reason,
+        usage=Usage(
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cached_tokens=usage.cached_tokens,
+        )
+        if response.HasField("usage")
+        else None,
+    )
+
+
+def _logprob(each: inference_pb2.TokenLogprob) -> Logprob:
+    return Logprob(token_id=each.token_id, logprob=each.logprob, text=each.text)
+
+
+def _joined(chunks: Sequence[Chunk]) -> Completion:
+    last = chunks[-1] if chunks else None
+    if last is None or last.finish is None or last.usage is None:
+        raise TandemError("the stream ended without a finish")
+    return Completion(
+        request_id=last.request_id,
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(each for chunk in chunks for each in chunk.token_ids),
+        logprobs=tuple(each for chunk in chunks for each in chunk.logprobs),
+        finish=last.finish,
+        stop_reason=last.stop_reason,
+        usage=last.usage,
+    )
+
+
+def _models(response: inference_pb2.ListModelsResponse) -> list[ModelInfo]:
+    return [
+        ModelInfo(
+            id=model.id,
+            context_tokens=model.context_tokens,
+            created_s=model.created_s,
+            dtype=model.dtype,
+            exact=model.exact,
+        )
+        for model in response.models
+    ]
+
+
+def _translated(error: grpc.RpcError) -> TandemError:
+    """The error of our tree that a call ended with: by its code in the trailing metadata, else by its status."""
+    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError), "an error of a call has its status"
+    message = error.details() or ""
+    # The two kinds of calls have metadata of different types, both of pairs.
+    metadata: Any = error.trailing_metadata() or ()
+    told = {key: value for key, value in metadata if isinstance(value, str)}
+    kind = ERRORS.get(told.get("tandem-code", "")) or _by_status(error.code().name)
+    if issubclass(kind, InvalidRequest):
+        field = told.get("tandem-field", "request")
+        return kind(field, message.removeprefix(f"{field}: "))
+    if issubclass(kind, Overloaded):
+        after = told.get("retry-after-ms", "")
+        return kind(message, retry_after_ms=int(after) if after.isdigit() else 1000)
+    return kind(message)
+
+
+def _by_status(status: str) -> type[TandemError]:
+    return next((kind for kind in ERRORS.values() if kind.grpc_status == status), TandemError)
