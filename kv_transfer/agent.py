@@ -41,7 +41,7 @@ class Agent:
     def __init__(self, context: AgentContext, control: FramedSocket) -> None:
         self._context = context
         self._control = control
-        self._links: dict[int, OutgoingLink] = {}
+        self._links: dict[Endpoint, OutgoingLink] = {}
         self._incoming: list[IncomingLink] = []
         settings = context.settings
         self._store = GlooStore(settings.reachable_host, timeout_s=settings.group_timeout_ms / 1000)
@@ -89,10 +89,10 @@ class Agent:
         except ValueError as error:
             self._context.refused(header, str(error))
             return
-        link = self._links.get(peer.incarnation)
+        link = self._links.get(peer)
         if link is None:
             self._make_room()
-            link = self._links[peer.incarnation] = OutgoingLink(self._context, peer)
+            link = self._links[peer] = OutgoingLink(self._context, peer)
             link.start()
         if not link.submit(header):
             self._context.refused(header, "the queue to the peer's agent is full")
@@ -109,9 +109,9 @@ class Agent:
         """Closes the link that was idle for longest when there are too many."""
         if len(self._links) < MAX_OUTGOING_LINKS:
             return
-        idle = sorted((link.used_s, key) for key, link in self._links.items() if link.is_idle)
-        for _, key in idle[:1]:
-            self._links.pop(key).close()
+        idle = [peer for peer, link in self._links.items() if link.is_idle]
+        if idle:
+            self._links.pop(min(idle, key=lambda peer: self._links[peer].used_s)).close()
 
     # ---- the other threads ----
 

@@ -136,7 +136,8 @@ class AgentClient:
             try:
                 info = self._spawn()
             except (OSError, LinkLost) as error:
-                logger.error("the transfer agent did not start: %s", error)
+                if not self._closing:
+                    logger.error("the transfer agent did not start: %s", error)
                 self._reap()
                 info = None
                 if first:
@@ -181,6 +182,8 @@ class AgentClient:
         with self._changed:
             self._process = process
             self._sock = sock
+            if self._closing:  # `close` came too early to hang up
+                raise LinkLost("the worker closes it")
         ready = sock.receive(START_TIMEOUT_S)
         if not isinstance(ready, AgentReady):
             raise LinkLost(f"not ready within {START_TIMEOUT_S:g} s")

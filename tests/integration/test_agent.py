@@ -10,6 +10,7 @@ import pytest
 from agent_pair import FAST, End, Pair, with_transport
 
 from kv_transfer.messages import FrameAcked, FrameFailed, FrameLanded
+from tandem.request import TransferId
 
 pytestmark = pytest.mark.usefixtures("no_process_left")
 
@@ -60,7 +61,7 @@ def test_what_was_not_granted_is_refused_and_touches_nothing(pair: Pair) -> None
     pair.expect(blocks=(3, 4))
     good = pair.header(source=(1, 2), target=(3, 4))
     for header, reason in (
-        (replace(good, transfer_id=good.transfer_id + "x"), "the attempt is not expected"),
+        (replace(good, transfer_id=TransferId("other")), "the attempt is not expected"),
         (replace(good, epoch=2), "the attempt is not expected"),
         (replace(good, target_generations=(5, 6)), "block 4 has generation 5, the frame names 6"),
         (replace(good, target_blocks=(3, 5)), "block 5 is not among the granted"),
