@@ -41,7 +41,10 @@ class Tokenizer:
         self._piece_characters_max = max(map(len, backend.get_vocab())) if exact else 0
 
     def characters_max(self, num_tokens: int) -> int:
-        """No text longer than this has at most `num_tokens` tokens; 0 when that cannot be told."""
+        """No text longer than this has at most `num_tokens` tokens; 0 when that cannot be told.
+
+        Characters whose bytes the vocabulary lacks, which tokenizing drops, are taken for ones that it has.
+        """
         return self._piece_characters_max * num_tokens
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
