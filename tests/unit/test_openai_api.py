@@ -15,6 +15,7 @@ from scripted_driver import ScriptedDriver
 
 from router.service import Service
 from tandem.errors import Overloaded, RequestLost, Unavailable
+from tandem.metrics import METRICS, MetricKind
 
 TEXT = "Hello there, wörld \U0001f469‍\U0001f680! It stops at END and goes on."
 CHAT = "/v1/chat/completions"
@@ -357,6 +358,10 @@ def test_health_models_metrics_and_unknown_pages() -> None:
         page = (await client.get("/metrics")).text
         assert 'tandem_router_requests_total{api="chat",outcome="length"} 1.0' in page
         assert "tandem_router_ttft_seconds_count 1.0" in page
+        for metric in METRICS:
+            assert f"# HELP {metric.name} {metric.help}" in page
+            suffix = "_total" if metric.kind is MetricKind.COUNTER else ""
+            assert metric.name.endswith(f"_{metric.unit}{suffix}")
         num_tokens = len(smol().encode(TEXT))
         assert f"tandem_router_generated_tokens_total {num_tokens}.0" in page
         assert f"tandem_router_itl_seconds_count {num_tokens - 1}.0" in page
