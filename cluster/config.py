@@ -16,6 +16,8 @@ ENVIRONMENT_PREFIX = "TANDEM_"
 MiB = 1 << 20
 DEFAULT_MODEL = "smollm2-135m-instruct"
 FAKE_MODEL = "fake"  # next token = hash of the prefix: no weights, for tests of everything but the numbers
+FAKE_CONTEXT_TOKENS = 8192
+FAKE_VOCAB_SIZE = 256  # one token a byte
 
 
 class ConfigError(ValueError):
@@ -46,7 +48,7 @@ class ClusterConfig(BaseModel):
     threads: int = Field(0, ge=0, le=1024, description="compute threads of a worker; 0: its share of the cores")
     transport: Literal["auto", "shm", "gloo"] = Field("auto", description="how KV blocks move between workers")
     local_prefill_tokens: int = Field(
-        64, ge=0, le=1 << 20, description="a decode worker prefills an uncached rest of up to this many tokens itself"
+        256, ge=0, le=1 << 20, description="a decode worker that knows a prompt best prefills a rest this short itself"
     )
 
     address: str = Field("", description="address of a running Ray cluster; empty: start a local one")

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from cluster.config import FAKE_MODEL, ClusterConfig
+from cluster.config import FAKE_CONTEXT_TOKENS, FAKE_MODEL, FAKE_VOCAB_SIZE, ClusterConfig
 from engine.model_files import find_model, read_arch
 from router.tokenizer import Tokenizer, load_tokenizer
 from router.tokenizer_settings import TokenizerSettings
-
-FAKE_CONTEXT_TOKENS = 8192
-FAKE_VOCAB_SIZE = 256  # one token a byte
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from decode_worker.config import DecodeConfig
 from decode_worker.core import DecodeCore
@@ -43,10 +43,12 @@ class WorkerCoreConfig:
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     audit_ms: int = 1_000  # how often an idle worker recounts its blocks; a busy one ten times less often
+    load_ms: int = 100  # how often the load is told when there is no step and only counts of blocks change
 
     def __post_init__(self) -> None:
-        if self.audit_ms < 1:
-            raise ValueError(f"audit_ms is {self.audit_ms}, must be at least 1")
+        for name in ("audit_ms", "load_ms"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
 
 
 class WorkerCore:
@@ -69,7 +71,9 @@ class WorkerCore:
         self._num_steps = 0
         self._planned_ms = 0
         self._last_step_ms = 0.0
-        self._last_load: WorkerLoad | None = None
+        self._told_load: WorkerLoad | None = None
+        self._told_load_ms = 0
+        self._load_due_ms: int | None = None  # the load has changed and is told at this time
         self._audit: tuple[str, ...] = ()
         self._audit_ms: int | None = None
 
@@ -117,7 +121,7 @@ class WorkerCore:
 
     def next_deadline_ms(self) -> int | None:
         """When a Tick is wanted at the latest; None: not at all."""
-        due = (self.prefill.next_deadline_ms(), self.decode.next_deadline_ms())
+        due = (self.prefill.next_deadline_ms(), self.decode.next_deadline_ms(), self._load_due_ms)
         return min((at for at in due if at is not None), default=None)
 
     def story(self) -> list[str]:
@@ -164,7 +168,7 @@ class WorkerCore:
         self._num_block_reports += 1
         full = BlockEvents(sequence=self._num_block_reports, stored=self.ledger.hashes(), cleared=True)
         actions += [Report(session=each, piece=full) for each in self._sessions]
-        self._last_load = None
+        self._told_load = None
 
     def _report_state(self, now_ms: int, actions: list[Action]) -> None:
         """Adds what has changed of the prefix cache and of the load."""
@@ -173,10 +177,16 @@ class WorkerCore:
             self._num_block_reports += 1
             changed = BlockEvents(sequence=self._num_block_reports, stored=stored, removed=removed)
             actions += [Report(session=each, piece=changed) for each in self._sessions]
-        load = self._load(now_ms)
-        if load != self._last_load:
-            self._last_load = load
-            actions += [Report(session=each, piece=load) for each in self._sessions]
+        load, told = self._load(now_ms), self._told_load
+        self._load_due_ms = None
+        if load == told:
+            return
+        counts_only = told is not None and load == replace(told, blocks=load.blocks)
+        if counts_only and now_ms < self._told_load_ms + self._config.load_ms:
+            self._load_due_ms = self._told_load_ms + self._config.load_ms
+            return
+        self._told_load, self._told_load_ms = load, now_ms
+        actions += [Report(session=each, piece=load) for each in self._sessions]
 
     def _load(self, now_ms: int) -> WorkerLoad:
         busy = self.batch.num_running > 0

@@ -1,0 +1,329 @@
+"""Everything of one worker process without Ray: model, pool, agent, cores, engine thread, gRPC services, registration.
+
+The engine thread decides and computes; an asyncio loop on a thread of its own speaks with router and peers; the
+agent's threads post what it says. Any of them may end the worker, with a reason. Whoever hosts it then ends the
+process, since a worker that has lost a part has no honest way on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+
+from cluster.worker_core import WorkerCore, WorkerCoreConfig
+from cluster.worker_model import WorkerModel, load_model
+from cluster.worker_registration import Pulse, Registration, RegistrationOver
+from cluster.worker_reports import ReportBuilder
+from cluster.worker_service import WorkerService
+from cluster.worker_settings import WorkerSettings
+from engine.blocks import BlockLedger
+from engine.events import PeerGone
+from engine.loop import EngineLoop, InboxFull
+from engine.step import Batch, BatchConfig
+from kv_transfer.actions import AgentLost, Registered, Report, SendTransfer
+from kv_transfer.agent_client import AgentClient, AgentInfo
+from kv_transfer.agent_settings import AgentSettings, TransportChoice
+from kv_transfer.endpoint import layout_digest
+from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame
+from kv_transfer.session import TransferSessions
+from prefill_worker.config import PrefillConfig
+from router.clients import MESSAGE_BYTES_MAX
+from tandem.errors import Unavailable
+from tandem.messages import WorkerAddress, WorkerInfo
+from tandem.request import WorkerId
+from tandem.v1 import worker_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S = 30.0  # from this process's threads to its own event loop
+STOP_TIMEOUT_MS = 5_000
+SERVER_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+]
+
+T = TypeVar("T")
+
+
+class StartFailed(RuntimeError):
+    """The worker cannot run; the message is for people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A worker that runs."""
+
+    info: WorkerInfo
+    incarnation: int
+    timings_ms: dict[str, int]  # of the parts of its start
+
+
+class WorkerHost:
+    """One worker. `start`, then `wait` until it ends by itself or by `stop`; once only."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self._ended: Future[str] = Future()
+        self._ending = threading.Lock()
+        self._cleanup = ExitStack()  # what was started, ended in reverse
+        self._loop = asyncio.new_event_loop()
+        self._connected = asyncio.Event()
+        self._stuck = False
+        self._timings_ms: dict[str, int] = {}
+        self._lap_s = time.monotonic()
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> Started:
+        """Loads, connects, registers and runs. Raises StartFailed; then nothing is left running."""
+        try:
+            started = self._start()
+        except (ValueError, OSError, Unavailable, RegistrationOver, MemoryError) as error:
+            log.exception("worker=%s cannot start", self.settings.worker_id)
+            self.end(f"did not start: {error}")
+            self.stop()
+            raise StartFailed(str(error) or type(error).__name__) from error
+        log.info("worker=%s incarnation=%d runs: %s", started.info.worker_id, started.incarnation, self._timings_ms)
+        return started
+
+    def _start(self) -> Started:
+        model = load_model(self.settings)
+        self._cleanup.callback(self._close_model, model)
+        self._lap("model")
+        agent = self._start_agent(model)
+        self._lap("agent")
+        self._start_loop()
+        control = self._call(self._bind())
+        info = self._describe(model, agent, control)
+        incarnation = self._call(self._register(info))
+        self._me = WorkerAddress(
+            worker_id=info.worker_id, incarnation=incarnation, control=control, endpoint=agent.endpoint
+        )
+        self._start_engine(model)
+        self._call(self._serve())
+        self._cleanup.callback(lambda: self._call(self._hang_up()))
+        self._lap("join")
+        return Started(info=info, incarnation=incarnation, timings_ms=dict(self._timings_ms))
+
+    def wait(self, timeout_s: float | None = None) -> str:
+        """Why it ended, once it has. TimeoutError when it has not within `timeout_s`."""
+        return self._ended.result(timeout_s)
+
+    def end(self, reason: str) -> None:
+        """Declares the worker over, from any thread; the first reason stays."""
+        with self._ending:
+            if not self._ended.done():
+                log.warning("worker=%s ends: %s", self.settings.worker_id, reason)
+                self._ended.set_result(reason)
+
+    def stop(self) -> None:
+        """Ends all parts, the newest first, each within a bound: streams, engine, event loop, agent, pool."""
+        self.end("stopped")
+        self._cleanup.close()
+
+    def _lap(self, part: str) -> None:
+        now_s = time.monotonic()
+        self._timings_ms[part] = round((now_s - self._lap_s) * 1000)
+        self._lap_s = now_s
+
+    # ---- the parts -------------------------------------------------------------------------------------------------
+
+    def _start_agent(self, model: WorkerModel) -> AgentInfo:
+        self._agent = AgentClient(
+            pool_fd=model.pool.fd,
+            num_blocks=model.pool.num_blocks,
+            block_bytes=model.pool.block_bytes,
+            layout_digest=layout_digest(model.layout),
+            settings=AgentSettings(
+                bind_host=self.settings.bind_host,
+                advertised_host=self.settings.advertised_host,
+                transport=TransportChoice(self.settings.config.transport),
+            ),
+            on_event=self._post,
+            on_restart=self._agent_restarted,
+        )
+        self._cleanup.callback(self._agent.close)
+        return self._agent.start()
+
+    def _start_loop(self) -> None:
+        thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
+        thread.start()
+
+        def stop() -> None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            thread.join(STOP_TIMEOUT_MS / 1000)
+
+        self._cleanup.callback(stop)
+
+    def _close_model(self, model: WorkerModel) -> None:
+        if not self._stuck:  # an engine that still runs reads the pool; the process's end frees it
+            model.close()
+
+    def _describe(self, model: WorkerModel, agent: AgentInfo, control: str) -> WorkerInfo:
+        return WorkerInfo(
+            worker_id=self.settings.worker_id,
+            role=self.settings.role,
+            control=control,
+            endpoint=agent.endpoint,
+            pid=os.getpid(),
+            agent_pid=agent.pid,
+            model=model.name,
+            namespace=model.layout.namespace,
+            fingerprint=model.layout.fingerprint,
+            exact=model.exact,
+            dtype=model.layout.dtype,
+            block_size=model.layout.block_size,
+            total_blocks=model.pool.num_blocks,
+            context_tokens=model.context_tokens,
+            block_bytes=model.layout.block_bytes,
+            labels=(("exact_reason", model.exact_reason),),
+        )
+
+    def _start_engine(self, model: WorkerModel) -> None:
+        config = self.settings.config
+        ledger = BlockLedger(num_blocks=model.pool.num_blocks, block_size=config.block_size)
+        batch = BatchConfig(
+            max_tokens_per_step=config.max_tokens_per_step,
+            max_rows=config.max_rows,
+            chunk_tokens=config.chunk_tokens,
+            context_tokens=model.context_tokens,
+            eos_token_ids=model.eos_token_ids,
+            namespace=model.layout.namespace.encode(),
+        )
+        core = WorkerCore(
+            me=self._me,
+            layout=model.layout,
+            ledger=ledger,
+            batch=Batch(ledger, batch),
+            config=WorkerCoreConfig(prefill=PrefillConfig(exact=config.exact)),
+        )
+        self._reports = ReportBuilder(worker_id=self._me.worker_id, incarnation=self._me.incarnation)
+        self._engine = EngineLoop(
+            core=core, runner=model.runner, perform=self._perform, on_crash=self._crashed, name="engine"
+        )
+        self._engine.start()
+
+        def stop() -> None:
+            self._stuck = not self._engine.stop(deadline_ms=STOP_TIMEOUT_MS)
+
+        self._cleanup.callback(stop)
+
+    # ---- on the engine thread, and on the agent's --------------------------------------------------------------------
+
+    def _perform(self, actions: list[object]) -> None:
+        reports: list[Report] = []
+        for action in actions:
+            match action:
+                case Report():
+                    reports.append(action)
+                case SendTransfer():
+                    self._sessions.send(action.to, action.message)
+                case SendFrame() | ExpectFrames() | EndTransfer():
+                    self._agent.send(action)
+                case _:
+                    raise TypeError(f"{type(action).__name__} is no action of a worker's core")
+        if reports:
+            self._loop.call_soon_threadsafe(self._service.report, self._reports.merge(reports))
+
+    def _crashed(self, error: BaseException, story: str) -> None:
+        log.critical("worker=%s the engine crashed; its story:\n%s", self._me.worker_id, story, exc_info=error)
+        self.end(f"the engine crashed: {type(error).__name__}: {error}")
+
+    def _post(self, event: object) -> None:
+        try:
+            self._engine.post(event)
+        except InboxFull as error:
+            self.end(f"the engine is stuck: {error}")
+            raise
+
+    def _agent_restarted(self, info: AgentInfo | None) -> None:
+        self._post(AgentLost(reason="the transfer agent died and is reaped"))
+        if info is None:
+            self.end("the transfer agent dies again and again")
+            return
+        address = WorkerAddress(
+            worker_id=self._me.worker_id,
+            incarnation=self._me.incarnation,
+            control=self._me.control,
+            endpoint=info.endpoint,
+        )
+        self._post(Registered(address=address))
+
+    # ---- on the event loop -------------------------------------------------------------------------------------------
+
+    def _call(self, coroutine: Coroutine[None, None, T]) -> T:
+        """Runs a coroutine on the event loop from another thread, and waits for it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(
+            CALL_TIMEOUT_S + self.settings.router_gone_s
+        )
+
+    async def _bind(self) -> str:
+        """A server that is bound but takes no calls yet: registration needs its port, its services a registration."""
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        port = self._server.add_insecure_port(f"{self.settings.bind_host}:0")
+        return f"{self.settings.reachable_host}:{port}"
+
+    async def _register(self, info: WorkerInfo) -> int:
+        self._registration = Registration(
+            registry=self.settings.registry, info=info, gone_s=self.settings.router_gone_s
+        )  # fmt: skip
+        try:
+            await self._registration.register()
+        except RegistrationOver:
+            await self._registration.close()
+            raise
+        return self._registration.incarnation
+
+    async def _serve(self) -> None:
+        """Begins to take calls: only now, since each goes to the engine. Heartbeats follow the router's first call."""
+        self._service = WorkerService(post=self._post, on_session=self._connected.set)
+        self._sessions = TransferSessions(
+            worker_id=self._me.worker_id,
+            incarnation=self._me.incarnation,
+            on_message=self._post,
+            on_peer_gone=self._peer_gone,
+        )
+        worker_pb2_grpc.add_WorkerServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]
+        worker_pb2_grpc.add_TransferServicer_to_server(self._sessions, self._server)  # type: ignore[no-untyped-call]
+        await self._server.start()
+        self._beating = asyncio.create_task(self._beat(), name="heartbeats")
+
+    def _peer_gone(self, worker_id: WorkerId, incarnation: int) -> None:
+        self._post(PeerGone(worker_id=worker_id, incarnation=incarnation))
+
+    async def _beat(self) -> None:
+        try:
+            await asyncio.wait_for(self._connected.wait(), self.settings.router_gone_s)
+            await self._registration.beat(self._pulse)
+        except TimeoutError:
+            self.end(f"no router connected within {self.settings.router_gone_s} s")
+        except RegistrationOver as error:
+            self.end(str(error))
+
+    def _pulse(self) -> Pulse:
+        agent, engine = self._agent.info, self._engine
+        busy = engine.step_began_ms is not None or engine.num_inbox_events > 0
+        return Pulse(
+            progress=engine.num_steps + engine.num_turns, runnable=busy, agent_pid=agent.pid if agent is not None else 0
+        )
+
+    async def _hang_up(self) -> None:
+        self._beating.cancel()
+        await asyncio.gather(self._beating, self._registration.close(), return_exceptions=True)
+        await self._sessions.close()
+        self._service.close()
+        await self._server.stop(grace=0.2)

@@ -1,0 +1,101 @@
+"""The worker's end of the routers' streams: what they say goes to the engine, what the engine reports goes to them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+import grpc.aio
+
+from engine.events import RouterGone
+from engine.loop import InboxFull
+from kv_transfer.actions import FromRouter, RouterJoined
+from tandem import wire
+from tandem.messages import WorkerReport
+from tandem.v1 import worker_pb2 as pb
+from tandem.v1 import worker_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+REPORTS_MAX = 4096  # that wait for one router; with more it is cut off and places its requests anew
+
+
+class WorkerService(worker_pb2_grpc.WorkerServicer):
+    """One stream a router session. All methods run on the worker's event loop; `post` hands events to the engine."""
+
+    def __init__(self, *, post: Callable[[object], None], on_session: Callable[[], None]) -> None:
+        self._post = post
+        self._on_session = on_session
+        self._queues: dict[int, asyncio.Queue[WorkerReport | None]] = {}
+
+    def report(self, reports: list[tuple[int, WorkerReport]]) -> None:
+        """Queues reports for their sessions; those of a session that has ended are dropped."""
+        for session, report in reports:
+            queue = self._queues.get(session)
+            if queue is None:
+                continue
+            try:
+                queue.put_nowait(report)
+            except asyncio.QueueFull:
+                log.error("session=%d reads too slowly: %d reports wait; it is cut off", session, REPORTS_MAX)
+                del self._queues[session]
+                queue.get_nowait()
+                queue.put_nowait(None)
+
+    def close(self) -> None:
+        """Ends every stream after what waits for it."""
+        for queue in self._queues.values():
+            if not queue.full():
+                queue.put_nowait(None)
+        self._queues.clear()
+
+    async def Connect(
+        self,
+        request_iterator: AsyncIterator[pb.RouterMessage],
+        context: grpc.aio.ServicerContext[pb.RouterMessage, pb.WorkerReport],
+    ) -> None:
+        """Serves one router session from its hello to its end."""
+        hello = await anext(aiter(request_iterator), None)
+        if hello is None or hello.WhichOneof("kind") != "hello":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be hello")
+        session = hello.hello.session
+        if session in self._queues:
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"session {session} is connected already")
+        queue: asyncio.Queue[WorkerReport | None] = asyncio.Queue(REPORTS_MAX)
+        self._queues[session] = queue
+        log.info("router=%s session=%d connected", hello.hello.router_id, session)
+        self._post(RouterJoined(session=session))
+        self._on_session()
+        tasks = [
+            asyncio.create_task(self._read(session, request_iterator)),
+            asyncio.create_task(_write(queue, context)),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            reason = next(iter(done)).result()
+            log.info("session=%d ended: %s", session, reason)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._queues.pop(session, None)
+            self._post(RouterGone(session=session))
+
+    async def _read(self, session: int, messages: AsyncIterator[pb.RouterMessage]) -> str:
+        try:
+            async for message in messages:
+                self._post(FromRouter(session=session, message=wire.decode_router_message(message)))
+        except (ValueError, InboxFull, grpc.RpcError) as error:
+            log.error("session=%d is ended: %s", session, error)
+            return str(error)
+        return "the router ended the stream"
+
+
+async def _write(
+    queue: asyncio.Queue[WorkerReport | None], context: grpc.aio.ServicerContext[pb.RouterMessage, pb.WorkerReport]
+) -> str:
+    while (report := await queue.get()) is not None:
+        await context.write(wire.encode_report(report))
+    return "the worker ended the stream"
