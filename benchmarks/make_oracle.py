@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from benchmarks.oracle_prompts import CONTINUE, chats
 from engine.model_files import find_model
@@ -29,6 +30,7 @@ def main() -> None:
     """Runs all prompts and writes the file at the end; prints one line a prompt."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--num-tokens", type=int, default=NUM_TOKENS)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     arguments = parser.parse_args()
@@ -36,14 +38,14 @@ def main() -> None:
     torch.set_num_threads(1)
     path = find_model(arguments.model).path
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model = load_model(path)
     prompts = [tokenizer(text)["input_ids"] for text in CONTINUE]
     prompts += [
         tokenizer(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))["input_ids"]
         for chat in chats()
     ]
     answers = []
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts[: arguments.num_prompts]):
         began = time.monotonic()
         answers.append(answer(model, prompt, arguments.num_tokens))
         print(f"{number + 1}/{len(prompts)}: {len(prompt)} tokens, {time.monotonic() - began:.1f} s", flush=True)
@@ -58,6 +60,17 @@ def main() -> None:
     }
     rows = ",\n".join(json.dumps(row) for row in answers)
     arguments.out.write_text(json.dumps(head, indent=1)[:-2] + ',\n "prompts": [\n' + rows + "\n]}\n")
+
+
+def load_model(path: Path) -> torch.nn.Module:
+    """The model of a GGUF file, read by transformers alone (whose from_pretrained asks for accelerate)."""
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]  # type: ignore[no-untyped-call]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}  # tied
+    return model.eval()
 
 
 @torch.inference_mode()

@@ -94,12 +94,13 @@ class CpuRunner:
 
     def run(self, plan: StepPlan) -> list[Sampled | None]:
         """Runs the step; one result per row, None where the row is not sampled."""
-        drawn = iter(self._sampler.sample(self.logits(plan), [row for row in plan.rows if row.sample]))
+        logits = self._decoder.forward(self._tensors(plan), self._tensor).float()
+        drawn = iter(self._sampler.sample(logits, [row for row in plan.rows if row.sample]))
         return [next(drawn) if row.sample else None for row in plan.rows]
 
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Runs the step; float32 logits `[sampled rows, vocab_size]`, in the plan's order."""
-        return self._decoder.forward(self._tensors(plan), self._tensor).float()
+        return self._decoder.forward(self._tensors(plan), self._tensor).float().clone()
 
     def close(self) -> None:
         """Gives the pool's memory back; the runner must not be used any more."""

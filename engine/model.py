@@ -19,6 +19,7 @@ from kernels.gemm import linear, weight_rows
 from kernels.kv_copy import write_kv
 from kernels.paged_attention import paged_attention
 
+FIRST_WORKSPACE_TOKENS = 64
 ROPE_TABLE_TOKENS = 4096  # positions that the rotary tables begin with; they double when a longer context comes
 
 
@@ -39,8 +40,24 @@ class StepTensors:
     context_tokens: int  # the largest position, plus one
 
 
+class Workspace:
+    """The intermediate results of a step, in memory that is kept: memory touched for the first time is slow."""
+
+    def __init__(self, arch: ArchSpec, dtype: torch.dtype, num_tokens: int) -> None:
+        heads = arch.num_heads + 2 * arch.num_kv_heads
+        self.num_tokens = num_tokens
+        self.hidden = torch.empty((num_tokens, arch.hidden_size), dtype=dtype)
+        self.qkv = torch.empty((num_tokens, heads * arch.head_dim), dtype=dtype)
+        self.mixed = torch.empty((num_tokens, arch.num_heads, arch.head_dim), dtype=dtype)
+        self.gate_up = torch.empty((num_tokens, 2 * arch.intermediate_size), dtype=dtype)
+        self.gated = torch.empty((num_tokens, arch.intermediate_size), dtype=dtype)
+
+
 class Decoder:
-    """Runs steps over a KV pool. Holds weights and rotary tables, and no state of any request."""
+    """Runs steps over a KV pool. Holds weights and rotary tables, and no state of any request.
+
+    Not thread-safe: steps share their intermediate memory.
+    """
 
     def __init__(self, arch: ArchSpec, weights: ModelWeights, *, num_threads: int = 1) -> None:
         self.arch = arch
@@ -48,42 +65,42 @@ class Decoder:
         self.num_threads = num_threads
         self.dtype = weights.norm.dtype
         self._cos, self._sin = rope_tables(arch, min(arch.context_tokens, ROPE_TABLE_TOKENS), self.dtype)
+        self._space = Workspace(arch, self.dtype, FIRST_WORKSPACE_TOKENS)
+        self._logits = torch.empty((0, arch.vocab_size), dtype=self.dtype)
 
     @torch.inference_mode()
     def forward(self, step: StepTensors, pool: Tensor) -> Tensor:
         """Writes the step's K and V into `pool` and returns the logits `[S, vocab_size]` of the sampled rows.
 
-        `pool` is `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`.
+        `pool` is `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`. The logits are overwritten by the
+        next step.
         """
-        if step.context_tokens > self._cos.shape[0]:
-            self._grow_tables(step.context_tokens)
+        self._make_room(step)
         cos, sin = self._cos.index_select(0, step.positions), self._sin.index_select(0, step.positions)
-        layers, threads = self.weights.layers, self.num_threads
-        eps = self.arch.norm_eps
+        layers, eps = self.weights.layers, self.arch.norm_eps
         residual = self._embed(step.tokens)
         hidden = rms_norm(residual, layers[0].input_norm, eps)
         for index, layer in enumerate(layers):
-            hidden = self._attention(hidden, layer, index, step, pool, cos, sin)
+            mixed = self._attention(hidden, layer, index, step, pool, cos, sin)
             if index == len(layers) - 1:
                 # Past the last attention nothing but the sampled rows is of use to anyone.
-                hidden, residual = hidden.index_select(0, step.sampled), residual.index_select(0, step.sampled)
+                mixed, residual = mixed.index_select(0, step.sampled), residual.index_select(0, step.sampled)
                 if not step.sampled.numel():
-                    return hidden.new_empty((0, self.arch.vocab_size))
-            hidden = linear(hidden, layer.o, layer.o_bias, num_threads=threads)
-            hidden, residual = add_rms_norm(hidden, residual, layer.mlp_norm, eps)
-            hidden = silu_mul(linear(hidden, layer.gate_up, layer.gate_up_bias, num_threads=threads))
-            hidden = linear(hidden, layer.down, layer.down_bias, num_threads=threads)
+                    return self._logits[:0]
             following = layers[index + 1].input_norm if index + 1 < len(layers) else self.weights.norm
-            hidden, residual = add_rms_norm(hidden, residual, following, eps)
-        return linear(hidden, self.weights.head, num_threads=threads)
+            hidden, residual = self._after_attention(mixed, residual, layer, following)
+        return linear(hidden, self.weights.head, out=self._logits[: step.sampled.numel()], num_threads=self.num_threads)
 
     def _attention(
         self, hidden: Tensor, layer: LayerWeights, index: int, step: StepTensors, pool: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        arch = self.arch
-        num_tokens, dim = hidden.shape[0], arch.head_dim
-        fused = linear(hidden, layer.qkv, layer.qkv_bias, num_threads=self.num_threads).view(num_tokens, -1, dim)
-        q, k, v = torch.split(fused, [arch.num_heads, arch.num_kv_heads, arch.num_kv_heads], dim=1)
+        """Attention of one layer, before its output projection: `[T, num_heads * head_dim]`."""
+        arch, threads = self.arch, self.num_threads
+        num_tokens = hidden.shape[0]
+        fused = linear(hidden, layer.qkv, layer.qkv_bias, out=self._space.qkv[:num_tokens], num_threads=threads)
+        q, k, v = torch.split(
+            fused.view(num_tokens, -1, arch.head_dim), [arch.num_heads, arch.num_kv_heads, arch.num_kv_heads], dim=1
+        )
         if layer.q_norm is not None and layer.k_norm is not None:
             rms_norm(q, layer.q_norm, arch.norm_eps, out=q)
             rms_norm(k, layer.k_norm, arch.norm_eps, out=k)
@@ -98,19 +115,41 @@ class Decoder:
             step.lengths,
             arch.scale,
             window=arch.windows[index],
-            num_threads=self.num_threads,
+            out=self._space.mixed[:num_tokens],
+            num_threads=threads,
         )
         return mixed.view(num_tokens, -1)
+
+    def _after_attention(
+        self, mixed: Tensor, residual: Tensor, layer: LayerWeights, following: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Output projection and MLP of one layer, and the norm that follows it: (normed, residual)."""
+        space, threads, eps, num_tokens = self._space, self.num_threads, self.arch.norm_eps, mixed.shape[0]
+        hidden = linear(mixed, layer.o, layer.o_bias, out=space.hidden[:num_tokens], num_threads=threads)
+        hidden, residual = add_rms_norm(hidden, residual, layer.mlp_norm, eps)
+        both = linear(hidden, layer.gate_up, layer.gate_up_bias, out=space.gate_up[:num_tokens], num_threads=threads)
+        gated = silu_mul(both, out=space.gated[:num_tokens])
+        hidden = linear(gated, layer.down, layer.down_bias, out=space.hidden[:num_tokens], num_threads=threads)
+        return add_rms_norm(hidden, residual, following, eps)
+
+    def _make_room(self, step: StepTensors) -> None:
+        if step.context_tokens > self._cos.shape[0]:
+            self._grow_tables(step.context_tokens)
+        if step.tokens.numel() > self._space.num_tokens:
+            self._space = Workspace(self.arch, self.dtype, _power_of_two(step.tokens.numel()))
+        if step.sampled.numel() > self._logits.shape[0]:
+            self._logits = torch.empty((_power_of_two(step.sampled.numel()), self.arch.vocab_size), dtype=self.dtype)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         embedding = self.weights.embedding
         return weight_rows(self.weights.head, tokens) if embedding is None else embedding.index_select(0, tokens)
 
     def _grow_tables(self, context_tokens: int) -> None:
-        length = self._cos.shape[0]
-        while length < context_tokens:
-            length *= 2
-        self._cos, self._sin = rope_tables(self.arch, length, self.dtype)
+        self._cos, self._sin = rope_tables(self.arch, _power_of_two(context_tokens), self.dtype)
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
 
 
 def rope_tables(arch: ArchSpec, num_positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
