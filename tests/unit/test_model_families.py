@@ -11,6 +11,8 @@ import transformers
 from tiny_models import CONFIGS, answers, build, expected_tokens, last_logits, ledger_of, prompts
 
 from engine.cpu_runner import CpuRunner
+from engine.model import rope_tables
+from engine.model_files import find_model, read_arch
 
 NUM_TOKENS = 40
 Case = tuple[transformers.PreTrainedModel, Path]
@@ -60,3 +62,14 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(case: Case) -> None:
     ours.close()
     assert theirs > 0
     assert mine <= 1.5**2 * theirs
+
+
+def test_rotary_tables_equal_transformers_bit_for_bit(case: Case) -> None:
+    """Cosines and sines of every position, in both dtypes."""
+    model, folder = case
+    arch = read_arch(find_model(str(folder)))
+    positions = torch.arange(arch.context_tokens)[None]
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = model.model.rotary_emb(torch.empty(1, dtype=dtype), positions)
+        for found, table in zip(rope_tables(arch, arch.context_tokens, dtype), expected, strict=True):
+            assert torch.equal(found, table[0])
