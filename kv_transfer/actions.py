@@ -41,7 +41,10 @@ class FromRouter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentLost:
-    """The worker's transfer agent ended and is reaped: nothing that it did is under way any more."""
+    """The worker's transfer agent ended and is reaped: nothing that it did is under way any more.
+
+    Commands that the core gave before it handles this must not reach a new agent: nobody would wait for their end.
+    """
 
     reason: str
 

@@ -97,7 +97,9 @@ class Agent:
         self.alive = True
 
     def command(self, command: object) -> None:
-        """What the worker wants."""
+        """What the worker wants. A dead agent does nothing, until the worker has heard of its death."""
+        if not self.alive:
+            return
         match command:
             case ExpectFrames(transfer_id=transfer, epoch=epoch, blocks=blocks, generations=generations):
                 self.expected[transfer, epoch] = dict(zip(blocks, generations, strict=True))
@@ -118,6 +120,10 @@ class Agent:
         """The frame arrives: checked, copied, told to both sides."""
         transfer, epoch = key
         checksum = 0
+        source = self.world.worker(self.name)
+        if source.agent is self:
+            pinned = set(header.source_blocks) <= set(source.ledger.exported_by(transfer))
+            assert pinned, f"{transfer} reads blocks that are not pinned: {self.world.tail()}"
         reason = "the target's agent is gone"
         if target is not None and target.alive and self.alive:
             granted = target.expected.get(key, {})
@@ -134,7 +140,7 @@ class Agent:
             else:
                 reason = ""
                 again = (key, header.sequence) in target.landed
-                source, sink = self.world.worker(self.name), self.world.worker(target.name)
+                sink = self.world.worker(target.name)
                 pairs_of_blocks = zip(header.source_blocks, header.target_blocks, strict=True)
                 content = b"".join(source.runner.read_block(block) for block in header.source_blocks)
                 checksum = target.landed.setdefault((key, header.sequence), hash(content) & ((1 << 64) - 1))
@@ -312,7 +318,9 @@ class World:
         if plan is not None:
             sampled = worker.runner.run(plan)
             self.now_ms += 1
-            self.log.append(f"{self.now_ms} {worker.name} ran {[(r.request_id, r.start, len(r.tokens)) for r in plan.rows]}")
+            self.log.append(
+                f"{self.now_ms} {worker.name} ran {[(r.request_id, r.start, len(r.tokens)) for r in plan.rows]}"
+            )
             self._perform(worker, worker.core.step_done(self.now_ms, plan, sampled))
         else:
             self.now_ms += 5
@@ -357,12 +365,14 @@ class World:
         self.later(lambda: self._lost(name, old.incarnation), "the router hears of a death")
 
     def kill_agent(self, name: str) -> None:
-        """The agent dies; another takes its place."""
+        """The agent dies. Another takes its place when the worker hears of it, not before."""
         worker = self.workers[name]
         worker.agent.alive = False
-        worker.agent = Agent(self, name)
-        self._channels[f"agent {name}"] = deque()
-        self.post(name, AgentLost(reason="killed"), channel=f"agent {name}")
+        self._channels[f"agent {name}"] = deque([(f"{name} <- AgentLost", lambda: self._replace_agent(worker))])
+
+    def _replace_agent(self, worker: Worker) -> None:
+        worker.agent = Agent(self, worker.name)
+        self._give(worker, AgentLost(reason="killed"))
 
     # ---- the router --------------------------------------------------------------------------------------------------
 
@@ -461,6 +471,7 @@ class World:
         match piece:
             case Token():
                 asked = self.requests[piece.request_id]
+                assert piece.epoch <= asked.epoch, f"{me} writes under an epoch that nobody gave it: {self.tail()}"
                 if not asked.end and piece.epoch == asked.epoch:
                     assert asked.owner == me, f"{me} writes for {asked.owner}: {self.tail()}"
                     self._deliver(asked, piece)
@@ -532,6 +543,7 @@ class World:
         """All requests have ended, with the right tokens; all workers are at their baseline."""
         for asked in self.requests.values():
             assert asked.end, f"{asked.request_id} never ended: {self.tail()}"
+            assert not asked.end.startswith("failed"), f"{asked}: {self.tail()}"
             if asked.end in ("stop", "length"):
                 assert asked.delivered == asked.expected, f"{asked}: {self.tail()}"
         problems = [problem for worker in self.workers.values() for problem in worker.problems()]

@@ -7,9 +7,14 @@ all blocks are back at their baseline.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 from pair_world import Faults, World
+
+from engine.blocks import BlockLedger
+from kv_transfer.handoff import AcceptBlocks, Closed
+from kv_transfer.handoff_target import TargetHandoff, TargetState
 
 NUM_SEEDS = int(os.environ.get("TANDEM_HANDOFF_SEEDS", "500"))
 BATCHES = 10
@@ -80,3 +85,67 @@ def test_the_worlds_reach_what_they_are_for() -> None:
     assert attempts > 100
     assert commits > 50
     assert failures > 5
+
+
+def _no_quarantine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Granted blocks of a failed attempt are free at once."""
+    quarantine = BlockLedger.quarantine
+
+    def plant(self: BlockLedger, transfer: str) -> None:
+        quarantine(self, transfer)
+        self.end_quarantine(transfer)
+
+    monkeypatch.setattr(BlockLedger, "quarantine", plant)
+
+
+def _no_pins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that an agent reads are not pinned."""
+    export = BlockLedger.export
+
+    def plant(self: BlockLedger, transfer: str, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        generations = export(self, transfer, blocks)
+        self.end_export(transfer, blocks)
+        return generations
+
+    monkeypatch.setattr(BlockLedger, "export", plant)
+
+
+def _eager_seal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target asks for the commit without looking whether every frame is there."""
+
+    def plant(self: TargetHandoff, now_ms: int) -> object:
+        commit, grant = self._commit, self._grant
+        if commit is None or grant is None:
+            return []
+        self.state = TargetState.SEALED
+        self._next_ms = now_ms + 1_000
+        return [self._ask()]
+
+    monkeypatch.setattr(TargetHandoff, "_seal", plant)
+    monkeypatch.setattr(TargetHandoff, "_activate", _activate_at_once)
+
+
+def _activate_at_once(self: TargetHandoff) -> object:
+    self.state = TargetState.ACTIVE
+    assert self._commit is not None
+    assert self._owned_epoch is not None
+    return [AcceptBlocks(epoch=self._owned_epoch, tokens=self._commit.tokens, num_frames=0, num_bytes=0), Closed()]
+
+
+def _commit_by_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target takes the request over without the owner record's word."""
+    ask = TargetHandoff._ask
+
+    def plant(self: TargetHandoff) -> object:
+        self._owned_epoch = self.attempt.epoch + 1
+        return ask(self)
+
+    monkeypatch.setattr(TargetHandoff, "_ask", plant)
+
+
+@pytest.mark.parametrize("plant", [_no_quarantine, _no_pins, _eager_seal, _commit_by_guess])
+def test_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        for seed in range(400):
+            run_seed(seed)
