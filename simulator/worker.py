@@ -1,0 +1,171 @@
+"""One worker of a world: the real core over the fake runner, stepped on the virtual clock, with a shell of streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cluster.worker_core import WorkerCore
+from cluster.worker_reports import ReportBuilder
+from engine.blocks import BlockLedger
+from engine.events import PeerGone, RouterGone, Tick
+from engine.fake_runner import FakeRunner
+from engine.step import Sampled, StepPlan
+from kv_transfer.actions import FromRouter, Report, RouterJoined, SendTransfer
+from kv_transfer.messages import AgentEvent, EndTransfer, ExpectFrames, SendFrame, TransferMessage
+from simulator.agents import VirtualAgent
+from simulator.choices import Choices
+from simulator.network import Schedule
+from tandem.messages import RouterMessage, WorkerAddress, WorkerInfo, WorkerReport
+from tandem.request import WorkerId
+
+
+class VirtualWorker:
+    """One incarnation. Events queue up while a step runs or the worker stands still, as they do on an engine thread.
+
+    `to_router(worker, session, report)` and `to_peer(worker, address, message)` put words on the way.
+    """
+
+    def __init__(
+        self,
+        *,
+        info: WorkerInfo,
+        address: WorkerAddress,
+        core: WorkerCore,
+        runner: FakeRunner,
+        ledger: BlockLedger,
+        schedule: Schedule,
+        choices: Choices,
+        step_max_ms: int,
+        to_router: Callable[[VirtualWorker, int, WorkerReport], None],
+        to_peer: Callable[[VirtualWorker, WorkerAddress, TransferMessage], None],
+    ) -> None:
+        self.info = info
+        self.address = address
+        self.core = core
+        self.runner = runner
+        self.ledger = ledger
+        self.agent: VirtualAgent | None = None
+        self.alive = True
+        self.paused_until_ms = 0
+        self.num_steps = 0
+        self._schedule = schedule
+        self._choices = choices
+        self._step_max_ms = step_max_ms
+        self._to_router = to_router
+        self._to_peer = to_peer
+        self._reports = ReportBuilder(worker_id=info.worker_id, incarnation=address.incarnation)
+        self._inbox: list[object] = []
+        self._stepping = False
+        self._turn_due = False
+        self._wake_ms: int | None = None
+
+    @property
+    def worker_id(self) -> WorkerId:
+        return self.info.worker_id
+
+    def post(self, event: object) -> None:
+        """Hands the core an event at its next turn."""
+        if self.alive:
+            self._inbox.append(event)
+            self._turn(0)
+
+    def joined(self, session: int) -> None:
+        self.post(RouterJoined(session=session))
+
+    def said(self, session: int, message: RouterMessage) -> None:
+        self.post(FromRouter(session=session, message=message))
+
+    def gone(self, session: int) -> None:
+        self.post(RouterGone(session=session))
+
+    def peer_gone(self, peer: WorkerAddress) -> None:
+        self.post(PeerGone(worker_id=peer.worker_id, incarnation=peer.incarnation))
+
+    def agent_said(self, event: AgentEvent) -> None:
+        self.post(event)
+
+    def pause(self, duration_ms: int) -> None:
+        """Stands still, as under SIGSTOP; its agent goes on."""
+        self.paused_until_ms = max(self.paused_until_ms, self._schedule.now_ms + duration_ms)
+
+    def kill(self) -> None:
+        """The process and its agent are gone."""
+        self.alive = False
+        if self.agent is not None:
+            self.agent.kill()
+
+    # ---- the engine loop, as engine/loop.py has it -----------------------------------------------------------------
+
+    def _turn(self, delay_ms: int) -> None:
+        if not self._turn_due and not self._stepping:
+            self._turn_due = True
+            self._schedule.after(delay_ms, self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._turn_due = False
+        if not self.alive or self._stepping:
+            return
+        now_ms = self._schedule.now_ms
+        if now_ms < self.paused_until_ms:
+            self._turn(self.paused_until_ms - now_ms)
+            return
+        events, self._inbox = self._inbox, []
+        for event in events:
+            self._perform(self.core.handle(now_ms, event))
+        due_ms = self.core.next_deadline_ms()
+        if due_ms is not None and due_ms <= now_ms:
+            self._perform(self.core.handle(now_ms, Tick()))
+        plan = self.core.next_plan(now_ms)
+        if plan is not None:
+            self._begin(plan)
+            return
+        self._sleep()
+
+    def _sleep(self) -> None:
+        """Until the core's deadline, if it has one."""
+        due_ms = self.core.next_deadline_ms()
+        if due_ms is None:
+            return
+        due_ms = max(due_ms, self._schedule.now_ms + 1)
+        if self._wake_ms is not None and self._schedule.now_ms < self._wake_ms <= due_ms:
+            return  # an earlier waking is on its way
+        self._wake_ms = due_ms
+        self._schedule.after(due_ms - self._schedule.now_ms, self._woken)
+
+    def _woken(self) -> None:
+        self._wake_ms = None
+        self._turn(0)
+
+    def _begin(self, plan: StepPlan) -> None:
+        self._stepping = True
+        duration_ms = 1 + self._choices.choose(self._step_max_ms)
+        early = self._choices.choose(2) == 0
+        sampled = self.runner.run(plan) if early else None
+        self._schedule.after(duration_ms, lambda: self._end(plan, sampled))
+
+    def _end(self, plan: StepPlan, sampled: list[Sampled | None] | None) -> None:
+        """The memory was read and written at the start of the step or at its end: nobody else may care which."""
+        if not self.alive:
+            return
+        if sampled is None:
+            sampled = self.runner.run(plan)
+        self._stepping = False
+        self.num_steps += 1
+        self._perform(self.core.step_done(self._schedule.now_ms, plan, sampled))
+        self._turn(0)
+
+    def _perform(self, actions: list[object]) -> None:
+        reports: list[Report] = []
+        for action in actions:
+            match action:
+                case Report():
+                    reports.append(action)
+                case SendTransfer(to=to, message=message):
+                    self._to_peer(self, to, message)
+                case SendFrame() | ExpectFrames() | EndTransfer():
+                    if self.agent is not None:
+                        self.agent.handle(action)
+                case _:
+                    raise AssertionError(f"{action} is no action of a worker")
+        for session, report in self._reports.merge(reports):
+            self._to_router(self, session, report)
