@@ -1,0 +1,49 @@
+"""The command `tandem`: it names the verbs, and turns errors that are meant for people into one line and a status."""
+
+from __future__ import annotations
+
+import sys
+
+import grpc
+import typer
+
+from cli.configuration import show_config
+from cli.down import down
+from cli.serve import serve
+from cli.settings import with_settings
+from cli.status import status
+from cluster.config import ConfigError
+from cluster.run_file import NoCluster
+
+app = typer.Typer(
+    name="tandem",
+    help="Serves language models from separate prefill and decode workers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(with_settings(serve))
+app.command("status")(status)
+app.command("down")(down)
+app.command("config")(with_settings(show_config))
+
+
+def main() -> None:
+    """The entry of the command line. Status 2: a setting is wrong; 1: it could not be done."""
+    try:
+        app()
+    except ConfigError as error:
+        _fail(str(error), 2)
+    except NoCluster as error:
+        _fail(str(error), 1)
+    except grpc.RpcError as error:
+        _fail(f"the cluster does not answer: {error.details()}", 1)
+
+
+def _fail(message: str, status_code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status_code)
+
+
+if __name__ == "__main__":
+    main()

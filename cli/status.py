@@ -1,0 +1,90 @@
+"""`tandem status`: workers and requests of a running cluster, as tables or as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import typer
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console
+from rich.table import Table
+
+from cli.down import run_dir_of
+from cluster.run_file import find
+from tandem.v1 import admin_pb2 as pb
+from tandem.v1 import admin_pb2_grpc
+
+TIMEOUT_S = 10.0
+
+
+def status(
+    port: Annotated[int | None, typer.Option(help="HTTP port of the cluster; needed when several run")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
+) -> None:
+    """Show the workers of a running cluster and its requests, also those of the last minutes."""
+    run = find(run_dir_of(run_dir), port)
+    with grpc.insecure_channel(run.grpc_address) as channel:
+        stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+        answer = stub.Status(pb.StatusRequest(include_finished=True), timeout=TIMEOUT_S)
+    if as_json:
+        print(json.dumps(to_document(answer), indent=2))
+        return
+    console = Console()
+    console.print(
+        f"{answer.model} at {answer.http_address}, gRPC {answer.grpc_address}, router pid {answer.router_pid}"
+    )
+    console.print(worker_table(answer))
+    if answer.requests:
+        console.print(request_table(answer))
+
+
+def to_document(answer: pb.StatusResponse) -> dict[str, object]:
+    """The answer as JSON's types: every field by its name in the protocol, whole numbers as numbers."""
+    document: dict[str, object] = MessageToDict(
+        answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    for status_of, message in zip(document["workers"], answer.workers, strict=True):  # type: ignore[call-overload]
+        status_of["incarnation"], status_of["steps"] = message.incarnation, message.steps  # 64 bits are text in JSON
+    return document
+
+
+def worker_table(answer: pb.StatusResponse) -> Table:
+    """Workers, for people."""
+    table = Table("worker", "role", "state", "pid", "agent", "inc.", "running", "waiting", "exact", "KV blocks in use")
+    for worker in answer.workers:
+        blocks = worker.kv_blocks
+        used = blocks.total - blocks.free - blocks.cached
+        table.add_row(
+            worker.id,
+            worker.role,
+            worker.state,
+            str(worker.pid),
+            str(worker.agent_pid),
+            str(worker.incarnation),
+            str(worker.running),
+            str(worker.waiting),
+            "yes" if worker.exact else "no",
+            f"{used} of {blocks.total} ({blocks.cached} cached)",
+        )
+    return table
+
+
+def request_table(answer: pb.StatusResponse) -> Table:
+    """The newest requests, for people."""
+    table = Table("request", "state", "prefill", "decode", "prompt", "tokens", "blocks moved", "TTFT ms")
+    for request in answer.requests[-20:]:
+        table.add_row(
+            request.id,
+            request.state + (f": {request.error}" if request.error else ""),
+            request.prefill_worker,
+            request.decode_worker,
+            str(request.prompt_tokens),
+            str(request.tokens),
+            str(request.blocks_moved),
+            str(request.ttft_ms) if request.HasField("ttft_ms") else "",
+        )
+    return table

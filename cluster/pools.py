@@ -1,0 +1,207 @@
+"""The pools of workers on Ray: a local Ray or an existing one, actors created, watched, stopped and killed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from cluster.actors import START_FAILED, STARTED, WorkerActor
+from cluster.config import ClusterConfig
+from cluster.worker_settings import WorkerSettings, worker_environment
+from tandem.request import WorkerId
+
+log = logging.getLogger(__name__)
+
+# Ray keeps going without its control service for so long; its own default of a minute would end the workers with it.
+GCS_PATIENCE_S = 86_400
+OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes: nothing of ours goes through it
+
+
+class PoolError(RuntimeError):
+    """Ray cannot be started or does not fit; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerUp:
+    """A worker has registered with the router and runs."""
+
+    worker_id: WorkerId
+    pid: int
+    incarnation: int
+    timings_ms: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerDown:
+    """A worker's process ended, or is of no use any more. `started` False: it never ran."""
+
+    worker_id: WorkerId
+    incarnation: int  # 0: it has not registered
+    started: bool
+    reason: str
+
+
+PoolEvent = WorkerUp | WorkerDown
+
+
+class _Member:
+    """One actor, from its creation to its end."""
+
+    def __init__(self, settings: WorkerSettings, actor: Any) -> None:
+        self.settings = settings
+        self.actor = actor
+        self.pid = 0
+        self.incarnation = 0
+        self.over = False
+
+
+class Pools:
+    """All workers of one cluster. Events come on threads of Ray; `post` must not block."""
+
+    def __init__(self, config: ClusterConfig, *, threads: int, post: Callable[[PoolEvent], None]) -> None:
+        self._config = config
+        self._threads = threads
+        self._post = post
+        self._members: dict[WorkerId, _Member] = {}
+        self._temp_dir = ""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this Ray was started here and ends with this process."""
+        return not self._config.address
+
+    def open(self) -> None:
+        """Starts a local Ray, or joins the one at `address`. Raises PoolError."""
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(GCS_PATIENCE_S))
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        try:
+            if self.is_local:
+                self._open_local()
+            else:
+                ray.init(address=self._config.address, log_to_driver=False, configure_logging=False)
+                self._check_resources()
+        except (RuntimeError, ConnectionError, OSError, ValueError, ray.exceptions.RayError) as error:
+            raise PoolError(f"Ray: {error}") from error
+
+    def _open_local(self) -> None:
+        # Inherited by every worker; a runtime environment would cost each a process of its own to set up.
+        os.environ.update(worker_environment(self._threads))
+        self._temp_dir = tempfile.mkdtemp(prefix="tandem-ray-", dir="/tmp")  # its sockets' paths must be short
+        ray.init(
+            address="local",
+            num_cpus=self._config.num_workers,  # logical: a laptop's two cores hold three workers
+            num_gpus=0,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=self._temp_dir,
+        )
+
+    def _check_resources(self) -> None:
+        free = ray.available_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
+        total = ray.cluster_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
+        if free < self._config.num_workers:
+            raise PoolError(
+                f"the Ray cluster at {self._config.address} has {free:g} of {total:g} CPUs free, "
+                f"{self._config.num_workers} workers need one each; lower --prefill, --decode or --mixed"
+            )
+
+    def start(self, settings: WorkerSettings) -> None:
+        """Creates a worker; WorkerUp follows, or WorkerDown, and after WorkerUp some day WorkerDown."""
+        options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_concurrency": 4}
+        if not self.is_local:
+            options["runtime_env"] = {"env_vars": worker_environment(self._threads)}
+            options["scheduling_strategy"] = "SPREAD"
+        actor: Any = ray.remote(WorkerActor).options(**options).remote(settings.to_json())
+        member = _Member(settings, actor)
+        self._members[settings.worker_id] = member
+        actor.start.remote().future().add_done_callback(lambda done: self._started(member, done))
+
+    def _started(self, member: _Member, done: Future[str]) -> None:
+        try:
+            answer = json.loads(done.result())
+        except ray.exceptions.RayError as error:
+            self._down(member, started=False, reason=_first_line(error))
+            return
+        if START_FAILED in answer:
+            self._down(member, started=False, reason=answer[START_FAILED])
+            return
+        facts = answer[STARTED]
+        member.pid, member.incarnation = facts["pid"], facts["incarnation"]
+        self._post(
+            WorkerUp(
+                worker_id=member.settings.worker_id,
+                pid=member.pid,
+                incarnation=member.incarnation,
+                timings_ms=facts["timings_ms"],
+            )
+        )
+        member.actor.wait.remote().future().add_done_callback(lambda done: self._ended(member, done))
+
+    def _ended(self, member: _Member, done: Future[str]) -> None:
+        try:
+            reason = done.result()
+        except ray.exceptions.RayError as error:
+            reason = _first_line(error)
+        self._down(member, started=True, reason=reason)
+
+    def _down(self, member: _Member, *, started: bool, reason: str) -> None:
+        if member.over:
+            return
+        member.over = True
+        with suppress(ray.exceptions.RayError):
+            ray.kill(member.actor, no_restart=True)
+        self._post(
+            WorkerDown(
+                worker_id=member.settings.worker_id, incarnation=member.incarnation, started=started, reason=reason
+            )
+        )  # fmt: skip
+
+    def kill(self, worker_id: WorkerId) -> None:
+        """Ends a worker's process at once, also one that is stopped or stuck. WorkerDown follows."""
+        member = self._members.get(worker_id)
+        if member is not None:
+            self._kill(member)
+
+    def _kill(self, member: _Member) -> None:
+        if self.is_local and member.pid:
+            with suppress(ProcessLookupError):
+                os.kill(member.pid, signal.SIGKILL)
+        with suppress(ray.exceptions.RayError):
+            ray.kill(member.actor, no_restart=True)
+
+    def stop(self, timeout_s: float) -> None:
+        """Stops all workers in order, those that do not within `timeout_s` by force, and lets go of Ray."""
+        members = [member for member in self._members.values() if not member.over]
+        for member in members:
+            member.over = True
+        refs = [member.actor.stop.remote() for member in members]
+        with suppress(ray.exceptions.RayError):
+            ray.wait(refs, num_returns=len(refs), timeout=timeout_s) if refs else None
+        for member in members:
+            self._kill(member)
+
+    def close(self) -> None:
+        """Ends a local Ray or leaves the other one."""
+        ray.shutdown()
+        if self._temp_dir:
+            shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

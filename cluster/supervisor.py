@@ -1,0 +1,330 @@
+"""`tandem serve`: starts router, Ray and workers, watches them, starts again what dies, and leaves nothing behind.
+
+One thread with one queue: whatever happens to a part arrives there. Signals only put a word into it; the second one
+ends everything by force.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import queue
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+import psutil
+
+from cluster import run_file
+from cluster.config import FAKE_MODEL, ClusterConfig
+from cluster.pools import PoolError, Pools, WorkerDown, WorkerUp
+from cluster.processes import PortInUse, adopt_orphans, descendants, kill_all, pick_port, wait_gone
+from cluster.restarts import Restarts
+from cluster.router_child import RouterChild, RouterEnded, RouterSaid
+from cluster.run_file import RunFile, reachable
+from cluster.worker_settings import WorkerSettings, workers_of
+from engine.arch import ModelError
+from engine.kv_pool import available_bytes
+from engine.model_files import find_model
+from tandem.messages import Role
+from tandem.request import WorkerId
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ROUTER = "router"
+FORCED = 130  # the exit status after a second signal
+
+
+class StartFailed(RuntimeError):
+    """The cluster cannot start, or cannot go on; the message is for people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopAsked:
+    """A signal or an operator wants the cluster to end."""
+
+    reason: str
+
+
+Event = RouterSaid | RouterEnded | WorkerUp | WorkerDown | StopAsked
+
+
+class Supervisor:
+    """One cluster in the foreground. `run` on the main thread; `say` prints a line for whoever watches."""
+
+    def __init__(self, config: ClusterConfig, *, say: Callable[[str], None]) -> None:
+        self.config = config
+        self._say = say
+        self._began_s = time.monotonic()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._due: list[tuple[float, str]] = []  # restarts: when, and of whom
+        self._restarts = Restarts(restarts_max=config.max_restarts)
+        self._roles = dict(workers_of(config))
+        self._running: dict[WorkerId, int] = {}  # incarnation of each worker that is up
+        self._ready: set[WorkerId] = set()
+        self._warned: set[str] = set()
+        self._is_ready = False
+        self._num_signals = 0
+        self._router: RouterChild | None = None
+        self._pools: Pools | None = None
+        self._run: RunFile | None = None
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Serves until it is told to stop. 0 after an orderly stop, 1 after a failure, which has been told."""
+        adopt_orphans()
+        self._catch_signals()
+        try:
+            self._start()
+            reason = self._watch()
+            self._say(f"stopping: {reason}")
+            return 0
+        except (StartFailed, PoolError) as error:
+            self._say(f"error: {error}")
+            return 1
+        except SystemExit:  # Ray's own handler of SIGTERM, in the moments when it is in force
+            self._say("stopping: SIGTERM")
+            return 0
+        finally:
+            self._stop()
+
+    def _start(self) -> None:
+        config = self._check()
+        self._threads = config.threads_per_worker(os.cpu_count() or 1)
+        self._run = RunFile(
+            pid=os.getpid(),
+            started_s=psutil.Process().create_time(),
+            host=config.host,
+            port=config.port,
+            grpc_port=config.grpc_port,
+            model=config.model,
+            log_dir=str(self._log_dir),
+        )
+        run_file.write(config.run_dir, self._run)
+        self._say(f"starting {_described(config, self._threads)}; logs in {self._log_dir}")
+        self._start_router(generation=0)
+        self._pools = Pools(config, threads=self._threads, post=self._events.put)
+        self._pools.open()
+        self._catch_signals()  # Ray has put its own handlers in their place
+        self._progress(f"Ray {'started' if self._pools.is_local else 'joined'}")
+        for worker_id in self._roles:
+            self._start_worker(worker_id)
+
+    def _check(self) -> ClusterConfig:
+        """What can be known before anything is started. Fixes the ports."""
+        config = self.config
+        try:
+            port = pick_port(config.host, config.port, "--port")
+            grpc_port = pick_port(config.host, config.grpc_port, "--grpc-port")
+        except PortInUse as error:
+            raise StartFailed(str(error)) from None
+        self.config = config = config.model_copy(update={"port": port, "grpc_port": grpc_port})
+        self._log_dir = config.run_dir / f"{port}.logs"
+        if config.address and config.host in LOOPBACK:
+            raise StartFailed(f"host: workers on {config.address} cannot reach {config.host}; give --host an address")
+        if config.model != FAKE_MODEL:
+            try:
+                find_model(config.model)
+            except ModelError as error:
+                raise StartFailed(str(error)) from None
+            needed, available = int(config.kv_memory) * config.num_workers, available_bytes()
+            if not config.address and needed > available:
+                raise StartFailed(
+                    f"kv_memory: {config.num_workers} workers with {config.kv_memory.human_readable()} each need "
+                    f"{needed >> 20} MiB, {available >> 20} MiB are available; lower --kv-memory or start fewer"
+                )
+        return config
+
+    def _watch(self) -> str:
+        """Takes one event after another until one says stop; returns why."""
+        deadline_s = time.monotonic() + self.config.start_timeout_s
+        while True:
+            self._restart_due()
+            now_s = time.monotonic()
+            if not self._is_ready and now_s > deadline_s:
+                missing = ", ".join(sorted(set(self._roles) - self._ready))
+                raise StartFailed(f"not ready within start_timeout_s, {self.config.start_timeout_s} s: {missing}")
+            until_s = min(now_s + 1.0, self._due[0][0] if self._due else now_s + 1.0)
+            try:
+                event = self._events.get(timeout=max(0.0, until_s - now_s))
+            except queue.Empty:
+                continue
+            match event:
+                case StopAsked(reason=reason):
+                    return reason
+                case RouterSaid():
+                    if event.event == "stop_asked":
+                        return str(event.fields["reason"])
+                    self._router_said(event)
+                case RouterEnded():
+                    self._router_ended(event)
+                case WorkerUp():
+                    self._running[event.worker_id] = event.incarnation
+                    parts = ", ".join(f"{part} {ms / 1000:.1f} s" for part, ms in event.timings_ms.items())
+                    self._progress(f"{event.worker_id} up, pid {event.pid} ({parts})")
+                case WorkerDown():
+                    self._worker_down(event)
+
+    def _stop(self) -> None:
+        """Ends every part in order, then whatever is left of them by force."""
+        timeout_s = float(self.config.stop_timeout_s)
+        if self._router is not None:
+            self._router.stop(timeout_s)  # first: it ends requests with a named error
+        if self._pools is not None:
+            self._pools.stop(timeout_s)
+            children = descendants()
+            self._pools.close()
+            wait_gone(children, 2.0)
+        left = kill_all(descendants())
+        if left:
+            self._say(f"error: still running: {[process.pid for process in left]}")
+        if self._run is not None:
+            run_file.remove(self.config.run_dir, self._run)
+            self._say("stopped")
+
+    # ---- the router ------------------------------------------------------------------------------------------------
+
+    def _start_router(self, *, generation: int) -> None:
+        self._router = RouterChild(
+            self.config, generation=generation, log_file=self._log_dir / "router.log", post=self._events.put
+        )
+
+    def _router_said(self, said: RouterSaid) -> None:
+        assert self._router is not None
+        if said.generation != self._router.generation:
+            return
+        match said.event:
+            case "listening":
+                self._progress(f"router up, pid {said.fields['pid']}")
+            case "failed":
+                raise StartFailed(f"router: {said.fields['message']}")
+            case "worker":
+                self._worker_changed(said.fields)
+
+    def _router_ended(self, ended: RouterEnded) -> None:
+        assert self._router is not None
+        if ended.generation != self._router.generation:
+            return
+        if not self._is_ready:
+            raise StartFailed(f"the router ended with status {ended.code}; see {self._log_dir / 'router.log'}")
+        self._ready.clear()
+        self._again(ROUTER, f"the router ended with status {ended.code}")
+
+    # ---- the workers -----------------------------------------------------------------------------------------------
+
+    def _start_worker(self, worker_id: WorkerId) -> None:
+        assert self._pools is not None
+        config = self.config
+        bind_host = config.worker_host or ("127.0.0.1" if self._pools.is_local else "")
+        self._pools.start(
+            WorkerSettings(
+                worker_id=worker_id,
+                role=self._roles[worker_id],
+                config=config,
+                threads=self._threads,
+                registry=f"{reachable(config.host)}:{config.grpc_port}",
+                bind_host=bind_host,
+                log_file=str(self._log_dir / f"{worker_id}.log"),
+            )
+        )
+
+    def _worker_changed(self, fields: dict[str, object]) -> None:
+        """Membership's view of a worker changed."""
+        assert self._pools is not None
+        worker_id, state = WorkerId(str(fields["id"])), fields["state"]
+        if state == "ready":
+            self._ready.add(worker_id)
+            self._warn_of_inexactness(fields)
+        elif state == "dead":
+            self._ready.discard(worker_id)
+            if self._running.get(worker_id) == fields["incarnation"]:
+                self._say(f"{worker_id} is dead: {fields['reason']}")
+                self._pools.kill(worker_id)  # it may only be stopped or stuck: WorkerDown follows
+        else:
+            self._say(f"{worker_id} is {state}: {fields['reason']}")
+        if not self._is_ready and self._ready == set(self._roles):
+            self._is_ready = True
+            self._announce()
+
+    def _worker_down(self, down: WorkerDown) -> None:
+        assert self._router is not None
+        if not down.started and not self._is_ready:
+            raise StartFailed(f"{down.worker_id} did not start: {down.reason}")
+        self._running.pop(down.worker_id, None)
+        self._ready.discard(down.worker_id)
+        self._router.tell_ended(down.worker_id, down.incarnation, down.reason)
+        self._again(down.worker_id, f"{down.worker_id} ended: {down.reason}")
+
+    # ---- restarts ----------------------------------------------------------------------------------------------------
+
+    def _again(self, name: str, what: str) -> None:
+        """Plans the restart of what has died, as often as it is worth it."""
+        delay_ms = self._restarts.died(int(time.monotonic() * 1000), name)
+        if delay_ms is not None:
+            self._say(f"{what}; it is started again" + (f" in {delay_ms / 1000:g} s" if delay_ms else ""))
+            heapq.heappush(self._due, (time.monotonic() + delay_ms / 1000, name))
+            return
+        gone = f"{what}; it has died too often and stays down"
+        if name == ROUTER:
+            raise StartFailed(gone)
+        self._say(f"error: {gone}")
+        left = set(self._running) | {WorkerId(due) for _, due in self._due}
+        if not any(self._roles.get(worker_id) in (Role.DECODE, Role.MIXED) for worker_id in left):
+            raise StartFailed("no worker that decodes is left")
+
+    def _restart_due(self) -> None:
+        while self._due and self._due[0][0] <= time.monotonic():
+            _, name = heapq.heappop(self._due)
+            if name == ROUTER:
+                assert self._router is not None
+                self._start_router(generation=self._router.generation + 1)
+            else:
+                self._start_worker(WorkerId(name))
+
+    # ---- words -------------------------------------------------------------------------------------------------------
+
+    def _progress(self, what: str) -> None:
+        self._say(f"  {time.monotonic() - self._began_s:5.1f} s  {what}")
+
+    def _warn_of_inexactness(self, fields: dict[str, object]) -> None:
+        reason = str(fields["exact_reason"])
+        if self.config.exact and not fields["exact"] and reason not in self._warned:
+            self._warned.add(reason)
+            self._say(f"warning: exact mode does not hold on this machine: {reason}")
+
+    def _announce(self) -> None:
+        config = self.config
+        url = f"http://{reachable(config.host)}:{config.port}"
+        grpc = f"{reachable(config.host)}:{config.grpc_port}"
+        self._say(
+            f"Tandem is ready at {url} (gRPC {grpc}) after {time.monotonic() - self._began_s:.1f} s. "
+            "Ctrl-C or `tandem down` stops it. Try:"
+        )
+        body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}'
+        self._say(f"  curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+
+    # ---- signals -----------------------------------------------------------------------------------------------------
+
+    def _catch_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._num_signals += 1
+        if self._num_signals == 1:
+            self._events.put(StopAsked(reason=signal.Signals(number).name))
+            return
+        os.write(2, b"stopping by force\n")  # print may be in the middle of a line
+        kill_all(descendants(), timeout_s=2.0)
+        if self._run is not None:
+            run_file.remove(self.config.run_dir, self._run)
+        os._exit(FORCED)
+
+
+def _described(config: ClusterConfig, threads: int) -> str:
+    counts = [(config.prefill, "prefill"), (config.decode, "decode"), (config.mixed, "mixed")]
+    workers = " + ".join(f"{count} {role}" for count, role in counts if count)
+    exact = "exact" if config.exact else "fast"
+    return f"{config.model} ({config.dtype}, {exact}) on {workers} workers of {threads} thread{'s' * (threads > 1)}"
