@@ -1,0 +1,225 @@
+"""Workers talk over real gRPC streams: in order, both ways, and a peer that is gone is told within a bound."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+
+import grpc
+import pytest
+
+from kv_transfer import session
+from kv_transfer.messages import Cancel, Header, TransferMessage
+from kv_transfer.session import TransferSessions
+from tandem.messages import WorkerAddress
+from tandem.request import RequestId, TransferId, WorkerId
+from tandem.v1 import worker_pb2 as pb
+from tandem.v1 import worker_pb2_grpc as pb_grpc
+
+BOUND_S = session.BEAT_TIMEOUT_S + 2 * session.CONNECT_TIMEOUT_S + 5
+
+
+def message(number: int, sender: str = "a") -> TransferMessage:
+    """Any message; its reason carries a number."""
+    header = Header(
+        transfer_id=TransferId("t"), request_id=RequestId("r"), epoch=1, sender=WorkerId(sender),
+        source_incarnation=1, target_incarnation=2,
+    )  # fmt: skip
+    return TransferMessage(header=header, body=Cancel(reason=str(number)))
+
+
+class Worker:
+    """One end: a server, its sessions, and what came."""
+
+    def __init__(self, name: str, incarnation: int) -> None:
+        self.name, self.incarnation = name, incarnation
+        self.messages: list[TransferMessage] = []
+        self.gone: list[tuple[WorkerId, int]] = []
+        self._changed = asyncio.Event()
+
+    async def start(self, port: int = 0) -> None:
+        """Serves on a free port of the loopback interface."""
+        self.sessions = TransferSessions(
+            incarnation=self.incarnation,
+            worker_id=WorkerId(self.name),
+            on_message=self._took,
+            on_peer_gone=self._lost,
+        )
+        self._server = grpc.aio.server()
+        pb_grpc.add_TransferServicer_to_server(self.sessions, self._server)  # type: ignore[no-untyped-call]
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        await self._server.start()
+
+    def _took(self, what: TransferMessage) -> None:
+        self.messages.append(what)
+        self._changed.set()
+
+    def _lost(self, worker_id: WorkerId, incarnation: int) -> None:
+        self.gone.append((worker_id, incarnation))
+        self._changed.set()
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 10) -> None:
+        """Waits for the condition on what came."""
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+    @property
+    def address(self) -> WorkerAddress:
+        """Where peers send to."""
+        return WorkerAddress(
+            worker_id=WorkerId(self.name), incarnation=self.incarnation, control=f"127.0.0.1:{self.port}", endpoint=""
+        )
+
+    async def stop(self) -> None:
+        """Ends the streams and the server."""
+        await self.sessions.close()
+        await self._server.stop(0)
+
+
+def run(scenario: Callable[[Worker, Worker], Awaitable[None]]) -> None:
+    """Runs a scenario with two workers that are stopped afterwards."""
+
+    async def both() -> None:
+        a, b = Worker("a", 1), Worker("b", 2)
+        await a.start()
+        await b.start()
+        try:
+            await scenario(a, b)
+        finally:
+            await a.stop()
+            await b.stop()
+
+    asyncio.run(both())
+
+
+def test_messages_from_several_threads_arrive_once_and_replies_go_back() -> None:
+    async def scenario(a: Worker, b: Worker) -> None:
+        def speak(first: int) -> None:
+            for number in range(first, first + 200):
+                a.sessions.send(b.address, message(number))
+
+        threads = [threading.Thread(target=speak, args=(first,)) for first in (0, 1000)]
+        for thread in threads:
+            thread.start()
+        await b.until(lambda: len(b.messages) == 400)
+        for thread in threads:
+            thread.join()
+        numbers = [int(came.body.reason) for came in b.messages if isinstance(came.body, Cancel)]
+        assert [n for n in numbers if n < 1000] == list(range(200))  # in the order of each thread
+        assert [n for n in numbers if n >= 1000] == list(range(1000, 1200))
+        b.sessions.send(a.address, message(7, "b"))
+        await a.until(lambda: a.messages == [message(7, "b")])
+        assert not a.gone
+        assert not b.gone
+
+    run(scenario)
+
+
+def test_a_peer_that_was_never_there_is_gone_at_once() -> None:
+    async def scenario(a: Worker, b: Worker) -> None:
+        await b.stop()
+        a.sessions.send(b.address, message(1))
+        await a.until(lambda: a.gone == [(WorkerId("b"), 2)])
+        a.sessions.send(b.address, message(2))  # each further attempt is answered too
+        await a.until(lambda: len(a.gone) == 2)
+
+    run(scenario)
+
+
+def test_another_incarnation_at_the_same_address_is_another_peer() -> None:
+    async def scenario(a: Worker, b: Worker) -> None:
+        before = b.address
+        a.sessions.send(before, message(1))
+        await b.until(lambda: len(b.messages) == 1)
+        b.sessions.incarnation = b.incarnation = 3
+        stale = WorkerAddress(worker_id=WorkerId("c"), incarnation=2, control=before.control, endpoint="")
+        a.sessions.send(stale, message(2))
+        await a.until(lambda: a.gone == [(WorkerId("c"), 2)])
+        a.sessions.send(b.address, message(3))
+        await b.until(lambda: len(b.messages) == 2)
+        assert b.messages[1] == message(3)
+
+    run(scenario)
+
+
+def test_a_peer_restarted_at_its_address_is_reached_again() -> None:
+    async def scenario(a: Worker, b: Worker) -> None:
+        a.sessions.send(b.address, message(1))
+        await b.until(lambda: len(b.messages) == 1)
+        port = b.port
+        await b.stop()
+        await a.until(lambda: a.gone == [(WorkerId("b"), 2)])  # told although nothing was being sent
+        await b.start(port)
+        a.sessions.send(b.address, message(2))
+        await b.until(lambda: len(b.messages) == 2)
+
+    run(scenario)
+
+
+def test_a_malformed_message_ends_the_stream_and_nothing_else() -> None:
+    async def scenario(a: Worker, b: Worker) -> None:
+        async with grpc.aio.insecure_channel(b.address.control) as channel:
+            metadata = ((session.INCARNATION_KEY, "2"),)
+            stub = pb_grpc.TransferStub(channel)  # type: ignore[no-untyped-call]
+            call = stub.Exchange(metadata=metadata)
+            await call.write(pb.TransferMessage(offer=pb.Offer(num_tokens=3)))
+            with pytest.raises(grpc.aio.AioRpcError, match="header: is missing"):
+                await _read_on(call)
+        a.sessions.send(b.address, message(1))
+        await b.until(lambda: b.messages == [message(1)])
+
+    run(scenario)
+
+
+async def _read_on(call: grpc.aio.StreamStreamCall[pb.TransferMessage, pb.TransferMessage]) -> None:
+    while True:
+        await call.read()
+
+
+STOPPED = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[1])
+from test_transfer_sessions import Worker
+async def main():
+    worker = Worker("b", 2)
+    await worker.start()
+    print(worker.port, flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+
+
+def test_a_peer_that_is_stopped_is_gone_within_the_bound() -> None:
+    async def scenario(a: Worker, b: Worker) -> None:
+        process = subprocess.Popen([sys.executable, "-c", STOPPED, os.path.dirname(__file__)], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        try:
+            port = int(await asyncio.to_thread(process.stdout.readline))
+            peer = WorkerAddress(worker_id=WorkerId("b"), incarnation=2, control=f"127.0.0.1:{port}", endpoint="")
+            a.sessions.send(peer, message(1))
+            a.sessions.send(b.address, message(1))
+            await b.until(lambda: len(b.messages) == 1)
+            os.kill(process.pid, signal.SIGSTOP)
+            await a.until(lambda: a.gone == [(WorkerId("b"), 2)], BOUND_S)
+        finally:
+            process.kill()
+            process.communicate()
+
+    run(scenario)
+
+
+def test_a_peer_that_takes_nothing_is_given_up_when_its_queue_is_full() -> None:
+    async def scenario(a: Worker, b: Worker) -> None:
+        await b.stop()
+        for number in range(session.MAX_QUEUED_MESSAGES + 1):
+            a.sessions.send(b.address, message(number))
+        await a.until(lambda: len(a.gone) >= 1)
+
+    run(scenario)
