@@ -1,4 +1,4 @@
-"""A small world for handoffs: real worker cores over fake runners, a scripted owner record, a network that may misbehave.
+"""A small world for handoffs: real worker cores over fake runners, a scripted owner record, a network that errs.
 
 Deterministic for a seed. Everything is one bag of things that may happen next; which one does is drawn. Words between
 workers may be lost, doubled and overtaken; those of the router stay in order. Blocks that are FREE are poisoned all
@@ -76,7 +76,7 @@ class Asked:
     local: bool = False
     epoch: int = 0
     owner: tuple[WorkerId, int] | None = None
-    transfer: TransferId = TransferId("")
+    transfer: TransferId = field(default=TransferId(""))
     source: str = ""
     target: str = ""
     delivered: list[int] = field(default_factory=list)
@@ -107,16 +107,17 @@ class Agent:
                 key = (header.transfer_id, header.epoch)
                 target = self.world.agent_at(endpoint)
                 self.under_way[key] = self.under_way.get(key, 0) + 1
-                if target is not None:
+                taken = target is not None and key not in target.ended  # else it is refused before it is written
+                if target is not None and taken:
                     target.under_way[key] = target.under_way.get(key, 0) + 1
-                self.world.later(lambda: self._land(key, header, target), f"frame {header.transfer_id}")
+                self.world.later(lambda: self._land(key, header, target, taken), f"frame {header.transfer_id}")
             case EndTransfer(transfer_id=transfer, epoch=epoch):
                 self.ended.add((transfer, epoch))
                 self.quieten((transfer, epoch))
             case _:
                 raise TypeError(f"{command}")
 
-    def _land(self, key: Key, header: FrameHeader, target: Agent | None) -> None:
+    def _land(self, key: Key, header: FrameHeader, target: Agent | None, taken: bool) -> None:
         """The frame arrives: checked, copied, told to both sides."""
         transfer, epoch = key
         checksum = 0
@@ -130,7 +131,7 @@ class Agent:
             pairs = list(zip(header.target_blocks, header.target_generations, strict=True))
             if key in target.ended:
                 reason = "ended"
-                if granted and (key, header.sequence) not in target.landed:
+                if taken and granted and (key, header.sequence) not in target.landed:
                     target.world.worker(target.name).runner.poison(header.target_blocks)  # torn
             elif any(granted.get(block) != generation for block, generation in pairs):
                 reason = "not granted"
@@ -160,7 +161,7 @@ class Agent:
         if reason:
             ended = FrameFailed(transfer_id=transfer, epoch=epoch, sequence=header.sequence, reason=reason)
         self.tell(ended)
-        for agent in (self, target):
+        for agent in (self, target if taken else None):
             if agent is not None:
                 agent.under_way[key] -= 1
                 agent.quieten(key)
@@ -282,8 +283,8 @@ class World:
         self.words.append(message)
         if self.lose(message) or self.hits(self.faults.lose):
             return
+        worker = self.workers[to.worker_id]
         for _ in range(2 if self.hits(self.faults.double) else 1):
-            worker = self.workers[to.worker_id]
             what = f"{to.worker_id} <- {message.body}"
             if worker.incarnation != to.incarnation:
                 return

@@ -146,6 +146,10 @@ def _commit_by_guess(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("plant", [_no_quarantine, _no_pins, _eager_seal, _commit_by_guess])
 def test_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
-    with pytest.raises(AssertionError):
+
+    def search() -> None:
         for seed in range(400):
             run_seed(seed)
+
+    with pytest.raises(AssertionError):
+        search()

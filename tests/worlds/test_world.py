@@ -1,0 +1,184 @@
+"""Seeded worlds: the real cores keep every promise under faults, and planted bugs are found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import router.commit
+from decode_worker.core import DecodeCore
+from kv_transfer.handoff import Quarantine, Silence
+from kv_transfer.handoff_target import TargetHandoff, TargetState
+from prefill_worker.core import PrefillCore
+from router.core import RouterCore
+from simulator.agents import VirtualAgent
+from simulator.choices import Choices
+from simulator.run import main, run_seed, run_seeds, run_world, show
+
+SEEDS = 300
+SEEDS_TO_FIND = 500
+STORED_SEEDS = Path(__file__).parent.parent / "testdata" / "seeds.txt"
+
+
+@pytest.mark.slow
+def test_every_promise_holds_in_seeded_worlds() -> None:
+    broken = [outcome for outcome in run_seeds(range(SEEDS)) if outcome.problem]
+    assert not broken, "\n".join(show(outcome) for outcome in broken[:1])
+
+
+def test_seeds_that_once_found_something_stay_quiet() -> None:
+    """One a line, with what it found behind a #."""
+    lines = STORED_SEEDS.read_text().splitlines()
+    seeds = [int(line.split("#")[0]) for line in lines if line.split("#")[0].strip()]
+    assert seeds
+    broken = [outcome for outcome in run_seeds(seeds) if outcome.problem]
+    assert not broken, "\n".join(show(outcome) for outcome in broken[:1])
+
+
+def test_a_seed_makes_the_same_world_and_its_choices_make_it_again() -> None:
+    first, again = run_seed(7), run_seed(7)
+    replayed = run_world(Choices(replay=first.taken), 7)
+    assert first.world is not None
+    assert again.world is not None
+    assert replayed.world is not None
+    assert first.world.story == again.world.story == replayed.world.story
+    assert len(first.world.story) > 10
+
+
+def test_the_calm_world_hands_every_request_over() -> None:
+    """Without a choice left, nothing goes wrong; what is served then is served by a handoff, as it should be."""
+    outcome = run_world(Choices(), 0)
+    assert not outcome.problem, show(outcome)
+    assert outcome.world is not None
+    requests = outcome.world.router.status(outcome.world.schedule.now_ms).requests
+    assert {each.mode for each in requests} == {"prefill"}
+    assert {each.state for each in requests} == {"finished"}
+
+
+def test_the_worlds_meet_what_they_are_meant_to_meet() -> None:
+    """Faults that never happen test nothing."""
+    reasons: list[str] = []
+    num_moved = num_replaced = num_stale = 0
+    for outcome in run_seeds(range(60)):
+        assert outcome.world is not None
+        for each in outcome.world.router.status(outcome.world.schedule.now_ms).requests:
+            reasons.append(each.error)
+            num_moved += each.blocks_moved
+            num_replaced += each.num_replacements
+        num_stale += outcome.world.router.num_stale_tokens
+        reasons += outcome.world.story
+    assert num_moved > 500
+    assert num_replaced > 30
+    assert num_stale > 0
+    told = "\n".join(reasons)
+    for meant in ("broken", "crashes", "taken for dead", "stands still", "agent", "checksum differs", "cancelled"):
+        assert meant in told, meant
+
+
+# ---- planted bugs --------------------------------------------------------------------------------------------------
+
+
+def source_frees_before_the_answer(patch: pytest.MonkeyPatch) -> None:
+    """Its blocks are given up as soon as its last frame is on the way."""
+    send, prefilled = PrefillCore._send, PrefillCore._prefilled
+
+    def unpinned(core: PrefillCore, request, asked):  # type: ignore[no-untyped-def]
+        sent = send(core, request, asked)
+        core._ledger.end_export(sent.header.transfer_id, sent.header.source_blocks)
+        return sent
+
+    def released(core: PrefillCore, now_ms, request, token):  # type: ignore[no-untyped-def]
+        actions = prefilled(core, now_ms, request, token)
+        core._ledger.release(request.sequence.owner)
+        return actions
+
+    patch.setattr(PrefillCore, "_send", unpinned)
+    patch.setattr(PrefillCore, "_prefilled", released)
+
+
+def router_accepts_a_stale_epoch(patch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for a request gets it, whatever attempt it speaks of."""
+    patch.setattr(router.commit, "refusal", lambda request, worker, ask: "" if request.owner else "over")
+
+
+def router_hears_stale_owners(patch: pytest.MonkeyPatch) -> None:
+    """Tokens of any epoch and worker are taken, as long as their index fits."""
+    patch.setattr(router.commit, "is_owner", lambda owner, worker, epoch: owner is not None)
+
+
+def target_runs_with_a_hole(patch: pytest.MonkeyPatch) -> None:
+    """The source's word that all is sent is enough."""
+
+    def seal(machine: TargetHandoff, now_ms: int):  # type: ignore[no-untyped-def]
+        if machine._commit is None:
+            return []
+        machine.state = TargetState.SEALED
+        machine._next_ms = now_ms + machine.config.resend_ms
+        return [*([] if machine._quiet else [Silence()]), machine._ask()]
+
+    patch.setattr(TargetHandoff, "_seal", seal)
+
+
+def target_skips_the_quarantine(patch: pytest.MonkeyPatch) -> None:
+    """Blocks of a transfer that was given up are used again while frames are still on the way."""
+    do = DecodeCore._do
+
+    def hasty(core: DecodeCore, now_ms, request, machine, asked):  # type: ignore[no-untyped-def]
+        actions = do(core, now_ms, request, machine, asked)
+        if isinstance(asked, Quarantine):
+            core._ledger.end_quarantine(machine.attempt.transfer_id)
+        return actions
+
+    patch.setattr(DecodeCore, "_do", hasty)
+
+
+def agent_believes_every_frame(patch: pytest.MonkeyPatch) -> None:
+    """No checksum is compared."""
+    receive = VirtualAgent._receive
+
+    def credulous(agent: VirtualAgent, header, payload, checksum, answer):  # type: ignore[no-untyped-def]
+        import xxhash
+
+        receive(agent, header, payload, xxhash.xxh3_64_intdigest(payload), lambda _, reason: answer(checksum, reason))
+
+    patch.setattr(VirtualAgent, "_receive", credulous)
+
+
+def router_forgets_to_cancel(patch: pytest.MonkeyPatch) -> None:
+    """An attempt that is over is not ended at its workers."""
+    leave = RouterCore._leave_workers
+
+    def silent(core: RouterCore, request, reason):  # type: ignore[no-untyped-def]
+        num = len(core._actions)
+        leave(core, request, reason)
+        del core._actions[num:]
+
+    patch.setattr(RouterCore, "_leave_workers", silent)
+
+
+BUGS = [
+    source_frees_before_the_answer,
+    router_accepts_a_stale_epoch,
+    router_hears_stale_owners,
+    target_runs_with_a_hole,
+    target_skips_the_quarantine,
+    agent_believes_every_frame,
+    router_forgets_to_cancel,
+]
+
+
+@pytest.mark.parametrize("plant", BUGS, ids=lambda plant: plant.__name__)
+def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    outcomes = run_seeds(range(SEEDS_TO_FIND), stop=lambda outcome: bool(outcome.problem))
+    assert outcomes[-1].problem, f"not found in {SEEDS_TO_FIND} worlds"
+    print(f"{plant.__name__}: seed {outcomes[-1].seed}: {outcomes[-1].problem[:200]}")
+
+
+def test_the_command_says_what_it_ran(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seeds", "3"]) == 0
+    assert "3 worlds" in capsys.readouterr().out
+    assert main(["--seed", "3"]) == 0
+    assert "all promises held" in capsys.readouterr().out
