@@ -112,6 +112,4 @@ def _open_gloo(context: AgentContext, peer: Endpoint, sock: FramedSocket, pair_e
         host=context.settings.reachable_host,
         timeout_s=timeout_s,
     )
-    return gloo.GlooSource(
-        group, context.pool, copy_and_hash=context.copy_and_hash, timeout_s=context.operation_timeout_s
-    )
+    return gloo.GlooSource(group, context.pool, copy_frame=context.copy_frame, timeout_s=context.operation_timeout_s)

@@ -22,7 +22,7 @@ from kv_transfer.messages import (
     TransferQuiet,
 )
 from kv_transfer.transports import shm
-from kv_transfer.transports.memory import MappedPool, load_copy_and_hash
+from kv_transfer.transports.memory import CopyFrame, MappedPool, copy_then_hash, load_copy_frame
 from tandem.request import TransferId
 
 # A worker's expectation and its peer's first frame come by different ways: how long a frame waits to become expected.
@@ -41,12 +41,17 @@ class AgentContext:
         self.readable_pool_fd = shm.read_only(start.pool_fd)
         self.nonce = secrets.token_bytes(shm.NONCE_BYTES)
         self.nonce_fd = shm.nonce_memory(self.nonce)
-        self.copy_and_hash = load_copy_and_hash()
+        self.copy_frame: CopyFrame = copy_then_hash
+        # Beside the rest: the kernels may have to be built first.
+        threading.Thread(target=self._load_kernel, name="kernel", daemon=True).start()
         self.incarnation = secrets.randbits(63)
         self.token = secrets.token_bytes(16)
         self.events: queue.SimpleQueue[AgentEvent] = queue.SimpleQueue()
         self._attempts = Attempts()
         self._changed = threading.Condition()
+
+    def _load_kernel(self) -> None:
+        self.copy_frame = load_copy_frame()
 
     @property
     def operation_timeout_s(self) -> float:

@@ -124,7 +124,7 @@ class IncomingLink(threading.Thread):
                 pool_fd,
                 source_num_blocks=hello.num_blocks,
                 target=self._context.pool,
-                copy_and_hash=self._context.copy_and_hash,
+                copy_frame=self._context.copy_frame,
                 corrupt_every=self._context.settings.corrupt_every,
             )
             return shm.read_nonce(nonce_fd)

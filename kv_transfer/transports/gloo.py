@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from kv_transfer.framed_socket import address_family
 from kv_transfer.messages import FrameHeader
 from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, SourceEnd, TargetEnd
-from kv_transfer.transports.memory import CopyAndHash, MappedPool, bytes_at, frame_checksum, hash_at
+from kv_transfer.transports.memory import CopyFrame, MappedPool, bytes_at, hash_frame
 from kv_transfer.transports.pull import check_frame, flip_bit
 
 if TYPE_CHECKING:
@@ -98,11 +98,11 @@ class GlooSource(SourceEnd):
     needs_go = True
 
     def __init__(
-        self, group: _Group, pool: MappedPool, *, copy_and_hash: CopyAndHash, timeout_s: float, verify: bool = True
+        self, group: _Group, pool: MappedPool, *, copy_frame: CopyFrame, timeout_s: float, verify: bool = True
     ) -> None:
         self._group: _Group | None = group
         self._pool = pool
-        self._copy_and_hash = copy_and_hash
+        self._copy_frame = copy_frame
         self._timeout = timedelta(seconds=timeout_s)
         self._verify = verify
         self._prepared: dict[tuple[str, int, int], torch.Tensor] = {}
@@ -113,19 +113,17 @@ class GlooSource(SourceEnd):
     def prepare(self, header: FrameHeader) -> int:
         """Hashes the blocks where they lie when they are neighbours, else while gathering them."""
         check_frame(header, self._pool.block_bytes)
-        size, blocks = self._pool.block_bytes, header.source_blocks
-        addresses = [self._pool.address(block) for block in blocks]
+        self._pool.check(header.source_blocks)
+        base, size, blocks = self._pool.base, self._pool.block_bytes, header.source_blocks
         key = _key(header)
-        if all(after == before + size for before, after in pairwise(addresses)):
-            self._prepared[key] = _tensor_at(addresses[0], header.num_bytes)
-            return frame_checksum([hash_at(address, size) for address in addresses]) if self._verify else 0
+        if all(after == before + 1 for before, after in pairwise(blocks)):
+            start = base + blocks[0] * size
+            self._prepared[key] = _tensor_at(start, header.num_bytes)
+            return hash_frame(start, (0,), header.num_bytes) if self._verify else 0
         buffer = self._buffer(header.num_bytes)
         self._staged[key] = buffer
         self._prepared[key] = buffer[: header.num_bytes]
-        start = buffer.data_ptr()
-        return frame_checksum(
-            [self._copy_and_hash(start + at * size, address, size) for at, address in enumerate(addresses)]
-        )
+        return self._copy_frame(buffer.data_ptr(), range(len(blocks)), base, blocks, size)
 
     def push(self, header: FrameHeader) -> None:
         """Sends the frame; what the socket does not take at once goes on in gloo's own thread."""
@@ -195,8 +193,7 @@ class GlooTarget(TargetEnd):
         check_frame(header, self._pool.block_bytes)
         if header.num_bytes > MAX_FRAME_BYTES:
             raise ValueError(f"num_bytes: is {header.num_bytes}, at most {MAX_FRAME_BYTES} are taken at once")
-        for block in header.target_blocks:
-            self._pool.address(block)
+        self._pool.check(header.target_blocks)
         try:
             slot = self._slots.get(timeout=self._timeout_s)
         except queue.Empty:
@@ -224,13 +221,12 @@ class GlooTarget(TargetEnd):
             self._num_frames += 1
             if self._corrupt_every and self._num_frames % self._corrupt_every == 0:
                 flip_bit(start)
-            num_blocks = len(header.target_blocks)
             if self._verify:
-                found = frame_checksum([hash_at(start + at * size, size) for at in range(num_blocks)])
+                found = hash_frame(start, (0,), header.num_bytes)
                 if found != checksum:
                     raise FrameCorrupt(f"checksum {found:016x}, announced {checksum:016x}")
             for at, block in enumerate(header.target_blocks):
-                ctypes.memmove(self._pool.address(block), start + at * size, size)
+                ctypes.memmove(self._pool.base + block * size, start + at * size, size)
         finally:
             self._slots.put(slot)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import struct
 from collections.abc import Callable, Sequence
 
 import xxhash
@@ -14,6 +13,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+# What the C kernel takes: blocks of whole stripes, and more than the short inputs that XXH3 treats apart.
+KERNEL_STRIPE_BYTES = 64
+KERNEL_LEAST_BYTES = 240
+
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -37,12 +40,17 @@ class MappedPool:
         self._base: int | None = address
         self._size = size
 
-    def address(self, block: int) -> int:
-        """Where the block starts. Raises ValueError when the pool has no such block."""
+    @property
+    def base(self) -> int:
+        """Where block 0 starts."""
         assert self._base is not None, "the pool is closed"
-        if not 0 <= block < self.num_blocks:
-            raise ValueError(f"block: is {block}, must be from 0 to {self.num_blocks - 1}")
-        return self._base + block * self.block_bytes
+        return self._base
+
+    def check(self, blocks: Sequence[int]) -> None:
+        """Raises ValueError when the pool has no such block."""
+        for block in blocks:
+            if not 0 <= block < self.num_blocks:
+                raise ValueError(f"block: is {block}, must be from 0 to {self.num_blocks - 1}")
 
     def close(self) -> None:
         """Unmaps it; no operation on it may be under way. Idempotent."""
@@ -56,35 +64,61 @@ def bytes_at(address: int, num_bytes: int) -> ctypes.Array[ctypes.c_ubyte]:
     return (ctypes.c_ubyte * num_bytes).from_address(address)
 
 
-def hash_at(address: int, num_bytes: int) -> int:
-    """xxh3-64 of the memory there."""
-    return xxhash.xxh3_64_intdigest(bytes_at(address, num_bytes))
+def hash_frame(address: int, blocks: Sequence[int], block_bytes: int) -> int:
+    """Checksum of a frame: xxh3-64 of the bytes of its blocks, which count from `address`, in order."""
+    hasher = xxhash.xxh3_64()
+    for block in blocks:
+        hasher.update(bytes_at(address + block * block_bytes, block_bytes))
+    return hasher.intdigest()
 
 
-def _copy_then_hash(target: int, source: int, num_bytes: int) -> int:
-    ctypes.memmove(target, source, num_bytes)
-    return hash_at(target, num_bytes)
+# Copies blocks (to an address, its blocks; from an address, its blocks; bytes of a block) and gives the frame's
+# checksum, taken of what was written.
+CopyFrame = Callable[[int, Sequence[int], int, Sequence[int], int], int]
 
 
-CopyAndHash = Callable[[int, int, int], int]
+def copy_then_hash(
+    to: int, to_blocks: Sequence[int], source: int, source_blocks: Sequence[int], block_bytes: int
+) -> int:
+    """Two passes, without a compiler. Each block is hashed while it is still in the cache."""
+    hasher = xxhash.xxh3_64()
+    for there, here in zip(source_blocks, to_blocks, strict=True):
+        address = to + here * block_bytes
+        ctypes.memmove(address, source + there * block_bytes, block_bytes)
+        hasher.update(bytes_at(address, block_bytes))
+    return hasher.intdigest()
 
 
-def load_copy_and_hash() -> CopyAndHash:
-    """Copies memory (target, source, bytes) and gives xxh3-64 of the copy, in one pass where the C kernel is built."""
-    try:
-        from kernels.kv_copy import copy_and_hash
-    except (ImportError, OSError, RuntimeError):
-        return _copy_then_hash
-    probe = ctypes.create_string_buffer(bytes(range(256)) * 5, 1280)
-    copy = ctypes.create_string_buffer(1280)
-    fused: CopyAndHash = copy_and_hash
-    same = fused(ctypes.addressof(copy), ctypes.addressof(probe), 1280) == xxhash.xxh3_64_intdigest(probe)
-    return fused if same and copy.raw == probe.raw else _copy_then_hash
+def load_copy_frame() -> CopyFrame:
+    """One pass in C where the kernels are built (the first call may build them, which takes seconds), else two."""
+    from kernels.build import library  # and not kernels.kv_copy, which needs torch
+
+    kernel = getattr(library(), "tandem_copy_and_hash", None)
+    if kernel is None:
+        return copy_then_hash
+    kernel.restype = ctypes.c_uint64
+    kernel.argtypes = (ctypes.c_void_p,) * 4 + (ctypes.c_int64, ctypes.c_int64)
+
+    def copy_and_hash(
+        to: int, to_blocks: Sequence[int], source: int, source_blocks: Sequence[int], block_bytes: int
+    ) -> int:
+        num_blocks = len(to_blocks)
+        if block_bytes % KERNEL_STRIPE_BYTES or num_blocks * block_bytes <= KERNEL_LEAST_BYTES:
+            return copy_then_hash(to, to_blocks, source, source_blocks, block_bytes)
+        indices = ctypes.c_int64 * num_blocks
+        checksum: int = kernel(to, indices(*to_blocks), source, indices(*source_blocks), num_blocks, block_bytes)
+        return checksum
+
+    return copy_and_hash if _agree(copy_and_hash) else copy_then_hash
 
 
-def frame_checksum(block_hashes: Sequence[int]) -> int:
-    """Checksum of a frame: xxh3-64 over the xxh3-64 of each of its blocks, in order.
-
-    A hash of hashes, so that blocks which lie apart are copied and hashed in one pass each.
-    """
-    return xxhash.xxh3_64_intdigest(struct.pack(f"<{len(block_hashes)}Q", *block_hashes))
+def _agree(copy_frame: CopyFrame) -> bool:
+    """Whether it does what `copy_then_hash` does: peers may not have the same one."""
+    size, num_blocks = 1024, 6
+    source = ctypes.create_string_buffer(bytes(at * 7 % 251 for at in range(size * num_blocks)), size * num_blocks)
+    found = []
+    for copy in (copy_frame, copy_then_hash):
+        to = ctypes.create_string_buffer(size * num_blocks)
+        checksum = copy(ctypes.addressof(to), (0, 5, 2), ctypes.addressof(source), (4, 1, 3), size)
+        found.append((checksum, to.raw))
+    return found[0] == found[1]

@@ -6,7 +6,7 @@ import ctypes
 
 from kv_transfer.messages import FrameHeader
 from kv_transfer.transports.channel import FrameCorrupt, SourceEnd, TargetEnd
-from kv_transfer.transports.memory import CopyAndHash, MappedPool, frame_checksum, hash_at
+from kv_transfer.transports.memory import CopyFrame, MappedPool, hash_frame
 
 
 class PullSource(SourceEnd):
@@ -20,8 +20,8 @@ class PullSource(SourceEnd):
     def prepare(self, header: FrameHeader) -> int:
         """Hashes the blocks where they lie."""
         check_frame(header, self._pool.block_bytes)
-        size = self._pool.block_bytes
-        return frame_checksum([hash_at(self._pool.address(block), size) for block in header.source_blocks])
+        self._pool.check(header.source_blocks)
+        return hash_frame(self._pool.base, header.source_blocks, self._pool.block_bytes)
 
     def push(self, header: FrameHeader) -> None:
         """Nothing to do."""
@@ -34,19 +34,19 @@ class PullSource(SourceEnd):
 
 
 class PullTarget(TargetEnd):
-    """Copies block by block into the target blocks, which nothing reads before they check, and hashes what it copied.
+    """Copies into the target blocks, which nothing reads before they check, and hashes what it copied.
 
     `corrupt_every` n > 0 flips a bit of each n-th frame after it was copied: a fault to test with.
     """
 
     def __init__(
-        self, *, source: MappedPool, target: MappedPool, copy_and_hash: CopyAndHash, corrupt_every: int = 0
+        self, *, source: MappedPool, target: MappedPool, copy_frame: CopyFrame, corrupt_every: int = 0
     ) -> None:
         if source.block_bytes != target.block_bytes:
             raise ValueError(f"block_bytes: is {source.block_bytes} at the source and {target.block_bytes} here")
         self._source = source
         self._target = target
-        self._copy_and_hash = copy_and_hash
+        self._copy_frame = copy_frame
         self._corrupt_every = corrupt_every
         self._num_frames = 0
 
@@ -55,18 +55,16 @@ class PullTarget(TargetEnd):
 
     def take(self, header: FrameHeader, checksum: int) -> None:
         """One pass over the frame."""
-        check_frame(header, self._target.block_bytes)
         size = self._target.block_bytes
-        pairs = [
-            (self._target.address(target), self._source.address(source))
-            for target, source in zip(header.target_blocks, header.source_blocks, strict=True)
-        ]
-        hashes = [self._copy_and_hash(target, source, size) for target, source in pairs]
+        check_frame(header, size)
+        self._source.check(header.source_blocks)
+        self._target.check(header.target_blocks)
+        base = self._target.base
+        found = self._copy_frame(base, header.target_blocks, self._source.base, header.source_blocks, size)
         self._num_frames += 1
         if self._corrupt_every and self._num_frames % self._corrupt_every == 0:
-            flip_bit(pairs[0][0])
-            hashes[0] = hash_at(pairs[0][0], size)
-        found = frame_checksum(hashes)
+            flip_bit(base + header.target_blocks[0] * size)
+            found = hash_frame(base, header.target_blocks, size)
         if found != checksum:
             raise FrameCorrupt(f"checksum {found:016x}, announced {checksum:016x}")
 

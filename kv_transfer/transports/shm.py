@@ -10,7 +10,7 @@ import fcntl
 import os
 from contextlib import suppress
 
-from kv_transfer.transports.memory import CopyAndHash, MappedPool
+from kv_transfer.transports.memory import CopyFrame, MappedPool
 from kv_transfer.transports.pull import PullTarget
 
 NONCE_BYTES = 32
@@ -47,9 +47,9 @@ def open_target(
     *,
     source_num_blocks: int,
     target: MappedPool,
-    copy_and_hash: CopyAndHash,
+    copy_frame: CopyFrame,
     corrupt_every: int,
 ) -> PullTarget:
     """The target's end over the source's pool, whose descriptor stays the caller's. Raises ValueError, OSError."""
     source = MappedPool(fd, num_blocks=source_num_blocks, block_bytes=target.block_bytes, writable=False)
-    return PullTarget(source=source, target=target, copy_and_hash=copy_and_hash, corrupt_every=corrupt_every)
+    return PullTarget(source=source, target=target, copy_frame=copy_frame, corrupt_every=corrupt_every)

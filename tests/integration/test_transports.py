@@ -14,7 +14,7 @@ import pytest
 from kv_transfer.messages import FrameHeader
 from kv_transfer.transports import gloo, inproc, shm
 from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, SourceEnd, TargetEnd
-from kv_transfer.transports.memory import MappedPool, load_copy_and_hash
+from kv_transfer.transports.memory import MappedPool, load_copy_frame
 from kv_transfer.transports.pull import PullSource, PullTarget
 from tandem.request import TransferId
 
@@ -55,25 +55,25 @@ def _gloo_ends(source: MappedPool, target: MappedPool) -> tuple[SourceEnd, Targe
     joined = gloo.join_store("127.0.0.1", port, timeout_s=TIMEOUT_S)
     group = gloo.make_group(joined, name, gloo.SOURCE_RANK, host="127.0.0.1", timeout_s=TIMEOUT_S)
     thread.join(TIMEOUT_S)
-    copy_and_hash = load_copy_and_hash()
-    return gloo.GlooSource(group, source, copy_and_hash=copy_and_hash, timeout_s=TIMEOUT_S), made[0]
+    copy_frame = load_copy_frame()
+    return gloo.GlooSource(group, source, copy_frame=copy_frame, timeout_s=TIMEOUT_S), made[0]
 
 
 @pytest.fixture(params=["inproc", "shm", "gloo"])
 def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
     """A channel of each kind between two fresh pools."""
     (source_fd, source), (target_fd, target) = _pool(fill=True), _pool(fill=False)
-    copy_and_hash = load_copy_and_hash()
+    copy_frame = load_copy_frame()
     if request.param == "gloo":
         source_end, target_end = _gloo_ends(source, target)
     elif request.param == "inproc":
         source_end = PullSource(source)
-        target_end = PullTarget(source=source, target=target, copy_and_hash=copy_and_hash)
+        target_end = PullTarget(source=source, target=target, copy_frame=copy_frame)
     else:
         source_end = PullSource(source)
         readable = shm.read_only(source_fd)
         target_end = shm.open_target(
-            readable, source_num_blocks=NUM_BLOCKS, target=target, copy_and_hash=copy_and_hash, corrupt_every=0
+            readable, source_num_blocks=NUM_BLOCKS, target=target, copy_frame=copy_frame, corrupt_every=0
         )
         os.close(readable)
     yield Ends(source=source_end, target=target_end, source_fd=source_fd, target_fd=target_fd)
