@@ -104,7 +104,8 @@ LOST = AgentLost(reason="killed")
 
 SOURCE_EVENTS: list[object] = [
     Start(), BlocksReady(num=3), Fence(tokens=(TOKEN,)), Stop(reason="x"), Tick(), GRANT,
-    Wait(retry_after_ms=5, reason="x"), Refuse(code="x", reason="x", retryable=True), Cancel(reason="x"), StatusIs(state="x"), owner("source", 3), GONE,
+    Wait(retry_after_ms=5, reason="x"), Refuse(code="x", reason="x", retryable=True),
+    Cancel(reason="x"), StatusIs(state="x"), owner("source", 3), GONE,
     owner("target", 4), owner(None, 9), acked(0), FAILED, QUIET, LOST, OFFER, COMMIT, Renew(lease_ms=1), StatusAsk(),
 ]  # fmt: skip
 TARGET_EVENTS: list[object] = [
