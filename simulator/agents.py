@@ -30,6 +30,7 @@ from simulator.network import Schedule
 from tandem.request import TransferId
 
 ANSWER_MS = 500
+WRITE_SLOW = 4  # a write may take so much longer than a message
 
 _Attempt = tuple[str, int]
 
@@ -197,7 +198,7 @@ class VirtualAgent:
                 return
             self._runner.write_block(header.target_blocks[-1], pieces[-1])
             expected.num_writing -= 1
-            whole = xxhash.xxh3_64_intdigest(payload) == checksum
+            whole = self._is_whole(payload, checksum)
             if whole and not expected.ended:
                 landed = FrameLanded(
                     transfer_id=header.transfer_id,
@@ -213,7 +214,10 @@ class VirtualAgent:
                 answer(None, "the checksum differs" if not whole else "the target ended the transfer")
             self._quiet_if((header.transfer_id, header.epoch))
 
-        self._later(finish)
+        self._later(finish, slow=WRITE_SLOW)
+
+    def _is_whole(self, payload: bytes, checksum: int) -> bool:
+        return xxhash.xxh3_64_intdigest(payload) == checksum
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from engine.step import StepPlan, StepRow
 from router.core import RouterCore
 from router.events import Deliver, Fail, Finish, NewRequest
 from tandem.errors import Cancelled, RequestLost, Unavailable
-from tandem.messages import WorkerReport
+from tandem.messages import Assign, AssignMode, OwnerIs, RouterMessage, WorkerReport
 from tandem.request import FinishReason, RequestId, Token, WorkerId
 
 
@@ -33,6 +33,16 @@ class _Expected:
     stopped_at: int | None = None
 
 
+@dataclass(slots=True)
+class _Attempt:
+    """The newest placement of a request, as the router told its workers: the one owner record there may be."""
+
+    epoch: int
+    source: tuple[WorkerId, int] | None = None
+    target: tuple[WorkerId, int] | None = None  # the same worker with LOCAL
+    committed: bool = False
+
+
 class Checks:
     """Sees all that clients see and all that workers say."""
 
@@ -43,6 +53,7 @@ class Checks:
         self._requests: dict[RequestId, _Expected] = {}
         self._producers: dict[tuple[RequestId, int], tuple[WorkerId, int]] = {}
         self._contents: dict[bytes, bytes] = {}
+        self._attempts: dict[RequestId, _Attempt] = {}
         self.num_tokens = 0
 
     # ---- while it runs -----------------------------------------------------------------------------------------------
@@ -74,6 +85,7 @@ class Checks:
                 raise Violation(f"{where} was delivered after the end: {expected.end}")
             if token.index != len(expected.seen):
                 raise Violation(f"{where} was delivered where {len(expected.seen)} was due")
+            self._is_current(token, where)
             if token.token_id != expected.tokens[token.index]:
                 raise Violation(f"{where} is {token.token_id}, the oracle says {expected.tokens[token.index]}")
             expected.seen.append(token.token_id)
@@ -94,6 +106,33 @@ class Checks:
                 raise Violation(f"{action.request_id} was cancelled, and its client was there")
         elif expected.healthy or not isinstance(action.error, RequestLost | Unavailable):
             raise Violation(f"{action.request_id} failed: {type(action.error).__name__}: {action.error}")
+
+    def router_said(self, worker_id: WorkerId, incarnation: int, message: RouterMessage) -> None:
+        """Epochs only grow, and whoever is named as owner is one of the newest attempt's two, in this order."""
+        match message:
+            case Assign(request_id=request_id, epoch=epoch):
+                attempt = self._attempts.get(request_id)
+                if attempt is None or attempt.epoch != epoch:
+                    if attempt is not None and epoch <= attempt.epoch + 1:
+                        raise Violation(f"{request_id} is assigned at epoch {epoch} after {attempt}")
+                    attempt = self._attempts[request_id] = _Attempt(epoch)
+                if message.mode is not AssignMode.DECODE:
+                    attempt.source = worker_id, incarnation
+                else:
+                    attempt.target = worker_id, incarnation
+            case OwnerIs(worker_id=owner_id) if owner_id is not None:
+                attempt = self._attempts[message.request_id]
+                said = (owner_id, message.incarnation), message.epoch
+                if said == (attempt.target, attempt.epoch + 1):
+                    attempt.committed = True
+                elif said != (attempt.source, attempt.epoch) or attempt.committed:
+                    raise Violation(f"the router says {message} in {attempt}")
+
+    def _is_current(self, token: Token, where: str) -> None:
+        """Only the owner's tokens are delivered, and those that the commit carried."""
+        attempt = self._attempts[token.request_id]
+        if token.epoch != attempt.epoch + attempt.committed:
+            raise Violation(f"{where} was delivered in {attempt}")
 
     def reported(self, worker_id: WorkerId, incarnation: int, report: WorkerReport) -> None:
         """At most one worker incarnation writes the tokens of an epoch, and what it says is what the oracle says."""

@@ -80,6 +80,7 @@ class Options:
     num_decode: int
     num_mixed: int
     num_blocks: int
+    reserve_tokens: int  # of each answer that the router counts in advance: none leaves it to preemption
     num_requests: int
     faulty_ms: int
     delay_max_ms: int
@@ -105,8 +106,9 @@ def draw_options(choices: Choices) -> Options:
         num_prefill=1 + choices.choose(2),
         num_decode=1 + choices.choose(3),
         num_mixed=choices.choose(4) // 3,
-        num_blocks=16 + 8 * choices.choose(5),
-        num_requests=3 + choices.choose(8),
+        num_blocks=16 + 4 * choices.choose(8),
+        reserve_tokens=16 * choices.choose(2),
+        num_requests=3 + choices.choose(12),
         faulty_ms=1_000 + 1_000 * choices.choose(4),
         delay_max_ms=1 + choices.choose(30),
         step_max_ms=1 + choices.choose(20),
@@ -140,7 +142,7 @@ class World:
         self.options = draw_options(choices)
         self.schedule = Schedule()
         self.checks = Checks(block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE, namespace=NAMESPACE)
-        self.router = RouterCore(ROUTER)
+        self.router = RouterCore(replace(ROUTER, decode_reserve_tokens=self.options.reserve_tokens))
         self.workers: dict[WorkerId, VirtualWorker] = {}
         self.story: list[str] = []
         self._links: dict[tuple[WorkerId, int], _Link] = {}
@@ -165,10 +167,10 @@ class World:
         for each in range(options.num_mixed):
             self._start_worker(WorkerId(f"mixed-{each}"), Role.MIXED)
         for _ in range(options.num_requests):
-            self.schedule.after(self._choices.choose(options.faulty_ms), self._submit)
+            self.schedule.after(50 + self._choices.choose(options.faulty_ms), self._submit)
         self._tick()
         self._misfortune()
-        self.schedule.run(until_ms=options.faulty_ms, unless=self._spins)
+        self.schedule.run(until_ms=50 + options.faulty_ms, unless=self._spins)
         self._heal()
         limit_ms = self.schedule.now_ms + HEAL_LIMIT_MS
         self.schedule.run(until_ms=limit_ms, unless=self._at_rest)
@@ -188,7 +190,7 @@ class World:
         sampling = Sampling(
             temperature=float(sampled),
             seed=choices.choose(1_000) * sampled,
-            max_tokens=1 + choices.choose(16),
+            max_tokens=2 + choices.choose(16),
             ignore_eos=True,
         )
         request = NewRequest(request_id=RequestId(f"r{self._num_requests}"), tokens=(*shared, *own), sampling=sampling)
@@ -220,6 +222,7 @@ class World:
         for action in self.router.handle(self.schedule.now_ms, event):
             match action:
                 case SendToWorker():
+                    self.checks.router_said(action.worker_id, action.incarnation, action.message)
                     link = self._links.get((action.worker_id, action.incarnation))
                     if link is not None:
                         link.down.send(action.message)

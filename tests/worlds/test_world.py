@@ -11,8 +11,8 @@ import router.commit
 from decode_worker.core import DecodeCore
 from kv_transfer.handoff import Quarantine, Silence
 from kv_transfer.handoff_target import TargetHandoff, TargetState
+from kv_transfer.plan import SendWindow
 from prefill_worker.core import PrefillCore
-from router.core import RouterCore
 from simulator.agents import VirtualAgent
 from simulator.choices import Choices
 from simulator.run import main, run_seed, run_seeds, run_world, show
@@ -55,23 +55,22 @@ def test_the_calm_world_hands_every_request_over() -> None:
     requests = outcome.world.router.status(outcome.world.schedule.now_ms).requests
     assert {each.mode for each in requests} == {"prefill"}
     assert {each.state for each in requests} == {"finished"}
+    assert all(each.blocks_moved for each in requests)
 
 
 def test_the_worlds_meet_what_they_are_meant_to_meet() -> None:
     """Faults that never happen test nothing."""
     reasons: list[str] = []
-    num_moved = num_replaced = num_stale = 0
+    num_moved = num_replaced = 0
     for outcome in run_seeds(range(60)):
         assert outcome.world is not None
         for each in outcome.world.router.status(outcome.world.schedule.now_ms).requests:
             reasons.append(each.error)
             num_moved += each.blocks_moved
             num_replaced += each.num_replacements
-        num_stale += outcome.world.router.num_stale_tokens
         reasons += outcome.world.story
     assert num_moved > 500
     assert num_replaced > 30
-    assert num_stale > 0
     told = "\n".join(reasons)
     for meant in ("broken", "crashes", "taken for dead", "stands still", "agent", "checksum differs", "cancelled"):
         assert meant in told, meant
@@ -109,7 +108,7 @@ def router_hears_stale_owners(patch: pytest.MonkeyPatch) -> None:
 
 
 def target_runs_with_a_hole(patch: pytest.MonkeyPatch) -> None:
-    """The source's word that all is sent is enough."""
+    """Sent is as good as arrived: the source asks for the commit then, and the target believes it."""
 
     def seal(machine: TargetHandoff, now_ms: int):  # type: ignore[no-untyped-def]
         if machine._commit is None:
@@ -119,6 +118,7 @@ def target_runs_with_a_hole(patch: pytest.MonkeyPatch) -> None:
         return [*([] if machine._quiet else [Silence()]), machine._ask()]
 
     patch.setattr(TargetHandoff, "_seal", seal)
+    patch.setattr(SendWindow, "complete", property(lambda window: window._next == window.num_blocks))
 
 
 def target_skips_the_quarantine(patch: pytest.MonkeyPatch) -> None:
@@ -136,26 +136,7 @@ def target_skips_the_quarantine(patch: pytest.MonkeyPatch) -> None:
 
 def agent_believes_every_frame(patch: pytest.MonkeyPatch) -> None:
     """No checksum is compared."""
-    receive = VirtualAgent._receive
-
-    def credulous(agent: VirtualAgent, header, payload, checksum, answer):  # type: ignore[no-untyped-def]
-        import xxhash
-
-        receive(agent, header, payload, xxhash.xxh3_64_intdigest(payload), lambda _, reason: answer(checksum, reason))
-
-    patch.setattr(VirtualAgent, "_receive", credulous)
-
-
-def router_forgets_to_cancel(patch: pytest.MonkeyPatch) -> None:
-    """An attempt that is over is not ended at its workers."""
-    leave = RouterCore._leave_workers
-
-    def silent(core: RouterCore, request, reason):  # type: ignore[no-untyped-def]
-        num = len(core._actions)
-        leave(core, request, reason)
-        del core._actions[num:]
-
-    patch.setattr(RouterCore, "_leave_workers", silent)
+    patch.setattr(VirtualAgent, "_is_whole", lambda agent, payload, checksum: True)
 
 
 BUGS = [
@@ -165,7 +146,6 @@ BUGS = [
     target_runs_with_a_hole,
     target_skips_the_quarantine,
     agent_believes_every_frame,
-    router_forgets_to_cancel,
 ]
 
 
