@@ -245,7 +245,8 @@ class TargetHandoff(Machine[TargetState]):
 
     def _agent_lost(self, now_ms: int, event: AgentLost) -> Actions:
         self._quiet = True
-        return self._abort(now_ms, f"the transfer agent is lost: {event.reason}")
+        aborted = self._abort(now_ms, f"the transfer agent is lost: {event.reason}")
+        return [Silence(), *aborted]  # its successor may have been told to expect frames already
 
     def _stop(self, now_ms: int, event: Stop) -> Actions:
         return self._abort(now_ms, event.reason, report=False)

@@ -6,7 +6,7 @@ The core shares the batch and the block ledger with the worker's other role; who
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.blocks import BlockLedger
 from engine.events import PeerGone, RouterGone, Tick
@@ -154,12 +154,19 @@ class PrefillCore:
                 over = [each for each in self._requests.values() if each.session == session]
                 return [action for each in over for action in self._stop(now_ms, each, "its router is gone")]
             case Registered(address=address):
-                self.me = address
+                self._registered(address)
                 return []
             case FrameLanded() | FromRouter():
                 return []
             case _:
                 raise TypeError(f"{type(event).__name__} is no event of a prefill core")
+
+    def _registered(self, address: WorkerAddress) -> None:
+        """Frames of what is not offered yet will come from another agent."""
+        self.me = address
+        for each in self._attempts.values():
+            if each.machine.state is SourceState.HOLDING:
+                each.machine.offer = replace(each.machine.offer, endpoint=address.endpoint)
 
     def _all(self, now_ms: int, event: object, attempts: list[_Request]) -> list[Action]:
         return [action for each in attempts for action in self._drive(now_ms, each, event)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from role_cores import LAYOUT, ME, PEER, PROMPT, assign, cancel, from_peer, grant, parts, said, told
 
@@ -9,7 +11,7 @@ from engine.blocks import BlockLedger
 from engine.events import PeerGone, RouterGone, Tick
 from engine.fake_runner import FakeRunner, expected_tokens
 from engine.step import Batch
-from kv_transfer.actions import AgentLost, FromRouter
+from kv_transfer.actions import AgentLost, FromRouter, Registered
 from kv_transfer.handoff import HandoffConfig
 from kv_transfer.messages import Cancel, CommitRequest, EndTransfer, FrameAcked, Offer, SendFrame, TransferQuiet
 from prefill_worker.config import PrefillConfig
@@ -143,6 +145,16 @@ def test_lost_agent_ends_all_its_reading() -> None:
     assert isinstance(failed, RequestFailed)
     assert (failed.code, failed.retryable) == ("handoff_failed", True)
     assert bench.at_baseline()
+
+
+def test_what_is_offered_after_an_agent_was_replaced_names_the_new_one() -> None:
+    bench = Bench(PrefillConfig(offer_ahead_tokens=0))
+    bench.handle(assign("a"))
+    assert not said(bench.handle(assign("b")), Offer)
+    bench.handle(AgentLost(reason="killed"))
+    bench.handle(Registered(address=replace(ME, endpoint="next-agent")))
+    offers = [*said(bench.step(), Offer), *said(bench.step(), Offer)]
+    assert [each.endpoint for each in offers if isinstance(each, Offer)] == ["next-agent"]
 
 
 def test_deadline_ends_what_was_never_granted() -> None:
