@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from kv_transfer.agent_settings import AgentSettings, AgentStart, to_arguments
-from kv_transfer.agent_wire import AgentReady
+from kv_transfer.agent_wire import AgentReady, validate
 from kv_transfer.framed_socket import FramedSocket, LinkLost
 from kv_transfer.messages import (
     AgentCommand,
@@ -48,7 +48,7 @@ class AgentInfo:
 
 
 class AgentClient:
-    """One worker's agent over all its lives.
+    """One worker's agent over all its lives. `pool_fd` stays the caller's, and open until `close` has returned.
 
     `on_event` is called on threads of this object, one call at a time, and must not block. When an agent dies, every
     transfer that it knew gets FrameFailed(sequence=None) and, once its process is reaped, TransferQuiet; then a new
@@ -258,22 +258,24 @@ class AgentClient:
                 if sock is not None:
                     self._known.add(key)
             if sock is None:
-                self._answer_for_nobody(command)
+                self._answer_for_agent(command, "no transfer agent runs")
                 continue
             try:
+                validate(command)
                 sock.send(command)
             except LinkLost:
                 sock.hang_up()  # it hangs: the reader buries it, and so ends this command's transfer too
+            except ValueError as error:  # a mistake of the worker's own: this frame fails, the agent never sees it
+                logger.error("a malformed %s: %s", type(command).__name__, error)
+                self._answer_for_agent(command, str(error))
 
-    def _answer_for_nobody(self, command: AgentCommand) -> None:
+    def _answer_for_agent(self, command: AgentCommand, reason: str) -> None:
         transfer_id, epoch = _key(command)
         if isinstance(command, EndTransfer):
             self._tell(TransferQuiet(transfer_id=transfer_id, epoch=epoch))
             return
         sequence = command.header.sequence if isinstance(command, SendFrame) else None
-        self._tell(
-            FrameFailed(transfer_id=transfer_id, epoch=epoch, sequence=sequence, reason="no transfer agent runs")
-        )
+        self._tell(FrameFailed(transfer_id=transfer_id, epoch=epoch, sequence=sequence, reason=reason))
 
     def _tell(self, event: AgentEvent) -> None:
         with self._telling:

@@ -203,10 +203,13 @@ _TAGS = {kind: tag for tag, (kind, _) in _MESSAGES.items()}
 
 
 def encode(message: Message) -> bytes:
-    """One message: its tag and its fields. Raises struct.error on numbers that do not fit: our own mistake."""
+    """One message: its tag and its fields. Raises ValueError on numbers that do not fit."""
     tag = _TAGS[type(message)]
     out = bytearray([tag])
-    _put(out, message, _MESSAGES[tag][1])
+    try:
+        _put(out, message, _MESSAGES[tag][1])
+    except struct.error as error:
+        raise ValueError(f"{type(message).__name__}: {error}") from None
     return bytes(out)
 
 
@@ -219,10 +222,15 @@ def decode(data: bytes) -> Message:
     if end != len(data):
         raise ValueError(f"{kind.__name__}: has {len(data) - end} bytes more than its fields")
     message: Message = kind(**values)
-    check = _CHECKS.get(data[0])
+    validate(message)
+    return message
+
+
+def validate(message: Message) -> None:
+    """Raises ValueError when lists of one message do not go together, or a frame moves nothing."""
+    check = _CHECKS.get(type(message))
     if check is not None:
         check(message)
-    return message
 
 
 def _put(out: bytearray, source: object, fields: tuple[tuple[str, str], ...]) -> None:
@@ -303,8 +311,8 @@ def _check_expect(message: Any) -> None:
         raise ValueError(f"generations: has {len(message.generations)} entries, blocks has {len(message.blocks)}")
 
 
-_CHECKS: dict[int, Callable[[Any], None]] = {
-    _TAGS[SendFrame]: _check_header,
-    _TAGS[Announce]: _check_header,
-    _TAGS[ExpectFrames]: _check_expect,
+_CHECKS: dict[type[Any], Callable[[Any], None]] = {
+    SendFrame: _check_header,
+    Announce: _check_header,
+    ExpectFrames: _check_expect,
 }

@@ -32,13 +32,17 @@ MAX_FRAME_BYTES = 64 << 20
 STAGING_SLOTS = 3  # one filling, one on the wire, one being checked
 
 
-class _Work(Protocol):
+class Work(Protocol):
+    """One operation under way."""
+
     def wait(self, timeout: timedelta) -> bool: ...
 
 
-class _Group(Protocol):
-    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> _Work: ...
-    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> _Work: ...
+class Group(Protocol):
+    """What is used of torch's process group."""
+
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Work: ...
+    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Work: ...
 
 
 def host_store(host: str, *, timeout_s: float) -> tuple[Store, int]:
@@ -73,7 +77,7 @@ def join_store(host: str, port: int, *, timeout_s: float) -> Store:
         raise ChannelLost(f"the store at {host}:{port} does not answer: {_first_line(error)}") from None
 
 
-def make_group(store: Store, prefix: str, rank: int, *, host: str, timeout_s: float) -> _Group:
+def make_group(store: Store, prefix: str, rank: int, *, host: str, timeout_s: float) -> Group:
     """One end of a pair. `host` is this end's own address. Blocks until the other end joins. Raises ChannelLost."""
     from torch.distributed import PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]
 
@@ -82,7 +86,7 @@ def make_group(store: Store, prefix: str, rank: int, *, host: str, timeout_s: fl
     options._threads = 1
     options._devices = [ProcessGroupGloo.create_device(hostname=host)]
     try:
-        return cast(_Group, ProcessGroupGloo(PrefixStore(prefix, store), rank, 2, options))
+        return cast(Group, ProcessGroupGloo(PrefixStore(prefix, store), rank, 2, options))
     except RuntimeError as error:
         raise ChannelLost(f"the pair {prefix} was not joined: {_first_line(error)}") from None
 
@@ -97,18 +101,15 @@ class GlooSource(SourceEnd):
 
     needs_go = True
 
-    def __init__(
-        self, group: _Group, pool: MappedPool, *, copy_frame: CopyFrame, timeout_s: float, verify: bool = True
-    ) -> None:
-        self._group: _Group | None = group
+    def __init__(self, group: Group, pool: MappedPool, *, copy_frame: CopyFrame, timeout_s: float) -> None:
+        self._group: Group | None = group
         self._pool = pool
         self._copy_frame = copy_frame
         self._timeout = timedelta(seconds=timeout_s)
-        self._verify = verify
         self._prepared: dict[tuple[str, int, int], torch.Tensor] = {}
         self._staged: dict[tuple[str, int, int], torch.Tensor] = {}
         self._free: list[torch.Tensor] = []
-        self._sends: dict[tuple[str, int, int], _Work] = {}
+        self._sends: dict[tuple[str, int, int], Work] = {}
 
     def prepare(self, header: FrameHeader) -> int:
         """Hashes the blocks where they lie when they are neighbours, else while gathering them."""
@@ -118,8 +119,8 @@ class GlooSource(SourceEnd):
         key = _key(header)
         if all(after == before + 1 for before, after in pairwise(blocks)):
             start = base + blocks[0] * size
-            self._prepared[key] = _tensor_at(start, header.num_bytes)
-            return hash_frame(start, (0,), header.num_bytes) if self._verify else 0
+            self._prepared[key] = tensor_at(start, header.num_bytes)
+            return hash_frame(start, (0,), header.num_bytes)
         buffer = self._buffer(header.num_bytes)
         self._staged[key] = buffer
         self._prepared[key] = buffer[: header.num_bytes]
@@ -170,23 +171,21 @@ class GlooTarget(TargetEnd):
 
     def __init__(
         self,
-        group: _Group,
+        group: Group,
         pool: MappedPool,
         *,
         timeout_s: float,
         corrupt_every: int = 0,
-        verify: bool = True,
     ) -> None:
-        self._group: _Group | None = group
+        self._group: Group | None = group
         self._pool = pool
         self._timeout_s = timeout_s
         self._corrupt_every = corrupt_every
-        self._verify = verify
         self._num_frames = 0
         self._slots: queue.Queue[torch.Tensor | None] = queue.Queue()
         for _ in range(STAGING_SLOTS):
             self._slots.put(None)  # made when first needed
-        self._posted: queue.Queue[tuple[_Work, torch.Tensor]] = queue.Queue()
+        self._posted: queue.Queue[tuple[Work, torch.Tensor]] = queue.Queue()
 
     def post(self, header: FrameHeader) -> None:
         """Waits for a staging slot and posts the receive into it."""
@@ -221,10 +220,9 @@ class GlooTarget(TargetEnd):
             self._num_frames += 1
             if self._corrupt_every and self._num_frames % self._corrupt_every == 0:
                 flip_bit(start)
-            if self._verify:
-                found = hash_frame(start, (0,), header.num_bytes)
-                if found != checksum:
-                    raise FrameCorrupt(f"checksum {found:016x}, announced {checksum:016x}")
+            found = hash_frame(start, (0,), header.num_bytes)
+            if found != checksum:
+                raise FrameCorrupt(f"checksum {found:016x}, announced {checksum:016x}")
             for at, block in enumerate(header.target_blocks):
                 ctypes.memmove(self._pool.base + block * size, start + at * size, size)
         finally:
@@ -239,7 +237,8 @@ def _key(header: FrameHeader) -> tuple[str, int, int]:
     return header.transfer_id, header.epoch, header.sequence
 
 
-def _tensor_at(address: int, num_bytes: int) -> torch.Tensor:
+def tensor_at(address: int, num_bytes: int) -> torch.Tensor:
+    """The memory there as a tensor of bytes, without a copy."""
     import torch
 
     return torch.frombuffer(bytes_at(address, num_bytes), dtype=torch.uint8)

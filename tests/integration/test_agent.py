@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
+import psutil
 import pytest
 from agent_pair import FAST, End, Pair, with_transport
 
@@ -155,3 +156,32 @@ def test_agents_that_do_not_fit_refuse_each_other_in_words() -> None:
     finally:
         for end in (source, other_layout, target):
             end.close()
+
+
+def test_a_malformed_command_fails_its_frame_and_leaves_the_agent_alone() -> None:
+    source, target = End(fill=True), End()
+    try:
+        pair = Pair(source, target)
+        pair.expect(blocks=(1,))
+        good = pair.header(source=(1,), target=(1,))
+        for header, reason in (
+            (pair.header(source=(), target=()), "source_blocks: is empty"),
+            (replace(good, target_generations=()), "target_generations"),
+            (replace(good, source_blocks=(-1,)), "SendFrame"),
+        ):
+            assert reason in pair.refusal(header).reason
+        pair.move(good)
+        assert not source.restarts
+    finally:
+        source.close()
+        target.close()
+
+
+def test_an_agent_without_gloo_is_small_and_loads_no_torch() -> None:
+    end = End()
+    try:
+        assert psutil.Process(end.info.pid).memory_full_info().uss < 64 << 20
+        with open(f"/proc/{end.info.pid}/maps") as maps:
+            assert not any("libtorch" in line for line in maps)
+    finally:
+        end.close()
