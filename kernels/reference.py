@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +87,7 @@ def write_kv(pool: Tensor, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> N
     pool[blocks, layer, 1, offsets] = v[keep].to(pool.dtype)
 
 
-def copy_blocks(pool: Tensor, pairs: list[tuple[int, int]]) -> None:
+def copy_blocks(pool: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
     """Copies whole blocks source -> target, in order."""
     for source, target in pairs:
         pool[target] = pool[source]
@@ -96,6 +97,18 @@ def copy_and_hash(target: int, source: int, num_bytes: int) -> int:
     """memmove and XXH3-64 of the bytes that arrived."""
     ctypes.memmove(target, source, num_bytes)
     return hash_bytes(target, num_bytes)
+
+
+def copy_blocks_and_hash(
+    target: int, target_blocks: Sequence[int], source: int, source_blocks: Sequence[int], block_bytes: int
+) -> int:
+    """memmove of each block and XXH3-64 of all that arrived, in order."""
+    hashed = xxhash.xxh3_64()
+    for to, origin in zip(target_blocks, source_blocks, strict=True):
+        address = target + to * block_bytes
+        ctypes.memmove(address, source + origin * block_bytes, block_bytes)
+        hashed.update((ctypes.c_char * block_bytes).from_address(address))
+    return hashed.intdigest()
 
 
 def hash_bytes(source: int, num_bytes: int) -> int:
