@@ -185,3 +185,21 @@ def test_an_agent_without_gloo_is_small_and_loads_no_torch() -> None:
             assert not any("libtorch" in line for line in maps)
     finally:
         end.close()
+
+
+def test_frames_cross_in_both_directions_at_once(pair: Pair) -> None:
+    back = Pair(pair.target, pair.source)
+    granted = tuple(range(16, 24))
+    pair.expect("there", blocks=granted)
+    back.expect("back", blocks=granted)
+    for block in range(8):
+        pair.target.write(block, bytes([block]) * pair.target.block_bytes)
+    for sequence in range(8):
+        pair.send(pair.header("there", sequence=sequence, source=(sequence,), target=(16 + sequence,)))
+        back.send(back.header("back", sequence=sequence, source=(sequence,), target=(16 + sequence,)))
+    for end in (pair.source, pair.target):
+        end.wait(FrameAcked, 8)
+        end.wait(FrameLanded, 8)
+    for block in range(8):
+        assert pair.target.read(16 + block) == pair.source.read(block)
+        assert pair.source.read(16 + block) == pair.target.read(block)
