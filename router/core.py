@@ -504,7 +504,7 @@ class RouterCore:
         self._end(request, f"{error.code}: {error.message}")
 
     def _end(self, request: Request, error: str) -> None:
-        ended = snapshot(request, self._now_ms, error)
+        ended = snapshot(request, self._now_ms, error=error)
         self._leave_workers(request, error or "the request is finished")
         if request.first_token_ms is None:
             self._queued_tokens -= len(request.new.tokens)
@@ -558,7 +558,8 @@ class RouterCore:
             worker_snapshot(each, self._index.num_blocks(each.slot) if each.state is not WorkerState.DEAD else 0)
             for each in (*self._fleet, *self._fleet.dead())
         ]
-        running = [snapshot(each, now_ms) for each in self._requests.values()]
+        waits_for = "" if self._line.blocked is None else self._line.blocked.reason
+        running = [snapshot(each, now_ms, waits_for=waits_for) for each in self._requests.values()]
         return StatusSnapshot(
             workers=tuple(workers),
             requests=(*self._history.snapshots(), *running),

@@ -87,6 +87,11 @@ class RequestStream:
         """Whether nothing will be added any more."""
         return self._ended
 
+    @property
+    def error(self) -> TandemError | None:
+        """What the request failed with, when it has."""
+        return self._error
+
     def _push(self, tokens: tuple[Token, ...]) -> None:
         self._buffer.extend(tokens)
         self._wake.set()
@@ -154,6 +159,8 @@ class Driver:
                     self._streams[request.request_id] = known
                 raise action.error
             self._perform(action)
+        if stream.error is not None:
+            raise stream.error  # it can never be served: known at once
         return stream
 
     def cancel(self, request_id: RequestId, reason: str) -> bool:

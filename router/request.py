@@ -150,9 +150,10 @@ class StatusSnapshot:
     waiting: int
 
 
-def snapshot(request: Request, now_ms: int, error: str = "") -> RequestSnapshot:
-    """The request as it is now."""
+def snapshot(request: Request, now_ms: int, *, error: str = "", waits_for: str = "") -> RequestSnapshot:
+    """The request as it is now. `waits_for`: why the line does not move, for those that stand in it."""
     placement, done = request.placement, request.transferred
+    waiting = bool(waits_for) and request.state is RequestState.ADMITTED
     return RequestSnapshot(
         request_id=request.request_id,
         state=request.state,
@@ -172,7 +173,7 @@ def snapshot(request: Request, now_ms: int, error: str = "") -> RequestSnapshot:
         ttft_ms=None if request.first_token_ms is None else request.first_token_ms - request.submitted_ms,
         age_ms=now_ms - request.submitted_ms,
         error=error or request.last_failure,
-        reason="" if placement is None else placement.reason,
+        reason=waits_for if waiting else "" if placement is None else placement.reason,
         scores=() if placement is None else placement.scores,
         story=tuple(request.story),
     )

@@ -60,6 +60,24 @@ def run_seeds(seeds: Iterable[int], *, stop: Callable[[Outcome], bool] = lambda 
     return outcomes
 
 
+def shrink(outcome: Outcome, *, runs_max: int = 300) -> Outcome:
+    """A calmer world that still breaks a promise: choices become 0, many at once and then fewer, as long as it does."""
+    best, runs = outcome, 0
+    size = max(1, len(outcome.taken) // 2)
+    while size:
+        at = 0
+        while at < len(best.taken) and runs < runs_max:
+            calmer = (*best.taken[:at], *[0] * size, *best.taken[at + size :])
+            if any(best.taken[at : at + size]):
+                runs += 1
+                tried = run_world(Choices(replay=calmer), outcome.seed)
+                if tried.problem:
+                    best = tried
+            at += size
+        size //= 2
+    return best
+
+
 def show(outcome: Outcome) -> str:
     """The story of a world that broke a promise."""
     lines = [f"seed {outcome.seed}: {outcome.problem}"]
@@ -77,10 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1000, help="how many worlds")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--seed", type=int, default=None, help="only this one, with its story")
+    parser.add_argument("--shrink", action="store_true", help="with --seed: look for a calmer world that breaks it too")
     parser.add_argument("--failures", type=int, default=1, help="stop after so many broken worlds")
     options = parser.parse_args(arguments)
     if options.seed is not None:
         outcome = run_seed(options.seed)
+        if outcome.problem and options.shrink:
+            outcome = shrink(outcome)
+            print(f"{sum(map(bool, outcome.taken))} choices of {len(outcome.taken)} are left that are not calm")
         print(show(outcome) if outcome.problem else f"seed {options.seed}: all promises held")
         return 1 if outcome.problem else 0
     began_s = time.perf_counter()

@@ -359,6 +359,7 @@ def test_both_ends_of_an_attempt_may_fail_and_it_counts_once(rig: Rig) -> None:
 def test_without_workers_a_request_waits_a_bounded_time() -> None:
     rig = Rig(RouterConfig(workers_wait_ms=1_000))
     rig.feed(Submitted(request=request()))
+    assert rig.core.status(rig.now_ms).requests[0].reason == "no worker is ready"
     rig.feed(Tick(), after_ms=999)
     assert not rig.ends()
     rig.feed(Tick(), after_ms=1)

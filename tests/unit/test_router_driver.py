@@ -12,7 +12,7 @@ import pytest
 from router.config import RouterConfig
 from router.driver import Driver, NewRequest, RequestStream
 from tandem import wire
-from tandem.errors import Cancelled, DuplicateRequest, Unavailable
+from tandem.errors import Cancelled, DuplicateRequest, InvalidRequest, Unavailable
 from tandem.messages import Assign, AssignMode, CancelAssigned, Role, RouterMessage, WorkerInfo, WorkerReport
 from tandem.request import FinishReason, RequestId, Sampling, Token, WorkerId
 from tandem.v1 import worker_pb2 as pb
@@ -150,6 +150,16 @@ def test_refusals_are_raised_at_once_and_leave_the_first_alone() -> None:
         driver.worker_joined(worker.info(), INCARNATION)
         assert len(await collect(first)) == 20
         assert not driver.cancel(RequestId("r"), "gone already")
+
+    run(case)
+
+
+def test_what_can_never_be_served_is_raised_at_once() -> None:
+    async def case(driver: Driver, worker: CountingWorker) -> None:
+        driver.worker_joined(worker.info(), INCARNATION)
+        await until(lambda: driver.status().workers[0].state == "ready")
+        with pytest.raises(InvalidRequest, match="prompt"):
+            driver.submit(request("r", prompt=tuple(range(16_000))))
 
     run(case)
 

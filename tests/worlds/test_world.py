@@ -15,7 +15,7 @@ from kv_transfer.plan import SendWindow
 from prefill_worker.core import PrefillCore
 from simulator.agents import VirtualAgent
 from simulator.choices import Choices
-from simulator.run import main, run_seed, run_seeds, run_world, show
+from simulator.run import main, run_seed, run_seeds, run_world, show, shrink
 
 SEEDS = 300
 SEEDS_TO_FIND = 500
@@ -155,6 +155,14 @@ def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], mon
     outcomes = run_seeds(range(SEEDS_TO_FIND), stop=lambda outcome: bool(outcome.problem))
     assert outcomes[-1].problem, f"not found in {SEEDS_TO_FIND} worlds"
     print(f"{plant.__name__}: seed {outcomes[-1].seed}: {outcomes[-1].problem[:200]}")
+
+
+def test_a_broken_world_is_made_calmer(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent_believes_every_frame(monkeypatch)
+    (*_, broken) = run_seeds(range(SEEDS_TO_FIND), stop=lambda outcome: bool(outcome.problem))
+    calmer = shrink(broken, runs_max=60)
+    assert calmer.problem
+    assert sum(map(bool, calmer.taken)) < sum(map(bool, broken.taken)) / 2
 
 
 def test_the_command_says_what_it_ran(capsys: pytest.CaptureFixture[str]) -> None:
