@@ -80,6 +80,8 @@ class _Request:
     num_granted: int = 0
     reserved: bool = False
     waiting_since_ms: int | None = None  # the source has been told to wait
+    num_known_tokens: int = 0  # tokens that were computed once already, or that the router gave us
+    num_recomputed_tokens: int = 0  # of those, run here: the prefill of a LOCAL request, or after a preemption
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,14 +331,20 @@ class DecodeCore:
     def stepped(self, now_ms: int, plan: StepPlan, outcome: StepOutcome) -> list[Action]:
         """The step has run and is booked: its tokens go to their routers."""
         actions: list[Action] = []
+        for row in plan.rows:
+            request = self._requests.get(row.request_id)
+            if request is not None and request.sequence is not None and row.request_id in outcome.computed:
+                request.num_recomputed_tokens += max(0, min(row.position, request.num_known_tokens) - row.start)
+                request.num_known_tokens = max(request.num_known_tokens, row.position)
         for token in outcome.tokens:
             request = self._requests.get(token.request_id)
             if request is None or request.sequence is None:
                 continue
-            actions.append(Report(session=request.session, piece=token))
             if token.finish is not None:
                 self.admission.finished(token.index + 1)
+                actions += self._account(request)
                 self._leave(request)
+            actions.append(Report(session=request.session, piece=token))
         for failed in outcome.failed:
             request = self._requests.get(failed.request_id)
             if request is not None and request.sequence is not None:
@@ -344,6 +352,20 @@ class DecodeCore:
                 actions.append(Report(session=request.session, piece=piece))
                 self._leave(request)
         return actions
+
+    def _account(self, request: _Request) -> list[Action]:
+        """What this worker prefilled of the request itself; nothing for one that only decoded here."""
+        if not request.num_recomputed_tokens:
+            return []
+        assert request.sequence is not None
+        local = request.machine is None
+        stats = TransferStats(
+            request_id=request.assign.request_id,
+            transfer_id=request.assign.transfer_id,
+            tokens_recomputed=request.num_recomputed_tokens,
+            tokens_cached=request.sequence.num_cached_tokens if local else 0,
+        )
+        return [self._report(request, stats)]
 
     def _run(self, request: _Request, *, tokens: list[int], num_computed: int, blocks: list[int]) -> None:
         request.sequence = Sequence(
@@ -358,6 +380,7 @@ class DecodeCore:
             hashes=request.hashes,
             num_published=request.num_reused,
         )
+        request.num_known_tokens = len(request.assign.tokens)
         self._batch.add(request.sequence)
 
     # ---- what the machine asks ---------------------------------------------------------------------------------------
@@ -486,7 +509,7 @@ class DecodeCore:
             request_id=assign.request_id,
             transfer_id=assign.transfer_id,
             blocks_granted=request.num_granted,
-            blocks_moved=request.num_granted,
+            blocks_moved=accept.num_blocks,
             blocks_reused=request.num_reused,
             bytes=accept.num_bytes,
             frames=accept.num_frames,

@@ -185,6 +185,7 @@ class AcceptBlocks:
     epoch: int
     tokens: tuple[Token, ...]
     num_frames: int
+    num_blocks: int  # that the frames wrote
     num_bytes: int
 
 

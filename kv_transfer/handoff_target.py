@@ -351,6 +351,7 @@ class TargetHandoff(Machine[TargetState]):
             epoch=self._owned_epoch,
             tokens=self._commit.tokens,
             num_frames=len(self._landed),
+            num_blocks=sum(len(frame.target_blocks) for frame in self._landed.values()),
             num_bytes=sum(frame.num_bytes for frame in self._landed.values()),
         )
         return [accept, Closed()]

@@ -189,6 +189,48 @@ def test_local_request_is_prefilled_here() -> None:
 # ---- refusals and waits ------------------------------------------------------------------------------------------
 
 
+def recomputed(actions: list[object]) -> int:
+    """Tokens that the worker says it prefilled itself."""
+    return sum(stats.tokens_recomputed for stats in told(actions, TransferStats) if isinstance(stats, TransferStats))
+
+
+def until_idle(bench: Bench) -> list[object]:
+    """All actions of the steps until nothing runs."""
+    actions: list[object] = []
+    while len(bench.batch):
+        actions += bench.step()
+    return actions
+
+
+def test_request_that_was_handed_over_is_not_prefilled_here() -> None:
+    bench = Bench()
+    bench.receive()
+    bench.handle(QUIET)
+    actions = bench.handle(owner_is("me", 2))
+    (stats,) = told(actions, TransferStats)
+    assert isinstance(stats, TransferStats)
+    assert (stats.blocks_granted, stats.blocks_moved) == (3, 3)
+    assert recomputed([*actions, *until_idle(bench)]) == 0
+
+
+def test_request_that_lost_its_blocks_counts_what_is_computed_again() -> None:
+    bench = Bench()
+    bench.receive()
+    bench.handle(QUIET)
+    bench.handle(owner_is("me", 2))
+    sequence = bench.batch.get(RequestId("r"))
+    assert sequence is not None
+    actions = bench.step()
+    bench.batch._preempt(sequence)
+    assert recomputed([*actions, *until_idle(bench)]) == 11 - sequence.num_cached_tokens
+
+
+def test_local_request_counts_its_whole_prefill() -> None:
+    bench = Bench()
+    bench.handle(assign(mode=AssignMode.LOCAL))
+    assert recomputed(until_idle(bench)) == len(PROMPT)
+
+
 def test_different_layout_is_refused_with_a_sentence() -> None:
     bench = Bench()
     bench.handle(assign(mode=DECODE))
