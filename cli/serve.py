@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from cluster.config import Effective
@@ -11,8 +13,9 @@ def serve(effective: Effective) -> None:
     """Start a cluster here and serve until Ctrl-C or `tandem down`."""
     from cluster.supervisor import Supervisor  # brings Ray, which the other commands do without
 
-    raise typer.Exit(Supervisor(effective.config, say=_say).run())
+    terminal = sys.stdout
 
+    def say(line: str) -> None:
+        print(line, file=terminal, flush=True)
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+    raise typer.Exit(Supervisor(effective.config, say=say).run())

@@ -18,6 +18,8 @@ from tandem.v1 import admin_pb2 as pb
 from tandem.v1 import admin_pb2_grpc
 
 TIMEOUT_S = 10.0
+NEWEST = 20  # requests shown
+ID_CHARACTERS = 12  # of a request id shown: its end tells it apart
 
 
 def status(
@@ -39,6 +41,7 @@ def status(
     )
     console.print(worker_table(answer))
     if answer.requests:
+        console.print()
         console.print(request_table(answer))
 
 
@@ -54,13 +57,11 @@ def to_document(answer: pb.StatusResponse) -> dict[str, object]:
 
 def worker_table(answer: pb.StatusResponse) -> Table:
     """Workers, for people."""
-    table = Table("worker", "role", "state", "pid", "agent", "inc.", "running", "waiting", "exact", "KV blocks in use")
+    table = _table("worker", "state", "pid", "agent", "inc", "run", "wait", "exact", "KV used", "cached", "total")
     for worker in answer.workers:
         blocks = worker.kv_blocks
-        used = blocks.total - blocks.free - blocks.cached
         table.add_row(
             worker.id,
-            worker.role,
             worker.state,
             str(worker.pid),
             str(worker.agent_pid),
@@ -68,23 +69,32 @@ def worker_table(answer: pb.StatusResponse) -> Table:
             str(worker.running),
             str(worker.waiting),
             "yes" if worker.exact else "no",
-            f"{used} of {blocks.total} ({blocks.cached} cached)",
+            str(blocks.total - blocks.free - blocks.cached),
+            str(blocks.cached),
+            str(blocks.total),
         )
     return table
 
 
 def request_table(answer: pb.StatusResponse) -> Table:
     """The newest requests, for people."""
-    table = Table("request", "state", "prefill", "decode", "prompt", "tokens", "blocks moved", "TTFT ms")
-    for request in answer.requests[-20:]:
+    table = _table("request", "state", "prefill", "decode", "prompt", "tokens", "moved", "TTFT")
+    for request in answer.requests[-NEWEST:]:
         table.add_row(
-            request.id,
-            request.state + (f": {request.error}" if request.error else ""),
+            request.id[-ID_CHARACTERS:],
+            request.state,
             request.prefill_worker,
             request.decode_worker,
             str(request.prompt_tokens),
             str(request.tokens),
             str(request.blocks_moved),
-            str(request.ttft_ms) if request.HasField("ttft_ms") else "",
+            f"{request.ttft_ms} ms" if request.HasField("ttft_ms") else "",
         )
+    return table
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=True)
     return table

@@ -64,11 +64,14 @@ class _Member:
         self.actor = actor
         self.pid = 0
         self.incarnation = 0
-        self.over = False
 
 
 class Pools:
-    """All workers of one cluster. Events come on threads of Ray; `post` must not block."""
+    """All workers of one cluster. Methods are for one thread; `post` is called on threads of Ray.
+
+    On those threads nothing of Ray may be called: so whoever takes the events calls `watch` after WorkerUp and `bury`
+    after WorkerDown.
+    """
 
     def __init__(self, config: ClusterConfig, *, threads: int, post: Callable[[PoolEvent], None]) -> None:
         self._config = config
@@ -131,45 +134,44 @@ class Pools:
         self._members[settings.worker_id] = member
         actor.start.remote().future().add_done_callback(lambda done: self._started(member, done))
 
+    def watch(self, up: WorkerUp) -> None:
+        """Sees to it that WorkerDown comes when the worker ends."""
+        member = self._members[up.worker_id]
+        member.pid, member.incarnation = up.pid, up.incarnation
+        member.actor.wait.remote().future().add_done_callback(lambda done: self._ended(member, done))
+
+    def bury(self, down: WorkerDown) -> None:
+        """Gives back what a worker that ended still holds: its process may live, of no use to anybody."""
+        member = self._members.pop(down.worker_id)
+        with suppress(ray.exceptions.RayError):
+            ray.kill(member.actor, no_restart=True)
+
     def _started(self, member: _Member, done: Future[str]) -> None:
+        worker_id = member.settings.worker_id
         try:
             answer = json.loads(done.result())
         except ray.exceptions.RayError as error:
-            self._down(member, started=False, reason=_first_line(error))
-            return
+            answer = {START_FAILED: _first_line(error)}
         if START_FAILED in answer:
-            self._down(member, started=False, reason=answer[START_FAILED])
+            self._post(WorkerDown(worker_id=worker_id, incarnation=0, started=False, reason=answer[START_FAILED]))
             return
         facts = answer[STARTED]
-        member.pid, member.incarnation = facts["pid"], facts["incarnation"]
         self._post(
             WorkerUp(
-                worker_id=member.settings.worker_id,
-                pid=member.pid,
-                incarnation=member.incarnation,
+                worker_id=worker_id,
+                pid=facts["pid"],
+                incarnation=facts["incarnation"],
                 timings_ms=facts["timings_ms"],
             )
         )
-        member.actor.wait.remote().future().add_done_callback(lambda done: self._ended(member, done))
 
     def _ended(self, member: _Member, done: Future[str]) -> None:
         try:
             reason = done.result()
         except ray.exceptions.RayError as error:
             reason = _first_line(error)
-        self._down(member, started=True, reason=reason)
-
-    def _down(self, member: _Member, *, started: bool, reason: str) -> None:
-        if member.over:
-            return
-        member.over = True
-        with suppress(ray.exceptions.RayError):
-            ray.kill(member.actor, no_restart=True)
-        self._post(
-            WorkerDown(
-                worker_id=member.settings.worker_id, incarnation=member.incarnation, started=started, reason=reason
-            )
-        )  # fmt: skip
+        worker_id = member.settings.worker_id
+        self._post(WorkerDown(worker_id=worker_id, incarnation=member.incarnation, started=True, reason=reason))
 
     def kill(self, worker_id: WorkerId) -> None:
         """Ends a worker's process at once, also one that is stopped or stuck. WorkerDown follows."""
@@ -186,9 +188,7 @@ class Pools:
 
     def stop(self, timeout_s: float) -> None:
         """Stops all workers in order, those that do not within `timeout_s` by force, and lets go of Ray."""
-        members = [member for member in self._members.values() if not member.over]
-        for member in members:
-            member.over = True
+        members = list(self._members.values())
         refs = [member.actor.stop.remote() for member in members]
         with suppress(ray.exceptions.RayError):
             ray.wait(refs, num_returns=len(refs), timeout=timeout_s) if refs else None

@@ -12,6 +12,7 @@ import queue
 import signal
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from types import FrameType
 
@@ -77,21 +78,35 @@ class Supervisor:
         adopt_orphans()
         self._catch_signals()
         try:
+            self.config = self._check()
+            log_file = self._log_dir / "supervisor.log"
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            # What Ray prints is for a log; `say` has the terminal.
+            with log_file.open("a") as log, redirect_stdout(log), redirect_stderr(log):
+                return self._serve()
+        except (StartFailed, PoolError, OSError) as error:
+            self._say(f"error: {error}")
+            return 1
+
+    def _serve(self) -> int:
+        try:
             self._start()
             reason = self._watch()
             self._say(f"stopping: {reason}")
             return 0
-        except (StartFailed, PoolError) as error:
-            self._say(f"error: {error}")
-            return 1
         except SystemExit:  # Ray's own handler of SIGTERM, in the moments when it is in force
             self._say("stopping: SIGTERM")
             return 0
         finally:
             self._stop()
 
+    @property
+    def _pools_here(self) -> Pools:
+        assert self._pools is not None, "Ray has not been started"
+        return self._pools
+
     def _start(self) -> None:
-        config = self._check()
+        config = self.config
         self._threads = config.threads_per_worker(os.cpu_count() or 1)
         self._run = RunFile(
             pid=os.getpid(),
@@ -120,7 +135,7 @@ class Supervisor:
             grpc_port = pick_port(config.host, config.grpc_port, "--grpc-port")
         except PortInUse as error:
             raise StartFailed(str(error)) from None
-        self.config = config = config.model_copy(update={"port": port, "grpc_port": grpc_port})
+        config = config.model_copy(update={"port": port, "grpc_port": grpc_port})
         self._log_dir = config.run_dir / f"{port}.logs"
         if config.address and config.host in LOOPBACK:
             raise StartFailed(f"host: workers on {config.address} cannot reach {config.host}; give --host an address")
@@ -161,6 +176,7 @@ class Supervisor:
                 case RouterEnded():
                     self._router_ended(event)
                 case WorkerUp():
+                    self._pools_here.watch(event)
                     self._running[event.worker_id] = event.incarnation
                     parts = ", ".join(f"{part} {ms / 1000:.1f} s" for part, ms in event.timings_ms.items())
                     self._progress(f"{event.worker_id} up, pid {event.pid} ({parts})")
@@ -250,6 +266,7 @@ class Supervisor:
 
     def _worker_down(self, down: WorkerDown) -> None:
         assert self._router is not None
+        self._pools_here.bury(down)
         if not down.started and not self._is_ready:
             raise StartFailed(f"{down.worker_id} did not start: {down.reason}")
         self._running.pop(down.worker_id, None)

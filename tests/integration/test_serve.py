@@ -1,0 +1,233 @@
+"""`tandem serve` for real: Ray, agents, gRPC and HTTP, with the fake model, whose every token checks the whole KV."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from served import Served, alive, tandem
+
+from engine.fake_runner import expected_tokens
+from tandem.client import Client
+from tandem.request import Sampling
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+FAKE = ["--model", "fake", "--kv-memory", "1MiB"]
+GREEDY = Sampling(temperature=0.0)
+VOCAB_SIZE = 256
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with Served(FAKE, run_dir=tmp_path_factory.mktemp("run")) as served:
+        yield served
+
+
+def greedy(cluster: Served, prompt: list[int], num: int) -> list[int]:
+    with Client(str(cluster.status()["grpc_address"])) as client:
+        return list(client.generate(prompt, temperature=0.0, max_tokens=num).token_ids)
+
+
+def test_a_request_is_disaggregated(cluster: Served) -> None:
+    prompt = [number * 7 % VOCAB_SIZE for number in range(600)]
+    assert greedy(cluster, prompt, 40) == expected_tokens(prompt, GREEDY, 40, VOCAB_SIZE)
+    status = cluster.status_when(lambda status: status["requests"][-1]["state"] == "finished")
+    request = status["requests"][-1]
+    assert request["prefill_worker"] == "prefill-0"
+    assert request["decode_worker"] in ("decode-0", "decode-1")
+    assert request["tokens"] == 40
+    assert request["tokens_recomputed"] == 0
+    assert request["blocks_moved"] == request["blocks_granted"] == 38
+
+
+def test_every_worker_has_an_agent_of_its_own(cluster: Served) -> None:
+    workers = cluster.status()["workers"]
+    assert [(worker["id"], worker["role"], worker["state"]) for worker in workers] == [
+        ("decode-0", "decode", "ready"),
+        ("decode-1", "decode", "ready"),
+        ("prefill-0", "prefill", "ready"),
+    ]
+    pids = [pid for worker in workers for pid in (worker["pid"], worker["agent_pid"])]
+    assert len(set(pids)) == 6
+    assert set(pids) < {process.pid for process in cluster.tree()}
+
+
+def test_the_schema_of_status(cluster: Served) -> None:
+    cluster.complete("schema", max_tokens=3)
+    status = cluster.status()
+    types = {
+        "id": str, "role": str, "state": str, "pid": int, "agent_pid": int, "incarnation": int, "running": int,
+        "waiting": int, "exact": bool, "kv_blocks": dict,
+    }  # fmt: skip
+    for worker in status["workers"]:
+        assert {key: type(worker[key]) for key in types} == types
+        blocks = worker["kv_blocks"]
+        states = ("free", "cached", "owned", "exported", "granted", "quarantined")
+        assert blocks["total"] == sum(blocks[state] for state in states) > 0
+        assert worker["audit"] == []
+    types = {
+        "id": str, "state": str, "prefill_worker": str, "decode_worker": str, "tokens": int, "blocks_moved": int,
+        "tokens_recomputed": int,
+    }  # fmt: skip
+    for request in status["requests"]:
+        assert {key: type(request[key]) for key in types} == types
+
+
+def test_status_for_people(cluster: Served) -> None:
+    done = cluster.command("status")
+    assert done.returncode == 0, done.stderr
+    assert "prefill-0" in done.stdout
+    assert "ready" in done.stdout
+
+
+def test_blocks_come_back(cluster: Served) -> None:
+    for number in range(4):
+        cluster.complete(f"{number} " * 100, max_tokens=20)
+
+    def idle(status: dict[str, list[dict[str, dict[str, int]]]]) -> bool:
+        blocks = [worker["kv_blocks"] for worker in status["workers"]]
+        return all(each["free"] + each["cached"] == each["total"] for each in blocks)
+
+    cluster.status_when(idle)
+
+
+def test_http_tells_that_it_is_ready(cluster: Served) -> None:
+    assert httpx.get(f"{cluster.url}/ready").status_code == 200
+    assert httpx.get(f"{cluster.url}/v1/models").json()["data"][0]["id"] == "fake"
+
+
+def test_the_printed_curl_is_about_this_cluster(cluster: Served) -> None:
+    [ready] = [number for number, line in enumerate(cluster.lines) if "ready" in line]
+    assert cluster.lines[ready + 1].strip().startswith(f"curl -s {cluster.url}/v1/")
+
+
+def test_a_second_cluster_at_the_port_is_refused(cluster: Served, tmp_path: Path) -> None:
+    done = tandem("serve", *FAKE, "--port", str(cluster.port), "--run-dir", str(tmp_path))
+    assert done.returncode == 1
+    assert f"port {cluster.port}" in done.stdout
+    assert "--port" in done.stdout
+    assert cluster.complete("still here", max_tokens=2)["choices"]
+
+
+def test_a_killed_worker_comes_back_under_a_new_incarnation(cluster: Served) -> None:
+    before = {worker["id"]: worker for worker in cluster.status()["workers"]}
+    os.kill(before["decode-0"]["pid"], signal.SIGKILL)
+    cluster.wait_for(lambda line: line.startswith("decode-0 ended"), 30)
+    prompt = list(range(100))
+    assert greedy(cluster, prompt, 10) == expected_tokens(prompt, GREEDY, 10, VOCAB_SIZE)
+
+    def is_back(status: dict[str, list[dict[str, object]]]) -> bool:
+        [worker] = [worker for worker in status["workers"] if worker["id"] == "decode-0"]
+        return worker["state"] == "ready" and worker["incarnation"] != before["decode-0"]["incarnation"]
+
+    after = {worker["id"]: worker for worker in cluster.status_when(is_back, 60)["workers"]}
+    assert after["decode-0"]["incarnation"] == 2
+    assert after["decode-0"]["pid"] != before["decode-0"]["pid"]
+    assert after["decode-1"]["incarnation"] == 1
+
+
+def test_a_killed_router_comes_back_and_keeps_the_workers(cluster: Served) -> None:
+    before = cluster.status()
+    os.kill(before["router_pid"], signal.SIGKILL)
+    cluster.wait_for(lambda line: line.startswith("the router ended"), 30)
+
+    def answers() -> bool:
+        try:
+            return httpx.get(f"{cluster.url}/ready", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    wait_until(answers, 30)
+    everyone = cluster.status_when(lambda status: len(status["workers"]) == 3, 30)
+    assert everyone["router_pid"] != before["router_pid"]
+    pids = {worker["id"]: worker["pid"] for worker in before["workers"]}
+    assert {worker["id"]: worker["pid"] for worker in everyone["workers"]} == pids
+    prompt = list(range(50, 150))
+    assert greedy(cluster, prompt, 10) == expected_tokens(prompt, GREEDY, 10, VOCAB_SIZE)
+
+
+def wait_until(condition: object, timeout_s: float) -> None:
+    import time
+
+    assert callable(condition)
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "never came true"
+
+
+@pytest.mark.parametrize("how", ["down", "SIGINT", "SIGTERM"])
+def test_nothing_is_left(how: str, tmp_path: Path) -> None:
+    with Served([*FAKE, "--decode", "1"], run_dir=tmp_path) as served:
+        served.complete("abc", max_tokens=3)
+        tree = served.tree()
+        assert len(tree) > 6
+        if how == "down":
+            done = served.command("down")
+            assert done.returncode == 0, done.stderr
+            assert "stopped the cluster" in done.stdout
+        else:
+            served.process.send_signal(getattr(signal, how))
+        assert served.ended() == 0
+        assert alive(tree) == []
+        assert not list(tmp_path.glob("*.json"))
+        assert served.lines[-1] == "stopped"
+
+
+def test_a_second_signal_is_harder(tmp_path: Path) -> None:
+    with Served([*FAKE, "--decode", "1"], run_dir=tmp_path) as served:
+        tree = served.tree()
+        served.process.send_signal(signal.SIGINT)
+        served.process.send_signal(signal.SIGTERM)
+        served.ended()
+        assert alive(tree) == []
+        assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize("port", ["--port", "--grpc-port"])
+def test_a_port_in_use_is_named_with_its_flag(port: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = str(taken.getsockname()[1])
+        done = tandem("serve", *FAKE, "--run-dir", str(tmp_path), port, number)
+    assert done.returncode == 1
+    assert f"error: port {number} at 127.0.0.1" in done.stdout
+    assert port in done.stdout
+    assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/nowhere/at/all"], "no such folder"),
+        (["--model", "fake", "--decode", "0"], "decode: 0 workers can write tokens"),
+        (["--model", "fake", "--port", "99999"], "port: 99999"),
+    ],
+)
+def test_what_cannot_start_says_why(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = tandem("serve", *arguments, "--run-dir", str(tmp_path))
+    assert done.returncode in (1, 2)
+    [line] = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
+    assert message in line
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_broken_model_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{")
+    done = tandem("serve", "--model", str(folder), "--run-dir", str(tmp_path))
+    assert done.returncode == 1
+    assert "error:" in done.stdout
+    assert str(folder) in done.stdout
+
+
+def test_no_cluster(tmp_path: Path) -> None:
+    for verb in ("status", "down"):
+        done = tandem(verb, "--run-dir", str(tmp_path))
+        assert done.returncode == 1
+        assert "no cluster runs here" in done.stderr
