@@ -105,6 +105,7 @@ def worker_status(member: Member, worker: WorkerSnapshot | None) -> pb.WorkerSta
 
 def request_status(request: RequestSnapshot) -> pb.RequestStatus:
     """One request as the router sees it."""
+    done = request.transferred
     status = pb.RequestStatus(
         id=request.request_id,
         state=request.state.value,
@@ -113,11 +114,14 @@ def request_status(request: RequestSnapshot) -> pb.RequestStatus:
         decode_worker=request.decode_worker,
         tokens=request.tokens,
         prompt_tokens=request.prompt_tokens,
-        blocks_granted=request.blocks_granted,
-        blocks_moved=request.blocks_moved,
-        blocks_reused=request.blocks_reused,
-        tokens_recomputed=request.tokens_recomputed,
-        tokens_cached=request.tokens_cached,
+        blocks_granted=done.blocks_granted,
+        blocks_moved=done.blocks_moved,
+        blocks_reused=done.blocks_reused,
+        tokens_recomputed=done.tokens_recomputed,
+        tokens_cached=done.tokens_cached,
+        first_frame_ms=done.first_frame_ms,
+        last_chunk_start_ms=done.last_chunk_start_ms,
+        committed_ms=done.committed_ms,
         num_replacements=request.num_replacements,
         error=request.error,
         reason=request.reason,

@@ -305,13 +305,7 @@ class RouterCore:
     def _transferred(self, stats: TransferStats) -> None:
         request = self._requests.get(stats.request_id)
         if request is not None:
-            total = request.transferred
-            total.blocks_granted += stats.blocks_granted
-            total.blocks_moved += stats.blocks_moved
-            total.blocks_reused += stats.blocks_reused
-            total.bytes += stats.bytes
-            total.tokens_recomputed += stats.tokens_recomputed
-            total.tokens_cached = max(total.tokens_cached, stats.tokens_cached)
+            request.transferred = request.transferred.plus(stats)
         else:
             self._history.transferred(stats)
 

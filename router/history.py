@@ -39,16 +39,7 @@ class History:
         if entry is None:
             return
         at_ms, ended = entry
-        ended = replace(
-            ended,
-            blocks_granted=ended.blocks_granted + stats.blocks_granted,
-            blocks_moved=ended.blocks_moved + stats.blocks_moved,
-            blocks_reused=ended.blocks_reused + stats.blocks_reused,
-            bytes_moved=ended.bytes_moved + stats.bytes,
-            tokens_recomputed=ended.tokens_recomputed + stats.tokens_recomputed,
-            tokens_cached=max(ended.tokens_cached, stats.tokens_cached),
-        )
-        self._ended[stats.request_id] = at_ms, ended
+        self._ended[stats.request_id] = at_ms, replace(ended, transferred=ended.transferred.plus(stats))
 
     def snapshots(self) -> tuple[RequestSnapshot, ...]:
         """All that are remembered, oldest end first."""

@@ -11,7 +11,7 @@ from router.events import NewRequest, Usage
 from router.fleet import Worker
 from router.placement import Placement, WorkerKey
 from router.store import OwnerRecord
-from tandem.messages import WorkerInfo, WorkerLoad
+from tandem.messages import TransferStats, WorkerInfo, WorkerLoad
 from tandem.request import RequestId, Token, WorkerId
 
 STORY_MAX = 32
@@ -28,16 +28,37 @@ class RequestState(StrEnum):
     FAILED = "failed"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Transferred:
-    """What transfers did for one request, summed over its attempts."""
+    """What transfers did for one request: counts summed over its attempts, times of the last one.
+
+    Times are milliseconds since a worker's own assignment: the first two since the source's, the third since the
+    target's.
+    """
 
     blocks_granted: int = 0
     blocks_moved: int = 0
     blocks_reused: int = 0
-    bytes: int = 0
+    bytes_moved: int = 0
     tokens_recomputed: int = 0
     tokens_cached: int = 0
+    first_frame_ms: int = 0
+    last_chunk_start_ms: int = 0
+    committed_ms: int = 0
+
+    def plus(self, stats: TransferStats) -> Transferred:
+        """With what one end of a transfer tells."""
+        return Transferred(
+            blocks_granted=self.blocks_granted + stats.blocks_granted,
+            blocks_moved=self.blocks_moved + stats.blocks_moved,
+            blocks_reused=self.blocks_reused + stats.blocks_reused,
+            bytes_moved=self.bytes_moved + stats.bytes,
+            tokens_recomputed=self.tokens_recomputed + stats.tokens_recomputed,
+            tokens_cached=max(self.tokens_cached, stats.tokens_cached),
+            first_frame_ms=stats.first_frame_ms or self.first_frame_ms,
+            last_chunk_start_ms=stats.last_chunk_start_ms or self.last_chunk_start_ms,
+            committed_ms=stats.committed_ms or self.committed_ms,
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -111,12 +132,7 @@ class RequestSnapshot:
     epoch: int
     prompt_tokens: int
     tokens: int
-    blocks_granted: int
-    blocks_moved: int
-    blocks_reused: int
-    bytes_moved: int
-    tokens_recomputed: int
-    tokens_cached: int
+    transferred: Transferred
     num_replacements: int
     ttft_ms: int | None
     age_ms: int
@@ -152,7 +168,7 @@ class StatusSnapshot:
 
 def snapshot(request: Request, now_ms: int, *, error: str = "", waits_for: str = "") -> RequestSnapshot:
     """The request as it is now. `waits_for`: why the line does not move, for those that stand in it."""
-    placement, done = request.placement, request.transferred
+    placement = request.placement
     waiting = bool(waits_for) and request.state is RequestState.ADMITTED
     return RequestSnapshot(
         request_id=request.request_id,
@@ -163,12 +179,7 @@ def snapshot(request: Request, now_ms: int, *, error: str = "", waits_for: str =
         epoch=0 if request.owner is None else request.owner.epoch,
         prompt_tokens=len(request.new.tokens),
         tokens=len(request.answer),
-        blocks_granted=done.blocks_granted,
-        blocks_moved=done.blocks_moved,
-        blocks_reused=done.blocks_reused,
-        bytes_moved=done.bytes,
-        tokens_recomputed=done.tokens_recomputed,
-        tokens_cached=done.tokens_cached,
+        transferred=request.transferred,
         num_replacements=request.num_replacements,
         ttft_ms=None if request.first_token_ms is None else request.first_token_ms - request.submitted_ms,
         age_ms=now_ms - request.submitted_ms,

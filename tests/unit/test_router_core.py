@@ -470,7 +470,8 @@ def test_status_tells_transfers_also_after_the_end(rig: Rig) -> None:
     rig.token(P, 1, 0, FinishReason.STOP)
     rig.report(P, transfers=(TransferStats(request_id=R, transfer_id=TransferId("t"), tokens_cached=16),))
     (shown,) = rig.core.status(rig.now_ms).requests
-    assert (shown.blocks_granted, shown.blocks_moved, shown.blocks_reused, shown.tokens_cached) == (2, 2, 1, 16)
+    done = shown.transferred
+    assert (done.blocks_granted, done.blocks_moved, done.blocks_reused, done.tokens_cached) == (2, 2, 1, 16)
     assert (shown.prefill_worker, shown.decode_worker, shown.tokens, shown.state) == ("p0", "d0", 1, "finished")
     rig.feed(Tick(), after_ms=300_001)
     assert not rig.core.status(rig.now_ms).requests

@@ -55,7 +55,7 @@ def test_the_calm_world_hands_every_request_over() -> None:
     requests = outcome.world.router.status(outcome.world.schedule.now_ms).requests
     assert {each.mode for each in requests} == {"prefill"}
     assert {each.state for each in requests} == {"finished"}
-    assert all(each.blocks_moved for each in requests)
+    assert all(each.transferred.blocks_moved for each in requests)
 
 
 def test_the_worlds_meet_what_they_are_meant_to_meet() -> None:
@@ -66,7 +66,7 @@ def test_the_worlds_meet_what_they_are_meant_to_meet() -> None:
         assert outcome.world is not None
         for each in outcome.world.router.status(outcome.world.schedule.now_ms).requests:
             reasons.append(each.error)
-            num_moved += each.blocks_moved
+            num_moved += each.transferred.blocks_moved
             num_replaced += each.num_replacements
         reasons += outcome.world.story
     assert num_moved > 500
