@@ -89,6 +89,7 @@ class Pools:
         """Starts a local Ray, or joins the one at `address`. Raises PoolError."""
         logging.getLogger("ray").setLevel(logging.ERROR)
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(GCS_PATIENCE_S))
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: workers would come after everything else
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         try:
             if self.is_local:
