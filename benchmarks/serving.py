@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.figures import Slo, summary
 from benchmarks.load import offer
 from benchmarks.report import table
-from benchmarks.workload import Offered, Scale, from_trace, random_prompts, uniform
+from benchmarks.workload import BadWorkload, Offered, Scale, from_trace, random_prompts, uniform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,14 +35,14 @@ class ServingOptions:
 
 
 def workload(options: ServingOptions) -> list[Offered]:
-    """The requests of a run; ValueError names what is wrong with the trace or the options."""
+    """The requests of a run; BadWorkload names what is wrong with the trace or the options."""
     if options.num_requests < 1:
-        raise ValueError(f"requests: {options.num_requests} is below 1")
+        raise BadWorkload(f"requests: {options.num_requests} is below 1")
     if options.rate is not None and options.rate <= 0:
-        raise ValueError(f"rate: {options.rate} is not above 0 requests per second")
+        raise BadWorkload(f"rate: {options.rate} is not above 0 requests per second")
     if options.trace is not None:
         if not options.trace.is_file():
-            raise ValueError(f"trace: no file {options.trace}")
+            raise BadWorkload(f"trace: no file {options.trace}")
         scale = Scale(
             length=options.length_scale,
             rate=options.rate,

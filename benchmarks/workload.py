@@ -15,6 +15,10 @@ from datetime import datetime
 from pathlib import Path
 
 
+class BadWorkload(ValueError):
+    """A trace cannot be read, or an option is out of range; the message says what to give."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offered:
     """One request of a workload: when it arrives, how long its prompt is, how many tokens it asks for."""
@@ -57,7 +61,7 @@ def _rows(path: Path) -> Iterator[tuple[float | None, int, int]]:
             elif {"num_prefill_tokens", "num_decode_tokens"} <= fields:
                 yield None, int(row["num_prefill_tokens"]), int(row["num_decode_tokens"])
             else:
-                raise ValueError(
+                raise BadWorkload(
                     f"{path}: columns {sorted(fields)} are of no trace known here; needs timestamp/input_length/"
                     "output_length (JSON lines), TIMESTAMP/ContextTokens/GeneratedTokens, or "
                     "num_prefill_tokens/num_decode_tokens"
@@ -75,14 +79,14 @@ def from_trace(path: Path, *, num_requests: int, scale: Scale, seed: int) -> lis
         if len(rows) == num_requests:
             break
     if not rows:
-        raise ValueError(f"{path}: the trace is empty")
+        raise BadWorkload(f"{path}: the trace is empty")
     arrivals = [row[0] for row in rows]
     timed = [at for at in arrivals if at is not None]
     if len(timed) == len(rows) and timed[-1] > timed[0]:
         stretch = 1.0 if scale.rate is None else (len(rows) / scale.rate) / (timed[-1] - timed[0])
         times = [(at - timed[0]) * stretch for at in timed]
     elif scale.rate is None:
-        raise ValueError(f"{path}: has no arrival times; state a rate in requests per second")
+        raise BadWorkload(f"{path}: has no arrival times; state a rate in requests per second")
     else:
         times = poisson(len(rows), rate=scale.rate, seed=seed)
     return [

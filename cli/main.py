@@ -7,6 +7,8 @@ import sys
 import grpc
 import typer
 
+from benchmarks.workload import BadWorkload
+from cli.bench import bench
 from cli.configuration import show_config
 from cli.down import down
 from cli.serve import serve
@@ -25,6 +27,7 @@ app = typer.Typer(
 app.command("serve")(with_settings(serve))
 app.command("status")(status)
 app.command("down")(down)
+app.command("bench")(bench)
 app.command("config")(with_settings(show_config))
 
 
@@ -33,6 +36,8 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
+        _fail(str(error), 2)
+    except BadWorkload as error:
         _fail(str(error), 2)
     except NoCluster as error:
         _fail(str(error), 1)

@@ -101,6 +101,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             created_s=model.created_s,
             dtype=model.dtype,
             exact=model.exact,
+            vocab_size=self._service.tokenizer.vocab_size,
         )
         return inference_pb2.ListModelsResponse(models=[card])
 

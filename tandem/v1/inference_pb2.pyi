@@ -174,18 +174,20 @@ class ListModelsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("id", "context_tokens", "created_s", "dtype", "exact")
+    __slots__ = ("id", "context_tokens", "created_s", "dtype", "exact", "vocab_size")
     ID_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CREATED_S_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     EXACT_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     id: str
     context_tokens: int
     created_s: int
     dtype: str
     exact: bool
-    def __init__(self, id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., created_s: _Optional[int] = ..., dtype: _Optional[str] = ..., exact: _Optional[bool] = ...) -> None: ...
+    vocab_size: int
+    def __init__(self, id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., created_s: _Optional[int] = ..., dtype: _Optional[str] = ..., exact: _Optional[bool] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class ListModelsResponse(_message.Message):
     __slots__ = ("models",)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.figures import Outcome, Slo, is_good, percentile, summary
-from benchmarks.workload import Scale, from_trace, poisson, random_prompts, uniform
+from benchmarks.workload import BadWorkload, Scale, from_trace, poisson, random_prompts, uniform
 
 
 def test_mooncake_rows_keep_their_arrivals(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_azure_rows_are_stretched_to_the_rate(tmp_path: Path) -> None:
 def test_length_only_traces_need_a_rate(tmp_path: Path) -> None:
     trace = tmp_path / "t.csv"
     trace.write_text("num_prefill_tokens,num_decode_tokens\n74,9\n")
-    with pytest.raises(ValueError, match="state a rate"):
+    with pytest.raises(BadWorkload, match="state a rate"):
         from_trace(trace, num_requests=1, scale=Scale(), seed=0)
     assert from_trace(trace, num_requests=1, scale=Scale(rate=2), seed=0)[0].prompt_tokens == 74
 
@@ -43,7 +43,7 @@ def test_length_only_traces_need_a_rate(tmp_path: Path) -> None:
 def test_unknown_columns_are_named(tmp_path: Path) -> None:
     trace = tmp_path / "t.csv"
     trace.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"\['a', 'b'\]"):
+    with pytest.raises(BadWorkload, match=r"\['a', 'b'\]"):
         from_trace(trace, num_requests=1, scale=Scale(), seed=0)
 
 
