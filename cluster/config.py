@@ -14,6 +14,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 
 ENVIRONMENT_PREFIX = "TANDEM_"
 MiB = 1 << 20
+KV_MEMORY_LEAST = 16 << 10  # far too little for a real model, which then says how large one block is
 DEFAULT_MODEL = "smollm2-135m-instruct"
 FAKE_MODEL = "fake"  # next token = hash of the prefix: no weights, for tests of everything but the numbers
 FAKE_CONTEXT_TOKENS = 8192
@@ -40,7 +41,9 @@ class ClusterConfig(BaseModel):
 
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="data type of weights and KV")
     exact: bool = Field(True, description="the same tokens whatever happens to a request")
-    kv_memory: ByteSize = Field(ByteSize(512 * MiB), ge=MiB, description="KV memory of each worker, e.g. 512MiB")
+    kv_memory: ByteSize = Field(
+        ByteSize(512 * MiB), ge=KV_MEMORY_LEAST, description="KV memory of each worker, e.g. 512MiB"
+    )
     block_size: int = Field(16, ge=1, le=256, description="token slots of a KV block")
     chunk_tokens: int = Field(256, ge=1, le=65536, description="tokens of a prefill chunk")
     max_tokens_per_step: int = Field(512, ge=1, le=65536, description="token budget of one step")

@@ -22,6 +22,7 @@ from cluster import run_file
 from cluster.config import FAKE_MODEL, ClusterConfig
 from cluster.pools import PoolError, Pools, WorkerDown, WorkerUp
 from cluster.processes import PortInUse, adopt_orphans, descendants, kill_all, pick_port, wait_gone
+from cluster.reaper import Reaper
 from cluster.restarts import Restarts
 from cluster.router_child import RouterChild, RouterEnded, RouterSaid
 from cluster.run_file import RunFile, reachable
@@ -34,6 +35,7 @@ from tandem.request import WorkerId
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ROUTER = "router"
+REAPER_PERIOD_S = 1.0
 FORCED = 130  # the exit status after a second signal
 
 
@@ -69,6 +71,8 @@ class Supervisor:
         self._num_signals = 0
         self._router: RouterChild | None = None
         self._pools: Pools | None = None
+        self._reaper: Reaper | None = None
+        self._reaped_s = 0.0
         self._run: RunFile | None = None
 
     # ---- life ------------------------------------------------------------------------------------------------------
@@ -118,6 +122,7 @@ class Supervisor:
             log_dir=str(self._log_dir),
         )
         run_file.write(config.run_dir, self._run)
+        self._reaper = Reaper()
         self._say(f"starting {_described(config, self._threads)}; logs in {self._log_dir}")
         self._start_router(generation=0)
         self._pools = Pools(config, threads=self._threads, post=self._events.put)
@@ -157,6 +162,7 @@ class Supervisor:
         deadline_s = time.monotonic() + self.config.start_timeout_s
         while True:
             self._restart_due()
+            self._tell_reaper()
             now_s = time.monotonic()
             if not self._is_ready and now_s > deadline_s:
                 missing = ", ".join(sorted(set(self._roles) - self._ready))
@@ -190,15 +196,21 @@ class Supervisor:
             self._router.stop(timeout_s)  # first: it ends requests with a named error
         if self._pools is not None:
             self._pools.stop(timeout_s)
-            children = descendants()
             self._pools.close()
-            wait_gone(children, 2.0)
+        if self._reaper is not None:
+            self._reaper.dismiss()
+        wait_gone(descendants(), 2.0)
         left = kill_all(descendants())
         if left:
             self._say(f"error: still running: {[process.pid for process in left]}")
         if self._run is not None:
             run_file.remove(self.config.run_dir, self._run)
             self._say("stopped")
+
+    def _tell_reaper(self) -> None:
+        if self._reaper is not None and time.monotonic() - self._reaped_s > REAPER_PERIOD_S:
+            self._reaped_s = time.monotonic()
+            self._reaper.update()
 
     # ---- the router ------------------------------------------------------------------------------------------------
 

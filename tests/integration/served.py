@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import psutil
 
+from tandem.client import Client
+
 TANDEM = [sys.executable, "-m", "cli.main"]
 START_S = 90.0
 STOP_S = 40.0
@@ -103,6 +105,15 @@ class Served:
                 return status
             assert time.monotonic() < deadline_s, f"never as wanted: {json.dumps(status, indent=1)}"
 
+    def workers(self) -> dict[str, dict[str, Any]]:
+        """The workers of the status, by id."""
+        return {worker["id"]: worker for worker in self.status()["workers"]}
+
+    def greedy(self, prompt: Sequence[int], num: int) -> list[int]:
+        """`num` tokens over gRPC."""
+        with Client(str(self.status()["grpc_address"]), timeout_s=60) as client:
+            return list(client.generate(prompt, temperature=0.0, max_tokens=num).token_ids)
+
     def tree(self) -> list[psutil.Process]:
         """The supervisor and all processes below it."""
         supervisor = psutil.Process(self.process.pid)
@@ -136,6 +147,14 @@ def tandem(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(
         [*TANDEM, *arguments], capture_output=True, text=True, timeout=90, env={**os.environ, **environment}
     )
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    """Waits for the condition to hold."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "never came true"
+        threading.Event().wait(0.05)
 
 
 def alive(processes: Sequence[psutil.Process]) -> list[psutil.Process]:

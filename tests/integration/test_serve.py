@@ -10,10 +10,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import Served, alive, tandem
+from served import Served, alive, tandem, wait_until
 
 from engine.fake_runner import expected_tokens
-from tandem.client import Client
 from tandem.request import Sampling
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -29,14 +28,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield served
 
 
-def greedy(cluster: Served, prompt: list[int], num: int) -> list[int]:
-    with Client(str(cluster.status()["grpc_address"])) as client:
-        return list(client.generate(prompt, temperature=0.0, max_tokens=num).token_ids)
-
-
 def test_a_request_is_disaggregated(cluster: Served) -> None:
     prompt = [number * 7 % VOCAB_SIZE for number in range(600)]
-    assert greedy(cluster, prompt, 40) == expected_tokens(prompt, GREEDY, 40, VOCAB_SIZE)
+    assert cluster.greedy(prompt, 40) == expected_tokens(prompt, GREEDY, 40, VOCAB_SIZE)
     status = cluster.status_when(lambda status: status["requests"][-1]["state"] == "finished")
     request = status["requests"][-1]
     assert request["prefill_worker"] == "prefill-0"
@@ -120,7 +114,7 @@ def test_a_killed_worker_comes_back_under_a_new_incarnation(cluster: Served) -> 
     os.kill(before["decode-0"]["pid"], signal.SIGKILL)
     cluster.wait_for(lambda line: line.startswith("decode-0 ended"), 30)
     prompt = list(range(100))
-    assert greedy(cluster, prompt, 10) == expected_tokens(prompt, GREEDY, 10, VOCAB_SIZE)
+    assert cluster.greedy(prompt, 10) == expected_tokens(prompt, GREEDY, 10, VOCAB_SIZE)
 
     def is_back(status: dict[str, list[dict[str, object]]]) -> bool:
         [worker] = [worker for worker in status["workers"] if worker["id"] == "decode-0"]
@@ -149,16 +143,7 @@ def test_a_killed_router_comes_back_and_keeps_the_workers(cluster: Served) -> No
     pids = {worker["id"]: worker["pid"] for worker in before["workers"]}
     assert {worker["id"]: worker["pid"] for worker in everyone["workers"]} == pids
     prompt = list(range(50, 150))
-    assert greedy(cluster, prompt, 10) == expected_tokens(prompt, GREEDY, 10, VOCAB_SIZE)
-
-
-def wait_until(condition: object, timeout_s: float) -> None:
-    import time
-
-    assert callable(condition)
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "never came true"
+    assert cluster.greedy(prompt, 10) == expected_tokens(prompt, GREEDY, 10, VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("how", ["down", "SIGINT", "SIGTERM"])

@@ -42,7 +42,7 @@ def test_the_file_may_come_from_a_variable(tmp_path: Path) -> None:
         ({"grpc_port": -1}, r"grpc_port: -1: .*0 \(from"),
         ({"dtype": "int3"}, r"dtype: 'int3': .*'float32' or 'bfloat16'"),
         ({"kv_memory": "12 parsecs"}, r"kv_memory: '12 parsecs': "),
-        ({"kv_memory": "1KiB"}, r"kv_memory: '1KiB': .*1048576"),
+        ({"kv_memory": "1KiB"}, r"kv_memory: '1KiB': .*16384"),
         ({"prefill": 0}, r"prefill: 0 workers can read prompts"),
         ({"decode": 0}, r"decode: 0 workers can write tokens"),
         ({"block_size": 0}, r"block_size: 0: "),

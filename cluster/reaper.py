@@ -1,0 +1,78 @@
+"""The reaper: `python -m cluster.reaper`. It outlives a supervisor that was killed, and ends what that one left behind.
+
+Most processes of a cluster die with their parents by themselves; Ray's own agents do not when their control service is
+gone too. The supervisor tells the reaper now and then which processes there are.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+
+import psutil
+
+from cluster.processes import descendants, kill_all
+
+GRACE_S = 5.0  # for those that end by themselves
+
+
+class Reaper:
+    """The supervisor's end. Create it before anything that it shall reap."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[int, float]] = []
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.reaper"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+
+    def update(self) -> None:
+        """Tells it what runs now."""
+        known = []
+        for process in descendants():
+            with suppress(psutil.NoSuchProcess):
+                if process.pid != self._process.pid:
+                    known.append((process.pid, process.create_time()))
+        if known != self._known:
+            self._known = known
+            self._write(json.dumps(known))
+
+    def dismiss(self) -> None:
+        """Nothing is left to reap."""
+        self._write("[]")
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+
+    def _write(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+
+def main() -> None:
+    """Reads one JSON list of [pid, time of creation] a line; at the end of stdin ends those of the last, and theirs."""
+    last: list[tuple[int, float]] = []
+    for line in sys.stdin:
+        last = json.loads(line)
+    left = []
+    for pid, created_s in last:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if process.create_time() == created_s:
+                left += [process, *process.children(recursive=True)]
+    _, left = psutil.wait_procs(left, timeout=GRACE_S)
+    kill_all(left)
+
+
+if __name__ == "__main__":
+    main()
