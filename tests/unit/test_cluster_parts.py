@@ -1,0 +1,158 @@
+"""The small parts of a cluster: restarts, run files, ports, merged reports, workers' settings, exact names."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster import run_file
+from cluster.config import load
+from cluster.processes import PortInUse, pick_port
+from cluster.restarts import Restarts
+from cluster.run_file import NoCluster, RunFile, reachable
+from cluster.served_model import describe
+from cluster.worker_reports import ReportBuilder
+from cluster.worker_settings import WorkerSettings, worker_environment, workers_of
+from kv_transfer.actions import Piece, Report
+from tandem.messages import (
+    BlockCounts,
+    BlockEvents,
+    CommitAsk,
+    OwnerQuery,
+    RequestFailed,
+    Role,
+    TransferStats,
+    WorkerLoad,
+)
+from tandem.request import RequestId, Token, TransferId, WorkerId
+
+RID, TID = RequestId("r"), TransferId("t")
+
+
+def test_restarts_back_off_and_end() -> None:
+    restarts = Restarts(restarts_max=4, window_ms=60_000, first_delay_ms=500, delay_max_ms=1500)
+    delays = [restarts.died(now_ms, "w") for now_ms in (0, 1000, 2000, 4000, 6000, 7000)]
+    assert delays == [0, 500, 1000, 1500, None, None]
+    assert restarts.died(7000, "other") == 0
+    assert restarts.died(63_000, "w") is not None, "old restarts are forgiven"
+
+
+def test_no_restarts_at_all() -> None:
+    assert Restarts(restarts_max=0).died(0, "w") is None
+
+
+def running(port: int) -> RunFile:
+    return RunFile(
+        pid=os.getpid(), started_s=psutil.Process().create_time(), host="127.0.0.1", port=port, grpc_port=1, model="m",
+        log_dir="l",
+    )  # fmt: skip
+
+
+def test_run_files_are_found_by_port_or_alone(tmp_path: Path) -> None:
+    with pytest.raises(NoCluster, match="no cluster runs here"):
+        run_file.find(tmp_path)
+    run_file.write(tmp_path, running(8000))
+    assert run_file.find(tmp_path) == run_file.find(tmp_path, 8000) == running(8000)
+    run_file.write(tmp_path, running(9000))
+    with pytest.raises(NoCluster, match="at ports 8000, 9000: choose one with --port"):
+        run_file.find(tmp_path)
+    with pytest.raises(NoCluster, match="at port 7000"):
+        run_file.find(tmp_path, 7000)
+    run_file.remove(tmp_path, running(8000))
+    assert run_file.find(tmp_path).port == 9000
+
+
+def test_run_files_of_the_dead_and_of_others_are_ignored(tmp_path: Path) -> None:
+    run_file.write(tmp_path, replace(running(8000), started_s=1.0))  # the pid was used again
+    (tmp_path / "1.json").write_text("{")
+    (tmp_path / "2.json").write_text('{"pid": 1}')
+    with pytest.raises(NoCluster):
+        run_file.find(tmp_path)
+    run_file.remove(tmp_path, replace(running(8000), pid=1))
+    assert (tmp_path / "8000.json").exists(), "only the owner removes it"
+
+
+def test_what_to_dial() -> None:
+    assert [reachable(host) for host in ("0.0.0.0", "::", "::1", "10.0.0.1")] == [
+        "127.0.0.1", "[::1]", "[::1]", "10.0.0.1",
+    ]  # fmt: skip
+
+
+def test_ports() -> None:
+    free = pick_port("127.0.0.1", 0, "--port")
+    assert pick_port("127.0.0.1", free, "--port") == free
+    with (
+        socket.create_server(("127.0.0.1", free)),
+        pytest.raises(PortInUse, match=f"port {free} at 127.0.0.1: Address already in use; choose another with --port"),
+    ):
+        pick_port("127.0.0.1", free, "--port")
+    with pytest.raises(PortInUse, match="choose another with --grpc-port"):
+        pick_port("203.0.113.1", 1234, "--grpc-port")
+
+
+def test_pieces_of_one_step_become_one_report_a_session() -> None:
+    builder = ReportBuilder(worker_id=WorkerId("w"), incarnation=3)
+    token = Token(request_id=RID, epoch=1, index=0, token_id=5)
+    failed = RequestFailed(request_id=RID, epoch=1, code="c", message="m", retryable=True)
+    ask = CommitAsk(request_id=RID, transfer_id=TID, from_epoch=1, next_index=1, tokens=())
+    query = OwnerQuery(request_id=RID, transfer_id=TID, epoch=1)
+    stats = TransferStats(request_id=RID, transfer_id=TID)
+    blocks = BlockEvents(sequence=1)
+    load_ = WorkerLoad(
+        running=0, waiting=0, blocks=BlockCounts(total=1, free=1), prefill_backlog_tokens=0, steps=0, last_step_ms=0
+    )
+    pieces: list[Piece] = [token, failed, ask, query, stats, blocks, load_]
+    merged = builder.merge([*(Report(session=7, piece=piece) for piece in pieces), Report(session=8, piece=token)])
+    assert [session for session, _ in merged] == [7, 8]
+    report = merged[0][1]
+    assert (report.worker_id, report.incarnation, report.sequence) == ("w", 3, 1)
+    assert (report.tokens, report.failed, report.commit_asks) == ((token,), (failed,), (ask,))
+    assert (report.owner_queries, report.transfers) == ((query,), (stats,))
+    assert (report.blocks, report.load) == (blocks, load_)
+    again = builder.merge([Report(session=7, piece=token), Report(session=7, piece=token)])
+    assert [(session, each.sequence, each.tokens) for session, each in again] == [(7, 2, (token, token))]
+    builder.forget(7)
+    assert builder.merge([Report(session=7, piece=token)])[0][1].sequence == 1
+
+
+def test_workers_are_named_by_role_and_number() -> None:
+    config = load({"prefill": 1, "decode": 2, "mixed": 1}, {}).config
+    assert workers_of(config) == [
+        ("prefill-0", Role.PREFILL), ("decode-0", Role.DECODE), ("decode-1", Role.DECODE), ("mixed-0", Role.MIXED),
+    ]  # fmt: skip
+
+
+def test_settings_of_a_worker_travel_as_text() -> None:
+    settings = WorkerSettings(
+        worker_id=WorkerId("mixed-0"),
+        role=Role.MIXED,
+        config=load({"kv_memory": "64MiB", "exact": False}, {}).config,
+        threads=3,
+        registry="127.0.0.1:1",
+        bind_host="0.0.0.0",
+        advertised_host="10.0.0.9",
+        log_file="/tmp/x.log",
+    )
+    assert WorkerSettings.from_json(settings.to_json()) == settings
+    assert settings.reachable_host == "10.0.0.9"
+    assert replace(settings, advertised_host="").reachable_host == "0.0.0.0"
+
+
+def test_workers_threads_do_not_spin() -> None:
+    environment = worker_environment(2)
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert environment["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_the_fake_model_speaks_bytes() -> None:
+    model = describe(load({"model": "fake"}, {}).config)
+    ids = model.tokenizer.encode("Grüße, \n\x00!")
+    assert model.tokenizer.decode(ids) == "Grüße, \n\x00!"
+    assert len(ids) == len("Grüße, \n\x00!".encode())
+    assert (model.context_tokens, model.tokenizer.vocab_size) == (8192, 256)
+    assert "user: hi" in model.tokenizer.render_chat([{"role": "user", "content": "hi"}])
