@@ -19,9 +19,7 @@ TIMEOUT_S = 10.0
 
 
 def bench(
-    trace: Annotated[
-        Path | None, typer.Option(help="trace file; without it lengths are drawn")
-    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="trace file; without it lengths are drawn")] = None,
     requests: Annotated[int, typer.Option(help="number of requests", min=1, max=1_000_000)] = 50,
     rate: Annotated[float | None, typer.Option(help="requests a second; a trace's own arrivals without it")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="mean prompt length without a trace", min=1)] = 128,
