@@ -85,6 +85,13 @@ class Served:
         content: dict[str, Any] = answer.json()
         return content
 
+    def chat(self, messages: Sequence[dict[str, str]], *, max_tokens: int) -> str:
+        """The text of a greedy chat completion."""
+        body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
+        answer = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["message"]["content"])
+
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs another command of the command line against this cluster."""
         return tandem(*arguments, "--port", str(self.port), "--run-dir", str(self.run_dir))
