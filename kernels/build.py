@@ -112,7 +112,7 @@ def levels() -> list[str]:
         return [ARM_LEVEL]
     if machine not in ("x86_64", "amd64"):
         return []
-    flags = _cpu_flags()
+    flags = cpu_flags()
     return [name for name, (_, needed) in X86_LEVELS.items() if needed <= flags]
 
 
@@ -164,7 +164,9 @@ def _choose() -> ctypes.CDLL | None:
         return None
 
 
-def _cpu_flags() -> frozenset[str]:
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What /proc/cpuinfo lists of this machine; empty where there is no such file."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -32,6 +32,7 @@ struct job {
     const int64_t *first_tile, *first_row; /* of each sequence */
 };
 
+/* Consecutive tokens of one sequence and one KV head; a row is a token and one of the head's queries. */
 struct tile {
     const struct tandem_attention *a;
     const int32_t *table;
@@ -48,20 +49,36 @@ struct tile {
 static long at_least(long x, long bound) { return x > bound ? x : bound; }
 static long at_most(long x, long bound) { return x < bound ? x : bound; }
 
-static const void *kv_at(const struct tile *t, int which, long position) {
+/* Where K of each of the chunk's keys begins, as far as they are this tile's; V lies kv_stride further on. */
+struct places {
+    const char *keys[CHUNK];
+    long count;
+};
+
+static void find_places(const struct tile *t, long chunk, struct places *p) {
     const struct tandem_attention *a = t->a;
-    const long block = t->table[position / a->block_size], slot = position % a->block_size;
-    const long element = block * a->block_stride + which * a->kv_stride + slot * a->slot_stride
-                         + t->kv_head * a->head_stride;
-    return (const char *)a->pool + element * type_bytes(a->kv_type);
+    const long bytes = type_bytes(a->kv_type), slot_bytes = a->slot_stride * bytes;
+    long block = chunk / a->block_size, slot = chunk % a->block_size;
+    p->count = at_most(t->start + t->num_tokens - chunk, CHUNK);
+    for (long j = 0; j < p->count; block++, slot = 0) {
+        const long element = t->table[block] * a->block_stride + slot * a->slot_stride + t->kv_head * a->head_stride;
+        const char *key = (const char *)a->pool + element * bytes;
+        for (; j < p->count && slot < a->block_size; slot++, key += slot_bytes) p->keys[j++] = key;
+    }
 }
 
+/* to[j][i] = element at + j of from[i], for eight arrays and eight elements of each. */
 #ifdef LANES_AVX
-/* to[j][i] = from[i][j] of 8 x 8 */
-INLINE void turn8(const float *from, long from_row, float *to, long to_row) {
+INLINE __m256 load8(int type, const void *from, long at) {
+    if (type == FLOAT32) return _mm256_loadu_ps((const float *)from + at);
+    const __m128i narrow = _mm_loadu_si128((const __m128i *)((const uint16_t *)from + at));
+    if (type == FLOAT16) return _mm256_cvtph_ps(narrow);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
+}
+INLINE void turn8(int type, const void *const *from, long at, float *to, long to_row) {
     __m256 r[8], s[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(from + i * from_row);
+    for (int i = 0; i < 8; i++) r[i] = load8(type, from[i], at);
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
         s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
@@ -81,39 +98,46 @@ INLINE void turn8(const float *from, long from_row, float *to, long to_row) {
     }
 }
 #else
-INLINE void turn8(const float *from, long from_row, float *to, long to_row) {
-    for (int i = 0; i < 8; i++)
-        for (int j = 0; j < 8; j++) to[j * to_row + i] = from[i * from_row + j];
+INLINE void turn8(int type, const void *const *from, long at, float *to, long to_row) {
+    for (int i = 0; i < 8; i++) {
+        float row[LANES];
+        store16(row, load_some(type, from[i], at, 8));
+        for (int j = 0; j < 8; j++) to[j * to_row + i] = row[j];
+    }
 }
 #endif
 
-/* keys[d][j] of the chunk's first `count` keys, in whole groups of TILE_COLUMNS; columns beyond repeat the last key
- * and are never used. */
-static void turn_keys(const struct tile *t, long chunk, long count) {
-    const long dim = t->a->head_dim, columns = (count + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
-    float rows[8][LANES];
-    for (long j = 0; j < columns; j += 8) {
-        const void *from[8];
-        for (int i = 0; i < 8; i++) from[i] = kv_at(t, 0, chunk + at_most(j + i, count - 1));
-        for (long d = 0; d < dim; d += LANES) {
-            const int lanes = (int)at_most(dim - d, LANES);
-            for (int i = 0; i < 8; i++)
-                store16(rows[i], lanes == LANES ? load_any(t->a->kv_type, from[i], d)
-                                                : load_some(t->a->kv_type, from[i], d, lanes));
-            turn8(&rows[0][0], LANES, t->keys + d * CHUNK + j, CHUNK);
-            if (lanes > 8) turn8(&rows[0][8], LANES, t->keys + (d + 8) * CHUNK + j, CHUNK);
-        }
-    }
+/* `bytes` from `offset` on of the places from .. to - 1, as far as there are so many, towards the second-level cache.
+ * Inline, because GCC takes a function that only prefetches for one without effect and drops its calls. */
+INLINE void fetch(const struct places *p, long from, long to, long offset, long bytes) {
+    for (to = at_most(to, p->count); from < to; from++)
+        for (long i = 0; i < bytes; i += 64) __builtin_prefetch(p->keys[from] + offset + i, 0, 2);
 }
 
-/* K and V of the chunk that comes next, towards the caches while this one is worked on. */
-static void fetch_chunk(const struct tile *t, long chunk, long end) {
-    const long bytes = t->a->head_dim * type_bytes(t->a->kv_type);
-    for (long position = chunk; position < at_most(chunk + CHUNK, end); position++)
-        for (int which = 0; which < 2; which++) {
-            const char *line = kv_at(t, which, position);
-            for (long i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
+INLINE void turn_some(int type, const void *const *from, long dim, float *to) {
+    long d = 0;
+    for (; d + 8 <= dim; d += 8) turn8(type, from, d, to + d * CHUNK, CHUNK);
+    for (; d < dim; d++)
+        for (int i = 0; i < 8; i++) {
+            float one[LANES];
+            store16(one, load_some(type, from[i], d, 1));
+            to[d * CHUNK + i] = one[0];
         }
+}
+
+/* keys[d][j] of the chunk's keys, in whole groups of TILE_COLUMNS; columns beyond repeat the last key and are never
+ * used. Meanwhile fetches the keys of the chunk that comes next. */
+static void turn_keys(const struct tile *t, const struct places *here, const struct places *next) {
+    const long dim = t->a->head_dim, columns = (here->count + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
+    const int type = t->a->kv_type;
+    for (long j = 0; j < columns; j += 8) {
+        const void *from[8];
+        for (int i = 0; i < 8; i++) from[i] = here->keys[at_most(j + i, here->count - 1)];
+        fetch(next, j, j + 8, 0, dim * type_bytes(type));
+        if (type == FLOAT32) turn_some(FLOAT32, from, dim, t->keys + j);
+        else if (type == BFLOAT16) turn_some(BFLOAT16, from, dim, t->keys + j);
+        else turn_some(FLOAT16, from, dim, t->keys + j);
+    }
 }
 
 static void score_chunk(const struct tile *t, long count) {
@@ -181,40 +205,57 @@ static void add_values(const struct tile *t, long row, long count, const void *v
     }
 }
 
-/* The same from wherever the values lie: in place block by block, or widened in scratch. */
-static void add_keys(const struct tile *t, long chunk, long row, long count, long from, long to) {
+/* Whether V is read where it lies: as floats in whole vectors, and by few rows. Many rows make up for a copy that is
+ * dense in the first-level cache. */
+static int in_place(const struct tile *t) {
+    return t->a->kv_type == FLOAT32 && t->padded_dim == t->a->head_dim && t->rows <= 2 * TILE_ROWS;
+}
+
+/* The same from wherever the values lie: in place, block by block, or widened in scratch. Fetches V of the next chunk,
+ * once, if widening has not. */
+static void add_keys(const struct tile *t, long chunk, const struct places *here, const struct places *next, long row,
+                     long count, long from, long to) {
     const struct tandem_attention *a = t->a;
-    if (a->kv_type != FLOAT32 || t->padded_dim != a->head_dim) {
+    if (!in_place(t)) {
         add_values(t, row, count, t->values + from * t->padded_dim, t->padded_dim, from, to);
         return;
     }
     while (from < to) {
-        const long position = chunk + from;
-        const long end = at_most(to, from + a->block_size - position % a->block_size);
-        add_values(t, row, count, kv_at(t, 1, position), a->slot_stride, from, end);
+        const long end = at_most(to, from + a->block_size - (chunk + from) % a->block_size);
+        const float *values = (const float *)here->keys[from] + a->kv_stride;
+        if (row == 0) fetch(next, from, end, a->kv_stride * 4, a->head_dim * 4);
+        add_values(t, row, count, values, a->slot_stride, from, end);
         from = end;
     }
 }
 
-static void widen_values(const struct tile *t, long chunk, long count) {
+INLINE void widen_some(int type, const struct tile *t, const struct places *here, const struct places *next) {
     const struct tandem_attention *a = t->a;
-    if (a->kv_type == FLOAT32 && t->padded_dim == a->head_dim) return;
-    for (long j = 0; j < count; j++) {
-        const void *from = kv_at(t, 1, chunk + j);
+    const long offset = a->kv_stride * type_bytes(type);
+    for (long j = 0; j < here->count; j++) {
+        const void *from = here->keys[j] + offset;
+        fetch(next, j, j + 1, offset, a->head_dim * type_bytes(type));
         for (long d = 0; d < t->padded_dim; d += LANES) {
             const long lanes = a->head_dim - d;
-            store16(t->values + j * t->padded_dim + d, lanes >= LANES ? load_any(a->kv_type, from, d)
-                                                                      : load_some(a->kv_type, from, d, (int)lanes));
+            store16(t->values + j * t->padded_dim + d,
+                    lanes >= LANES ? load_any(type, from, d) : load_some(type, from, d, (int)lanes));
         }
     }
 }
 
-static void attend_chunk(const struct tile *t, long chunk) {
-    const long end = t->start + t->num_tokens, count = at_most(end - chunk, CHUNK), window = t->a->window;
-    if (chunk + CHUNK < end) fetch_chunk(t, chunk + CHUNK, end);
-    turn_keys(t, chunk, count);
-    widen_values(t, chunk, count);
+/* V of the chunk as floats where the pool's cannot be read in place. Fetches V of the chunk that comes next. */
+static void widen_values(const struct tile *t, const struct places *here, const struct places *next) {
+    if (in_place(t)) return;
+    if (t->a->kv_type == FLOAT32) widen_some(FLOAT32, t, here, next);
+    else if (t->a->kv_type == BFLOAT16) widen_some(BFLOAT16, t, here, next);
+    else widen_some(FLOAT16, t, here, next);
+}
+
+static void attend_chunk(const struct tile *t, long chunk, const struct places *here, const struct places *next) {
+    const long count = here->count, window = t->a->window;
+    turn_keys(t, here, next);
     score_chunk(t, count);
+    widen_values(t, here, next);
     long whole = 0; /* rows in a run, up to this token, that see the same keys */
     long run_from = 0, run_to = 0;
     for (long token = 0; token <= t->num_tokens; token++) {
@@ -227,7 +268,7 @@ static void attend_chunk(const struct tile *t, long chunk) {
                 for (long g = 0; g < t->group; g++) weigh_row(t, token * t->group + g, from, to);
         }
         if (token && (token == t->num_tokens || from != run_from || to != run_to)) {
-            if (run_from < run_to) add_keys(t, chunk, whole, token * t->group - whole, run_from, run_to);
+            if (run_from < run_to) add_keys(t, chunk, here, next, whole, token * t->group - whole, run_from, run_to);
             whole = token * t->group;
         }
         run_from = from;
@@ -280,17 +321,24 @@ static void do_tile(void *argument, long item) {
         .group = job->group, .padded_dim = job->padded_dim,
     };
     t.rows = t.num_tokens * t.group;
-    const long rows = (t.rows + LANES - 1) / LANES * LANES, dim = t.padded_dim;
-    t.q = tandem_scratch(SCRATCH_ATTENTION, (2 * rows * dim + 2 * CHUNK * dim + rows * (CHUNK + LANES + 1)) * 4);
-    t.keys = t.q + rows * dim;
+    const long dim = t.padded_dim, rows = t.rows, all = 2 * (CHUNK + rows) * dim + rows * (CHUNK + LANES + 1);
+    /* Widest first, so that each part but the last two begins on a cache line. */
+    t.keys = tandem_scratch(SCRATCH_ATTENTION, all * sizeof(float));
     t.values = t.keys + CHUNK * dim;
     t.scores = t.values + CHUNK * dim;
-    t.out = t.scores + rows * CHUNK;
-    t.lanes = t.out + rows * dim;
-    t.top = t.lanes + rows * LANES;
+    t.lanes = t.scores + rows * CHUNK;
+    t.out = t.lanes + rows * LANES;
+    t.q = t.out + rows * dim;
+    t.top = t.q + rows * dim;
     load_queries(&t, job->first_row[sequence] + token);
     const long oldest = a->window ? at_least(t.start - a->window + 1, 0) : 0;
-    for (long chunk = oldest / CHUNK * CHUNK; chunk < t.start + t.num_tokens; chunk += CHUNK) attend_chunk(&t, chunk);
+    struct places places[2];
+    int turn = 0;
+    find_places(&t, oldest / CHUNK * CHUNK, &places[turn]);
+    for (long chunk = oldest / CHUNK * CHUNK; places[turn].count > 0; chunk += CHUNK, turn = !turn) {
+        find_places(&t, chunk + CHUNK, &places[!turn]);
+        attend_chunk(&t, chunk, &places[turn], &places[!turn]);
+    }
     store_rows(&t, job->first_row[sequence] + token);
 }
 

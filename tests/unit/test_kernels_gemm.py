@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import build
-from kernels.gemm import PANEL, linear, pack_weight, weight_rows
+from kernels.gemm import NATIVE_FLAGS, NATIVE_ROWS, PANEL, linear, pack_weight, weight_rows
 
 needs_compiler = pytest.mark.skipif(build.library() is None, reason="no C kernels here")
 LEVELS = [level for level in (*build.levels(), build.PORTABLE_LEVEL) if build.library() is not None]
@@ -99,6 +99,19 @@ def test_float_activations_with_narrow_weights() -> None:
     narrow = weight.bfloat16()
     result = linear(x, pack_weight(narrow, exact=True))
     torch.testing.assert_close(result, x @ narrow.float().T, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_fast_bfloat16_takes_few_rows_and_many() -> None:
+    x, weight, bias = matrices(70, 90, 40, torch.bfloat16)
+    packed = pack_weight(weight, exact=False)
+    native = bool(NATIVE_FLAGS & build.cpu_flags())
+    assert (packed.plain is not None) == native
+    assert pack_weight(weight, exact=True).plain is None
+    for count in (NATIVE_ROWS, NATIVE_ROWS + 1, 40):
+        expected = (x[:count].float() @ weight.float().T + bias.float()).bfloat16()
+        out = torch.empty(count, 70).bfloat16()
+        torch.testing.assert_close(linear(x[:count], packed, bias, out=out), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_views_in_and_out() -> None:
