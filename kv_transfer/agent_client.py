@@ -1,4 +1,4 @@
-"""A worker's side of its transfer agent: starts it, talks with it, and starts another when it dies."""
+"""A worker's side of its transfer agent: starts it, talks with it, and starts another when it dies or hangs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from kv_transfer.agent_settings import AgentSettings, AgentStart, to_arguments
-from kv_transfer.agent_wire import AgentReady, validate
+from kv_transfer.agent_wire import AgentReady, Ping, validate
 from kv_transfer.framed_socket import FramedSocket, LinkLost
 from kv_transfer.messages import (
     AgentCommand,
@@ -37,6 +37,7 @@ STOP_TIMEOUT_S = 5.0
 MAX_COMMANDS = 1 << 16  # not yet taken by the agent: with more it is stuck, and is killed
 MAX_RESTARTS = 5
 RESTART_WINDOW_S = 60.0
+PINGS = 5  # to a silent agent until it counts as stuck
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,8 @@ class AgentInfo:
 class AgentClient:
     """One worker's agent over all its lives. `pool_fd` stays the caller's, and open until `close` has returned.
 
-    `on_event` is called on threads of this object, one call at a time, and must not block. When an agent dies, every
+    `on_event` is called on threads of this object, one call at a time, and must not block. An agent that gives no sign
+    of life for `settings.stuck_timeout_ms` is killed: what it holds would stay in quarantine. When an agent dies, every
     transfer that it knew gets FrameFailed(sequence=None) and, once its process is reaped, TransferQuiet; then a new
     agent is started and told by `on_restart`. After MAX_RESTARTS deaths within a minute none is started any more, and
     `on_restart` gets None.
@@ -76,7 +78,7 @@ class AgentClient:
         self._on_restart = on_restart
         self._telling = threading.Lock()  # one event at a time
         self._changed = threading.Condition()  # guards what follows
-        self._commands: deque[AgentCommand] = deque()
+        self._commands: deque[AgentCommand | Ping] = deque()
         self._known: set[tuple[TransferId, int]] = set()
         self._sock: FramedSocket | None = None  # None: no agent runs
         self._process: subprocess.Popen[bytes] | None = None
@@ -201,12 +203,19 @@ class AgentClient:
     def _read(self) -> None:
         sock = self._sock
         assert sock is not None
-        while True:
+        stuck_s = self._settings.stuck_timeout_ms / 1000
+        num_silent = 0  # waits in a row, not seconds: this process may have been stopped itself
+        while num_silent < PINGS:
             try:
-                event = sock.receive(timeout_s=3600)
+                event = sock.receive(timeout_s=stuck_s / PINGS)
             except LinkLost:
                 return
             if event is None:
+                num_silent += 1
+                self._ping()
+                continue
+            num_silent = 0
+            if isinstance(event, Ping):
                 continue
             if not isinstance(event, (FrameLanded, FrameAcked, FrameFailed, TransferQuiet)):
                 logger.error("the transfer agent sent an unexpected %s", type(event).__name__)
@@ -215,6 +224,14 @@ class AgentClient:
                 with self._changed:
                     self._known.discard((event.transfer_id, event.epoch))
             self._tell(event)
+        logger.error("the transfer agent gave no sign of life for %g s: it is killed", stuck_s)
+
+    def _ping(self) -> None:
+        """Lets the writer ask for a sign of life: only it may block on a socket that nobody reads."""
+        with self._changed:
+            if not any(isinstance(each, Ping) for each in self._commands):
+                self._commands.append(Ping(number=0, answer=False))
+                self._changed.notify_all()
 
     def _bury(self) -> None:
         """Reaps an agent that died, then ends all that it knew."""
@@ -254,9 +271,8 @@ class AgentClient:
                     return
                 command = self._commands.popleft()
                 sock = self._sock if self._info is not None else None
-                key = _key(command)
-                if sock is not None:
-                    self._known.add(key)
+                if sock is not None and not isinstance(command, Ping):
+                    self._known.add(_key(command))
             if sock is None:
                 self._answer_for_agent(command, "no transfer agent runs")
                 continue
@@ -269,7 +285,9 @@ class AgentClient:
                 logger.error("a malformed %s: %s", type(command).__name__, error)
                 self._answer_for_agent(command, str(error))
 
-    def _answer_for_agent(self, command: AgentCommand, reason: str) -> None:
+    def _answer_for_agent(self, command: AgentCommand | Ping, reason: str) -> None:
+        if isinstance(command, Ping):
+            return
         transfer_id, epoch = _key(command)
         if isinstance(command, EndTransfer):
             self._tell(TransferQuiet(transfer_id=transfer_id, epoch=epoch))

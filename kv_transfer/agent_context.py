@@ -10,6 +10,7 @@ import time
 
 from kv_transfer.agent_attempts import Answer, Attempts, Verdict
 from kv_transfer.agent_settings import AgentStart
+from kv_transfer.agent_wire import Ping
 from kv_transfer.endpoint import Endpoint
 from kv_transfer.messages import (
     AgentEvent,
@@ -46,7 +47,7 @@ class AgentContext:
         threading.Thread(target=self._load_kernel, name="kernel", daemon=True).start()
         self.incarnation = secrets.randbits(63)
         self.token = secrets.token_bytes(16)
-        self.events: queue.SimpleQueue[AgentEvent] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[AgentEvent | Ping] = queue.SimpleQueue()
         self._attempts = Attempts()
         self._changed = threading.Condition()
 

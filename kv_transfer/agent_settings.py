@@ -27,11 +27,12 @@ class AgentSettings:
     operation_timeout_ms: int = 5_000
     group_timeout_ms: int = 10_000  # until both ends of a gloo pair have joined
     keepalive_ms: int = 5_000
+    stuck_timeout_ms: int = 10_000  # without a sign of life from its agent the worker kills it
     window_frames: int = 4  # announced to one peer and not yet answered
     corrupt_every: int = 0  # fault to test with: damages each n-th frame that arrives; 0 is off
 
     def __post_init__(self) -> None:
-        for name in ("connect_timeout_ms", "operation_timeout_ms", "group_timeout_ms", "keepalive_ms", "window_frames"):
+        for name in (each for each in _NUMBERS if each != "corrupt_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: is {getattr(self, name)}, must be at least 1")
         if self.corrupt_every < 0:
@@ -59,7 +60,8 @@ class AgentStart:
 
 
 _NUMBERS = (
-    "connect_timeout_ms", "operation_timeout_ms", "group_timeout_ms", "keepalive_ms", "window_frames", "corrupt_every",
+    "connect_timeout_ms", "operation_timeout_ms", "group_timeout_ms", "keepalive_ms", "stuck_timeout_ms",
+    "window_frames", "corrupt_every",
 )  # fmt: skip
 
 

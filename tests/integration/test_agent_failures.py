@@ -186,6 +186,26 @@ def test_an_agent_dies_with_its_worker() -> None:
     _until(lambda: not agent.is_running() or agent.status() == psutil.STATUS_ZOMBIE)
 
 
+def test_a_stuck_agent_is_killed_so_that_its_blocks_leave_quarantine(settings: AgentSettings) -> None:
+    watched = replace(settings, stuck_timeout_ms=1_000)
+    source, target = End(settings=watched, fill=True), End(settings=watched)
+    try:
+        pair = Pair(source, target)
+        pair.expect(blocks=(1, 2))
+        os.kill(target.info.pid, signal.SIGSTOP)
+        pair.end(target, timeout_s=10)
+        target.until(lambda: len(target.restarts) == 1)
+        assert not psutil.pid_exists(target.info.pid)
+        assert target.restarts[0] is not None
+        target.info = target.restarts[0]
+        pair.expect("again", blocks=(4,))
+        pair.move(pair.header("again", source=(3,), target=(4,)))
+        assert source.restarts == []  # it had nothing to do for longer than that, and answered
+    finally:
+        source.close()
+        target.close()
+
+
 def test_an_agent_that_cannot_start_says_why() -> None:
     with pytest.raises(Unavailable, match="did not start"):
         End(settings=AgentSettings(bind_host="192.0.2.1"))
