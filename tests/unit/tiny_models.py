@@ -39,7 +39,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64}
 
 CONFIGS: dict[str, transformers.PretrainedConfig] = {
     "llama-llama3-gqa": transformers.LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
