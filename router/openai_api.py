@@ -13,6 +13,7 @@ from http import HTTPStatus
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from router.metrics import CONTENT_TYPE, Api
@@ -20,7 +21,7 @@ from router.openai_schema import ChatRequest, CommonRequest, CompletionRequest, 
 from router.openai_stream import DONE, EventWriter, ReplyForm, error_body, whole_reply
 from router.service import Answers, Ask, Piece, Service
 from router.validation import BODY_BYTES_MAX, CHOICES_MAX, SamplingFields, check_request_id
-from tandem.errors import InvalidRequest, Overloaded, TandemError
+from tandem.errors import Cancelled, InvalidRequest, Overloaded, TandemError
 
 log = logging.getLogger(__name__)
 
@@ -228,14 +229,17 @@ async def _body(request: Request) -> bytes:
     connection closes would see a reset and not the error.
     """
     parts, length = [], 0
-    async for part in request.stream():
-        length += len(part)
-        if length <= BODY_BYTES_MAX:
-            parts.append(part)
-        elif length > _DROPPED_BYTES_MAX:
-            break
-        else:
-            parts.clear()
+    try:
+        async for part in request.stream():
+            length += len(part)
+            if length <= BODY_BYTES_MAX:
+                parts.append(part)
+            elif length > _DROPPED_BYTES_MAX:
+                break
+            else:
+                parts.clear()
+    except ClientDisconnect:
+        raise Cancelled(_DISCONNECTED) from None  # nobody reads the reply, but the metrics count it
     if length > BODY_BYTES_MAX:
         raise BodyTooLarge("body", f"has {length} bytes or more, at most {BODY_BYTES_MAX}")
     return b"".join(parts)
