@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -178,7 +178,7 @@ class _Loader:
         fused = self._scratch[: num_rows * columns].view(num_rows, columns)
         self._fill(fused, names)
         packed = pack_weight(fused, exact=self.exact)
-        if packed.data.untyped_storage().data_ptr() == self._scratch.untyped_storage().data_ptr():
+        if _shares(packed, self._scratch):
             self._scratch = torch.empty(0, dtype=self.dtype)  # it is the weight now
         return packed
 
@@ -202,6 +202,12 @@ class _Loader:
         sample = flat[:: max(1, flat.numel() // DIGEST_SAMPLES)].contiguous()
         self.digest.update(f"{names}{tuple(fused.shape)}{fused.dtype}".encode())
         self.digest.update(sample.view(torch.uint8).numpy().tobytes())
+
+
+def _shares(packed: PackedWeight, buffer: Tensor) -> bool:
+    """Whether any tensor of the packed weight, whatever it is for, lies in the buffer's memory."""
+    kept = [value for field in fields(packed) if isinstance(value := getattr(packed, field.name), Tensor)]
+    return any(one.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr() for one in kept)
 
 
 class SafetensorsSource:
