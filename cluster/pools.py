@@ -97,8 +97,11 @@ class Pools:
             else:
                 ray.init(address=self._config.address, log_to_driver=False, configure_logging=False)
                 self._check_resources()
+        except PoolError:
+            raise
         except (RuntimeError, ConnectionError, OSError, ValueError, ray.exceptions.RayError) as error:
-            raise PoolError(f"Ray: {error}") from error
+            hint = "" if self.is_local else " (a cluster that asks for a token needs RAY_AUTH_MODE=token)"
+            raise PoolError(f"Ray: {error}{hint}") from error
 
     def _open_local(self) -> None:
         # Inherited by every worker; a runtime environment would cost each a process of its own to set up.

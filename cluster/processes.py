@@ -6,10 +6,12 @@ import ctypes
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterable
 
 import psutil
 
+POLL_S = 0.02
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -39,9 +41,16 @@ def descendants() -> list[psutil.Process]:
 
 
 def wait_gone(processes: Iterable[psutil.Process], timeout_s: float) -> list[psutil.Process]:
-    """Waits for the processes to end, and says which have not. Zombies count as gone."""
-    _, alive = psutil.wait_procs(list(processes), timeout=timeout_s)
-    return [process for process in alive if _lives(process)]
+    """Waits for the processes to end, and says which have not. Zombies are gone, whoever may reap them later."""
+    until_s = time.monotonic() + timeout_s
+    left = list(processes)
+    while True:
+        # A zombie that is a child of ours is reaped by the way.
+        _, left = psutil.wait_procs(left, timeout=0)
+        left = [process for process in left if _lives(process)]
+        if not left or time.monotonic() >= until_s:
+            return left
+        time.sleep(POLL_S)
 
 
 def kill_all(processes: Iterable[psutil.Process], timeout_s: float = 5.0) -> list[psutil.Process]:

@@ -13,9 +13,9 @@ from contextlib import suppress
 
 import psutil
 
-from cluster.processes import descendants, kill_all
+from cluster.processes import descendants, kill_all, wait_gone
 
-GRACE_S = 5.0  # for those that end by themselves
+GRACE_S = 4.0  # for those that end by themselves
 
 
 class Reaper:
@@ -70,8 +70,7 @@ def main() -> None:
             process = psutil.Process(pid)
             if process.create_time() == created_s:
                 left += [process, *process.children(recursive=True)]
-    _, left = psutil.wait_procs(left, timeout=GRACE_S)
-    kill_all(left)
+    kill_all(wait_gone(left, GRACE_S))
 
 
 if __name__ == "__main__":

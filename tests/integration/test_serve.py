@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import Served, alive, tandem, wait_until
+from served import Served, tandem, wait_until
 
 from engine.fake_runner import expected_tokens
 from tandem.request import Sampling
@@ -144,34 +144,6 @@ def test_a_killed_router_comes_back_and_keeps_the_workers(cluster: Served) -> No
     assert {worker["id"]: worker["pid"] for worker in everyone["workers"]} == pids
     prompt = list(range(50, 150))
     assert cluster.greedy(prompt, 10) == expected_tokens(prompt, GREEDY, 10, VOCAB_SIZE)
-
-
-@pytest.mark.parametrize("how", ["down", "SIGINT", "SIGTERM"])
-def test_nothing_is_left(how: str, tmp_path: Path) -> None:
-    with Served([*FAKE, "--decode", "1"], run_dir=tmp_path) as served:
-        served.complete("abc", max_tokens=3)
-        tree = served.tree()
-        assert len(tree) > 6
-        if how == "down":
-            done = served.command("down")
-            assert done.returncode == 0, done.stderr
-            assert "stopped the cluster" in done.stdout
-        else:
-            served.process.send_signal(getattr(signal, how))
-        assert served.ended() == 0
-        assert alive(tree) == []
-        assert not list(tmp_path.glob("*.json"))
-        assert served.lines[-1] == "stopped"
-
-
-def test_a_second_signal_is_harder(tmp_path: Path) -> None:
-    with Served([*FAKE, "--decode", "1"], run_dir=tmp_path) as served:
-        tree = served.tree()
-        served.process.send_signal(signal.SIGINT)
-        served.process.send_signal(signal.SIGTERM)
-        served.ended()
-        assert alive(tree) == []
-        assert not list(tmp_path.glob("*.json"))
 
 
 @pytest.mark.parametrize("port", ["--port", "--grpc-port"])
