@@ -38,7 +38,7 @@ def circumstances(*, seed: int | None = None, threads: str = "") -> list[str]:
         f"- date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; commit {commit or 'unknown'}",
         f"- machine: {os.cpu_count()} x {cpu_name()}; Python {platform.python_version()}, "
         f"torch {metadata.version('torch')}, transformers {metadata.version('transformers')}",
-        f"- command: `{shlex.join([program, *sys.argv[1:]])}`",
+        f"- command: `{' '.join([program, *map(shlex.quote, sys.argv[1:])])}`",
         f"- load average when written (1, 5, 15 min): {load}",
         *([f"- threads: {threads}"] if threads else []),
         *([f"- seed: {seed}"] if seed is not None else []),
