@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+
+LOG_DIRS_KEPT = 8
 
 
 class NoCluster(LookupError):
@@ -80,6 +83,26 @@ def find(run_dir: Path, port: int | None = None) -> RunFile:
         ports = ", ".join(str(run.port) for run in found)
         raise NoCluster(f"several clusters run here, at ports {ports}: choose one with --port")
     return found[0]
+
+
+def fresh_log_dir(run_dir: Path, port: int) -> Path:
+    """An empty folder for the logs of a cluster that starts now. Of those that have ended the newest few are kept."""
+    mine = log_dir_of(run_dir, port)
+    shutil.rmtree(mine, ignore_errors=True)
+    ended = [
+        path
+        for path in run_dir.glob("*.logs")
+        if (run := _read(path.with_suffix(".json"))) is None or not run.alive()
+    ]  # fmt: skip
+    for path in sorted(ended, key=lambda each: each.stat().st_mtime)[:-LOG_DIRS_KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
+    mine.mkdir(parents=True)
+    return mine
+
+
+def log_dir_of(run_dir: Path, port: int) -> Path:
+    """The folder of the logs of the cluster at this HTTP port."""
+    return run_dir / f"{port}.logs"
 
 
 def _read(path: Path) -> RunFile | None:

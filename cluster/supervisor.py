@@ -7,13 +7,16 @@ ends everything by force.
 from __future__ import annotations
 
 import heapq
+import json
 import os
 import queue
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import distributions
 from types import FrameType
 
 import psutil
@@ -30,6 +33,7 @@ from cluster.worker_settings import WorkerSettings, workers_of
 from engine.arch import ModelError
 from engine.kv_pool import available_bytes
 from engine.model_files import find_model
+from kernels import build
 from tandem.messages import Role
 from tandem.request import WorkerId
 
@@ -50,7 +54,14 @@ class StopAsked:
     reason: str
 
 
-Event = RouterSaid | RouterEnded | WorkerUp | WorkerDown | StopAsked
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelsBuilt:
+    """The kernels are compiled, so that workers need not wait for one another; or they cannot be."""
+
+    description: str
+
+
+Event = RouterSaid | RouterEnded | WorkerUp | WorkerDown | KernelsBuilt | StopAsked
 
 
 class Supervisor:
@@ -74,6 +85,7 @@ class Supervisor:
         self._reaper: Reaper | None = None
         self._reaped_s = 0.0
         self._run: RunFile | None = None
+        self._model = config.model  # the name that it is served under
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -83,8 +95,7 @@ class Supervisor:
         self._catch_signals()
         try:
             self.config = self._check()
-            log_file = self._log_dir / "supervisor.log"
-            log_file.parent.mkdir(parents=True, exist_ok=True)
+            log_file = run_file.fresh_log_dir(self.config.run_dir, self.config.port) / "supervisor.log"
             # What Ray prints is for a log; `say` has the terminal.
             with log_file.open("a") as log, redirect_stdout(log), redirect_stderr(log):
                 return self._serve()
@@ -125,6 +136,8 @@ class Supervisor:
         self._reaper = Reaper()
         self._say(f"starting {_described(config, self._threads)}; logs in {self._log_dir}")
         self._start_router(generation=0)
+        if config.model != FAKE_MODEL and not config.address:
+            threading.Thread(target=self._build_kernels, name="kernels", daemon=True).start()
         self._pools = Pools(config, threads=self._threads, post=self._events.put)
         self._pools.open()
         self._catch_signals()  # Ray has put its own handlers in their place
@@ -141,12 +154,14 @@ class Supervisor:
         except PortInUse as error:
             raise StartFailed(str(error)) from None
         config = config.model_copy(update={"port": port, "grpc_port": grpc_port})
-        self._log_dir = config.run_dir / f"{port}.logs"
+        self._log_dir = run_file.log_dir_of(config.run_dir, port)
+        if "kernels" in {each.metadata["Name"] for each in distributions(name="kernels")}:
+            raise StartFailed("the package `kernels` is installed, whose name hides a part of Tandem: uninstall it")
         if config.address and config.host in LOOPBACK:
             raise StartFailed(f"host: workers on {config.address} cannot reach {config.host}; give --host an address")
         if config.model != FAKE_MODEL:
             try:
-                find_model(config.model)
+                self._model = find_model(config.model).name
             except ModelError as error:
                 raise StartFailed(str(error)) from None
             needed, available = int(config.kv_memory) * config.num_workers, available_bytes()
@@ -188,6 +203,9 @@ class Supervisor:
                     self._progress(f"{event.worker_id} up, pid {event.pid} ({parts})")
                 case WorkerDown():
                     self._worker_down(event)
+                case KernelsBuilt(description=description):
+                    if description == "torch":
+                        self._say("warning: no C kernels here, so a step takes several times as long; is cc installed?")
 
     def _stop(self) -> None:
         """Ends every part in order, then whatever is left of them by force."""
@@ -207,6 +225,13 @@ class Supervisor:
             run_file.remove(self.config.run_dir, self._run)
             self._say("stopped")
 
+    def _build_kernels(self) -> None:
+        """While Ray starts: the first start of all compiles for some seconds."""
+        try:
+            self._events.put(KernelsBuilt(description=build.description()))
+        except ValueError:
+            return  # a wrong variable: the workers will not start, and say why
+
     def _tell_reaper(self) -> None:
         if self._reaper is not None and time.monotonic() - self._reaped_s > REAPER_PERIOD_S:
             self._reaped_s = time.monotonic()
@@ -225,6 +250,9 @@ class Supervisor:
             return
         match said.event:
             case "listening":
+                assert self._run is not None
+                self._run = replace(self._run, router_pid=self._router.process.pid)
+                run_file.write(self.config.run_dir, self._run)
                 self._progress(f"router up, pid {said.fields['pid']}")
             case "failed":
                 raise StartFailed(f"router: {said.fields['message']}")
@@ -331,7 +359,8 @@ class Supervisor:
             f"Tandem is ready at {url} (gRPC {grpc}) after {time.monotonic() - self._began_s:.1f} s. "
             "Ctrl-C or `tandem down` stops it. Try:"
         )
-        body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}'
+        question = {"role": "user", "content": "What is the capital of France?"}
+        body = json.dumps({"model": self._model, "messages": [question], "max_tokens": 32})
         self._say(f"  curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
 
     # ---- signals -----------------------------------------------------------------------------------------------------

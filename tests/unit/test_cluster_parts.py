@@ -77,6 +77,21 @@ def test_run_files_of_the_dead_and_of_others_are_ignored(tmp_path: Path) -> None
     assert (tmp_path / "8000.json").exists(), "only the owner removes it"
 
 
+def test_logs_of_the_last_few_clusters_are_kept(tmp_path: Path) -> None:
+    for number in range(run_file.LOG_DIRS_KEPT + 3):
+        folder = run_file.fresh_log_dir(tmp_path, 1000 + number)
+        os.utime(folder, (number, number))
+    run_file.write(tmp_path, running(1003))
+    kept = {path.name for path in tmp_path.glob("*.logs")}
+    assert "1000.logs" not in kept
+    (run_file.log_dir_of(tmp_path, 1010) / "old.log").write_text("old")
+    assert list(run_file.fresh_log_dir(tmp_path, 1010).iterdir()) == []
+    for number in range(20):
+        run_file.fresh_log_dir(tmp_path, 2000 + number)
+    assert (tmp_path / "1003.logs").exists(), "that cluster still runs"
+    assert len(list(tmp_path.glob("*.logs"))) <= run_file.LOG_DIRS_KEPT + 2
+
+
 def test_what_to_dial() -> None:
     assert [reachable(host) for host in ("0.0.0.0", "::", "::1", "10.0.0.1")] == [
         "127.0.0.1", "[::1]", "[::1]", "10.0.0.1",
