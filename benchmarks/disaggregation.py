@@ -92,7 +92,8 @@ def overlap(status: dict[str, list[dict[str, int]]]) -> str:
     """Whether the first frame left before the last chunk started, for each request of four chunks or more."""
     told = [one for one in status["requests"] if one["prompt_tokens"] >= 4 * CHUNK_TOKENS]
     early = [one for one in told if one["first_frame_ms"] < one["last_chunk_start_ms"]]
-    return f"First frame sent before the last chunk started: {len(early)} of {len(told)} requests of four chunks or more.\n"
+    share = f"{len(early)} of {len(told)} requests of four chunks or more"
+    return f"First frame sent before the last chunk started: {share}.\n"
 
 
 if __name__ == "__main__":
