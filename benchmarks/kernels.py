@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from benchmarks import report
 from kernels import build
 from kernels.gemm import linear, pack_weight
 from kernels.kv_copy import copy_and_hash
@@ -34,6 +35,7 @@ ROW_COUNTS = (1, 4, 16, 64, 256)
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 16
 SCALE = HEAD_DIM**-0.5
 SHORTEST_S = 0.002
+SEED = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,27 +140,34 @@ def copies(rounds: int) -> Iterator[Line]:
 
         ours_s, theirs_s = compare(ours, theirs, rounds)
         rate = f"{total / ours_s / 1e9:.1f} GB/s"
-        yield Line(name=f"copy and hash, {mib} MiB", ours_s=ours_s, theirs_s=theirs_s, rate=rate)
+        yield Line(name=f"copy and hash 64 MiB by {mib} MiB", ours_s=ours_s, theirs_s=theirs_s, rate=rate)
 
 
 def main() -> None:
-    """Prints the table."""
+    """Measures all, prints the table and writes it to benchmarks/results/kernels.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="at least 5")
     rounds = max(5, parser.parse_args().rounds)
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    levels = ", ".join(build.levels()[:1]) or "none"
-    print(f"kernels {build.description()} ({levels}), torch {torch.__version__}, 1 thread, load before {load}")
-    print(f"{'':42} {'ours us':>10} {'theirs us':>10} {'theirs/ours':>12}  ours")
+    torch.manual_seed(SEED)
+    before = ", ".join(f"{value:.2f}" for value in os.getloadavg())
+    rows: list[tuple[str, str, str, float, str]] = []
     for source in (
         products(rounds), attention(rounds, torch.float32), attention(rounds, torch.bfloat16), copies(rounds),
     ):  # fmt: skip
         for line in source:
-            ratio = line.theirs_s / line.ours_s
-            print(f"{line.name:42} {line.ours_s * 1e6:10.1f} {line.theirs_s * 1e6:10.1f} {ratio:12.2f}  {line.rate}")
-    print(f"load after {', '.join(f'{value:.1f}' for value in os.getloadavg())}")
+            ours, theirs = f"{line.ours_s * 1e6:.1f}", f"{line.theirs_s * 1e6:.1f}"
+            rows.append((line.name, ours, theirs, line.theirs_s / line.ours_s, line.rate))
+    note = (
+        f"Kernels {build.description()}, {(build.levels() or ['torch'])[0]}. Against F.linear, "
+        "scaled_dot_product_attention on contiguous K and V, and memcpy (which does not hash). Medians of "
+        f"{rounds} interleaved rounds of CPU time; ratios above 1: ours is faster. Load average at the start: {before}."
+    )
+    header = ("what", "ours, us", "theirs, us", "x theirs", "ours")
+    report.write(
+        "kernels", "CPU kernels against torch and memcpy", f"{note}\n\n{report.table(header, rows)}",
+        seed=SEED, threads="1",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
