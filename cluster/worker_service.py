@@ -20,6 +20,7 @@ from tandem.v1 import worker_pb2_grpc
 log = logging.getLogger(__name__)
 
 REPORTS_MAX = 4096  # that wait for one router; with more it is cut off and places its requests anew
+LAST_WRITE_S = 5.0  # for the report under way when a stream ends; a router that reads nothing holds it up
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -68,20 +69,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         log.info("router=%s session=%d connected", hello.hello.router_id, session)
         self._post(RouterJoined(session=session))
         self._on_session()
-        tasks = [
-            asyncio.create_task(self._read(session, request_iterator)),
-            asyncio.create_task(_write(queue, context)),
-        ]
+        reader = asyncio.create_task(self._read(session, request_iterator))
+        writer = asyncio.create_task(_write(queue, context))
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
             reason = next(iter(done)).result()
             log.info("session=%d ended: %s", session, reason)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             self._queues.pop(session, None)
             self._post(RouterGone(session=session))
+            reader.cancel()
+            await _end_writing(queue, writer)
+            await asyncio.gather(reader, writer, return_exceptions=True)
 
     async def _read(self, session: int, messages: AsyncIterator[pb.RouterMessage]) -> str:
         try:
@@ -91,6 +90,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             log.error("session=%d is ended: %s", session, error)
             return str(error)
         return "the router ended the stream"
+
+
+async def _end_writing(queue: asyncio.Queue[WorkerReport | None], writer: asyncio.Task[str]) -> None:
+    """Lets the report that is being written out, and drops the rest.
+
+    A write that is cancelled under way would take the stream's end with it: the router would go on waiting.
+    """
+    while not queue.empty():
+        queue.get_nowait()
+    queue.put_nowait(None)
+    await asyncio.wait({writer}, timeout=LAST_WRITE_S)
+    writer.cancel()
 
 
 async def _write(
