@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from router.chat import check_num_messages, check_role, text_of_content
-from router.validation import COMPLETION_MAX_TOKENS, SamplingFields, show
+from router.validation import COMPLETION_MAX_TOKENS, LOGIT_BIAS_MAX, SamplingFields, show
 from tandem.errors import InvalidRequest
 
 # Fields that say something about the client and nothing about the answer.
@@ -66,6 +66,10 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
 # Names that pydantic puts into the place of an error for the branches of a union.
 _BRANCHES = ("str", "int", "float", "bool", "none")
 
+# Lists stop at their first wrong item: millions of errors would take minutes and gigabytes to tell.
+_Ids = Annotated[list[int], Field(fail_fast=True)]
+_Texts = Annotated[list[str], Field(fail_fast=True)]
+
 _Request = TypeVar("_Request", bound="CommonRequest")
 
 
@@ -89,16 +93,16 @@ class CommonRequest(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     max_tokens: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | _Texts | None = None
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, object] | None = None  # its values are checked one by one, see _bias
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: _Ids | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = Field(default=None, description="Adds `token_ids` to each choice.")
 
@@ -142,7 +146,7 @@ class ChatMessage(BaseModel):
 class ChatRequest(CommonRequest):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -169,7 +173,7 @@ class ChatRequest(CommonRequest):
 class CompletionRequest(CommonRequest):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | _Texts | _Ids | Annotated[list[_Ids], Field(fail_fast=True)]
     logprobs: int | None = None
 
     def fields(self) -> SamplingFields:
@@ -224,11 +228,15 @@ def _turn(number: int, message: ChatMessage) -> dict[str, str]:
     return turn | ({"name": message.name} if message.name is not None else {})
 
 
-def _bias(bias: Mapping[str, float]) -> dict[int, float]:
+def _bias(bias: Mapping[str, object]) -> dict[int, float]:
+    if len(bias) > LOGIT_BIAS_MAX:
+        raise InvalidRequest("logit_bias", f"has {len(bias)} entries, at most {LOGIT_BIAS_MAX}")
     found = {}
     for key, value in bias.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
             raise InvalidRequest("logit_bias", f"key {show(key)} must be a token id")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InvalidRequest(f"logit_bias.{key}", f"is {show(value)}, must be a number")
         found[int(key)] = value
     return found
 
@@ -238,12 +246,15 @@ def _first(error: ValidationError) -> InvalidRequest:
     errors = error.errors(include_url=False, include_context=False)
     if errors[0]["type"] == "json_invalid":
         return InvalidRequest("body", f"is not JSON: {errors[0]['msg'].removeprefix('Invalid JSON: ')}")
-    place = _place(errors[0]["loc"])
-    messages = dict.fromkeys(each["msg"] for each in errors if _place(each["loc"]) == place)
-    if errors[0]["type"] == "missing":
+    # Of a union the branch that got furthest is meant: of a list of token ids the first that is none, not the list.
+    same = [each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]]
+    first = max(same, key=lambda each: [part for part in each["loc"] if isinstance(part, int)])
+    place = _place(first["loc"])
+    messages = dict.fromkeys(each["msg"] for each in same if _place(each["loc"]) == place)
+    if first["type"] == "missing":
         return InvalidRequest(place, "is missing")
     wanted = " or ".join(message.removeprefix("Input should be ") for message in messages)
-    return InvalidRequest(place or "body", f"is {show(errors[0]['input'])}, must be {wanted}")
+    return InvalidRequest(place or "body", f"is {show(first['input'])}, must be {wanted}")
 
 
 def _place(location: tuple[int | str, ...]) -> str:

@@ -259,7 +259,10 @@ BAD: list[tuple[str, dict[str, object], str, str]] = [
     (COMPLETIONS, {"prompt": ["x"] * 20, "n": 10}, "prompt", "are 200, at most 128"),
     (COMPLETIONS, {"prompt": [1, 49152]}, "prompt", "token 1 is 49152, must be 0 to 49151"),
     (COMPLETIONS, {"prompt": [-1]}, "prompt", "token 0 is -1"),
-    (COMPLETIONS, {"prompt": [1, "x"]}, "prompt", "must be"),
+    (COMPLETIONS, {"prompt": [1, "x"]}, "prompt.1", "is 'x', must be a valid integer"),
+    (COMPLETIONS, {"prompt": [1.5] * 1_000_000}, "prompt.0", "is 1.5, must be"),  # one error, not three million
+    (CHAT, {"messages": HI, "logit_bias": {"1": "x"}}, "logit_bias.1", "must be a number"),
+    (CHAT, {"messages": HI, "logit_bias": {str(each): "x" for each in range(2000)}}, "logit_bias", "at most 1024"),
     (COMPLETIONS, {"prompt": "x", "echo": True}, "echo", "not supported"),
     (COMPLETIONS, {"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
     (COMPLETIONS, {"prompt": "x", "top_p": 0}, "top_p", "must be above 0 and at most 1"),
