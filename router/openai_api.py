@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
 _DROPPED_BYTES_MAX = 8 * BODY_BYTES_MAX
+_BODY_TIMEOUT_S = 30.0
 _DISCONNECTED = "the client disconnected"
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -39,6 +40,12 @@ class BodyTooLarge(InvalidRequest):
     """The body is larger than any request needs to be."""
 
     http_status = 413
+
+
+class BodyTooSlow(InvalidRequest):
+    """The body did not come in time: its client may be half gone."""
+
+    http_status = 408
 
 
 class _NoSuchPage(TandemError):
@@ -230,14 +237,17 @@ async def _body(request: Request) -> bytes:
     """
     parts, length = [], 0
     try:
-        async for part in request.stream():
-            length += len(part)
-            if length <= BODY_BYTES_MAX:
-                parts.append(part)
-            elif length > _DROPPED_BYTES_MAX:
-                break
-            else:
-                parts.clear()
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            async for part in request.stream():
+                length += len(part)
+                if length <= BODY_BYTES_MAX:
+                    parts.append(part)
+                elif length > _DROPPED_BYTES_MAX:
+                    break
+                else:
+                    parts.clear()
+    except TimeoutError:
+        raise BodyTooSlow("body", f"has not come in full within {_BODY_TIMEOUT_S:g} s") from None
     except ClientDisconnect:
         raise Cancelled(_DISCONNECTED) from None  # nobody reads the reply, but the metrics count it
     if length > BODY_BYTES_MAX:
@@ -259,7 +269,7 @@ def _error_response(error: TandemError, request_id: str) -> Response:
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_ms / 1000)))
         headers["retry-after-ms"] = str(error.retry_after_ms)
-    if isinstance(error, BodyTooLarge):
+    if isinstance(error, BodyTooLarge | BodyTooSlow):
         headers["connection"] = "close"
     return Response(error_body(error), error.http_status, headers=headers, media_type="application/json")
 

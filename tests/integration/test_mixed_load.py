@@ -60,9 +60,9 @@ def test_pools_much_too_small_for_the_load(tmp_path: Path) -> None:
     # 128 blocks of 16 tokens: the longest requests need 88, so most must wait and some lose their blocks on the way.
     mix = Mix(prompt_tokens_max=700, max_tokens_max=700)
     with ClusterUnderTest(*TWO_AND_TWO, "--kv-memory", "16KiB", run_dir=tmp_path) as cluster:
-        outcome, document = run(cluster, mix, 160, seed=3)
+        outcome, document = run(cluster, mix, 120, seed=3)
         assert outcome.errors == []
-        assert outcome.num_completed > 80
+        assert outcome.num_completed > 60
         assert any(request["tokens_recomputed"] for request in document["requests"]), "nothing was ever preempted"
         assert cluster.mishaps() == []
         # What can never fit is refused by name, at once.
@@ -77,9 +77,9 @@ def test_pools_much_too_small_for_the_load(tmp_path: Path) -> None:
 def test_over_gloo(tmp_path: Path) -> None:
     arguments = (*TWO_AND_TWO, "--kv-memory", "1MiB", "--transport", "gloo")
     with ClusterUnderTest(*arguments, run_dir=tmp_path) as cluster:
-        outcome, document = run(cluster, Mix(), 300, seed=4)
+        outcome, document = run(cluster, Mix(), 160, seed=4)
         assert outcome.errors == []
-        assert ways(document)["prefill"] > 100
+        assert ways(document)["prefill"] > 60
         assert sum(request["blocks_moved"] for request in document["requests"]) > 1000
         assert cluster.mishaps() == []
 
@@ -117,7 +117,7 @@ def test_agents_and_workers_killed_under_load(tmp_path: Path) -> None:
             killing(cluster, "decode-1", "pid", signal.SIGKILL),
             killing(cluster, "prefill-1", "pid", signal.SIGKILL),
         ]
-        outcome = asyncio.run(_with_faults(load, 400, faults))
+        outcome = asyncio.run(_with_faults(load, 300, faults))
         assert outcome.wrong == [], f"{len(outcome.wrong)} wrong, the first: {outcome.wrong[0]}"
         assert outcome.errors == []  # each was placed anew, and none of them in vain
         document = cluster.settled()
@@ -134,7 +134,7 @@ def test_agents_and_workers_stopped_under_load(part: str, tmp_path: Path) -> Non
     with ClusterUnderTest(*arguments, run_dir=tmp_path) as cluster:
         load = Load(url=cluster.url, grpc_address=cluster.grpc_address, concurrency=CONCURRENCY)
         faults = [killing(cluster, worker_id, part, signal.SIGSTOP) for worker_id in ("decode-0", "prefill-1")]
-        outcome = asyncio.run(_with_faults(load, 400, faults))
+        outcome = asyncio.run(_with_faults(load, 300, faults))
         assert outcome.wrong == [], f"{len(outcome.wrong)} wrong, the first: {outcome.wrong[0]}"
         assert outcome.errors == []
         cluster.settled(90)

@@ -43,8 +43,7 @@ async def _end_streams() -> int:
                 async for _ in call:
                     continue
             except grpc.aio.AioRpcError as error:
-                assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED, error
-                missed += 1
+                missed += error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await server.stop(None)
     return missed
 
