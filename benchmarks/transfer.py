@@ -21,6 +21,7 @@ from contextlib import closing
 from datetime import timedelta
 
 from benchmarks import report
+from engine.kv_pool import shared_memory
 from kv_transfer.agent_client import AgentClient
 from kv_transfer.agent_settings import AgentSettings, TransportChoice
 from kv_transfer.messages import AgentEvent, EndTransfer, ExpectFrames, FrameAcked, FrameFailed, FrameHeader, SendFrame
@@ -56,8 +57,7 @@ def frame(sequence: int, frame_bytes: int, *, shuffled: bool) -> FrameHeader:
 
 def make_pool() -> tuple[int, MappedPool]:
     """A pool whose pages are all there."""
-    fd = os.memfd_create("bench", os.MFD_CLOEXEC)
-    os.ftruncate(fd, POOL_BYTES)
+    fd = shared_memory("bench", POOL_BYTES)
     for at in range(0, POOL_BYTES, 1 << 20):
         os.pwrite(fd, os.urandom(1 << 20), at)
     pool = MappedPool(fd, num_blocks=NUM_BLOCKS, block_bytes=BLOCK_BYTES, writable=True)
@@ -269,19 +269,21 @@ class Agents:
             ExpectFrames(
                 transfer_id=transfer, epoch=1, source_incarnation=1, target_incarnation=2, blocks=blocks,
                 generations=(0,) * NUM_BLOCKS, endpoint=self._infos[0].endpoint,
-            )
+            ),
+            endpoint=self._infos[1].endpoint,
         )  # fmt: skip
         for sequence in range(num_frames):
             header = frame(sequence, frame_bytes, shuffled=True)
             named = FrameHeader(
                 **{name: getattr(header, name) for name in header.__slots__} | {"transfer_id": transfer}
             )
-            self._clients[0].send(SendFrame(header=named, endpoint=self._infos[1].endpoint))
+            command = SendFrame(header=named, endpoint=self._infos[1].endpoint)
+            self._clients[0].send(command, endpoint=self._infos[0].endpoint)
         for _ in range(num_frames):
             if not self._acked.acquire(timeout=30) or self._failure is not None:
                 raise RuntimeError(f"a frame failed: {self._failure or 'no answer'}")
-        for client in self._clients:
-            client.send(EndTransfer(transfer_id=transfer, epoch=1))
+        for client, info in zip(self._clients, self._infos, strict=True):
+            client.send(EndTransfer(transfer_id=transfer, epoch=1), endpoint=info.endpoint)
 
     def close(self) -> None:
         """Ends both agents."""

@@ -16,6 +16,7 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import grpc
@@ -82,6 +83,7 @@ class WorkerHost:
         self._cleanup = ExitStack()  # what was started, ended in reverse
         self._loop = asyncio.new_event_loop()
         self._connected = asyncio.Event()
+        self._engine: EngineLoop | None = None  # None: not yet
         self._stuck = False
         self._timings_ms: dict[str, int] = {}
         self._lap_s = time.monotonic()
@@ -92,7 +94,7 @@ class WorkerHost:
         """Loads, connects, registers and runs. Raises StartFailed; then nothing is left running."""
         try:
             started = self._start()
-        except (ValueError, OSError, Unavailable, RegistrationOver, MemoryError) as error:
+        except (ValueError, OSError, RuntimeError, Unavailable, MemoryError) as error:
             log.exception("worker=%s cannot start", self.settings.worker_id)
             self.end(f"did not start: {error}")
             self.stop()
@@ -117,6 +119,8 @@ class WorkerHost:
         self._call(self._serve())
         self._cleanup.callback(lambda: self._call(self._hang_up()))
         self._lap("join")
+        if self._ended.done():
+            raise Unavailable(self._ended.result())
         return Started(info=info, incarnation=incarnation, timings_ms=dict(self._timings_ms))
 
     def wait(self, timeout_s: float | None = None) -> str:
@@ -155,6 +159,7 @@ class WorkerHost:
             ),
             on_event=self._post,
             on_restart=self._agent_restarted,
+            log_file=Path(self.settings.log_file),
         )
         self._cleanup.callback(self._agent.close)
         return self._agent.start()
@@ -166,6 +171,8 @@ class WorkerHost:
         def stop() -> None:
             self._loop.call_soon_threadsafe(self._loop.stop)
             thread.join(STOP_TIMEOUT_MS / 1000)
+            if not thread.is_alive():
+                self._loop.close()
 
         self._cleanup.callback(stop)
 
@@ -204,7 +211,7 @@ class WorkerHost:
             eos_token_ids=model.eos_token_ids,
             namespace=model.layout.namespace.encode(),
         )
-        core = WorkerCore(
+        self._core = core = WorkerCore(
             me=self._me,
             layout=model.layout,
             ledger=ledger,
@@ -212,13 +219,14 @@ class WorkerHost:
             config=WorkerCoreConfig(prefill=PrefillConfig(exact=config.exact)),
         )
         self._reports = ReportBuilder(worker_id=self._me.worker_id, incarnation=self._me.incarnation)
-        self._engine = EngineLoop(
+        engine = EngineLoop(
             core=core, runner=model.runner, perform=self._perform, on_crash=self._crashed, name="engine"
         )
-        self._engine.start()
+        engine.start()
+        self._engine = engine
 
         def stop() -> None:
-            self._stuck = not self._engine.stop(deadline_ms=STOP_TIMEOUT_MS)
+            self._stuck = not engine.stop(deadline_ms=STOP_TIMEOUT_MS)
 
         self._cleanup.callback(stop)
 
@@ -233,7 +241,7 @@ class WorkerHost:
                 case SendTransfer():
                     self._sessions.send(action.to, action.message)
                 case SendFrame() | ExpectFrames() | EndTransfer():
-                    self._agent.send(action)
+                    self._agent.send(action, endpoint=self._core.prefill.me.endpoint)  # the agent it was told of
                 case _:
                     raise TypeError(f"{type(action).__name__} is no action of a worker's core")
         if reports:
@@ -244,6 +252,9 @@ class WorkerHost:
         self.end(f"the engine crashed: {type(error).__name__}: {error}")
 
     def _post(self, event: object) -> None:
+        if self._engine is None:  # nothing is under way yet: only the loss of the agent can be told so early
+            self.end(f"{type(event).__name__} before the engine ran")
+            return
         try:
             self._engine.post(event)
         except InboxFull as error:
@@ -251,9 +262,11 @@ class WorkerHost:
             raise
 
     def _agent_restarted(self, info: AgentInfo | None) -> None:
-        self._post(AgentLost(reason="the transfer agent died and is reaped"))
         if info is None:
-            self.end("the transfer agent dies again and again")
+            self.end("the transfer agent dies again and again, or cannot be reaped")
+            return
+        self._post(AgentLost(reason="the transfer agent died and is reaped"))
+        if self._engine is None:
             return
         address = WorkerAddress(
             worker_id=self._me.worker_id,
@@ -316,6 +329,7 @@ class WorkerHost:
 
     def _pulse(self) -> Pulse:
         agent, engine = self._agent.info, self._engine
+        assert engine is not None, "heartbeats begin after the engine"
         busy = engine.step_began_ms is not None or engine.num_inbox_events > 0
         return Pulse(
             progress=engine.num_steps + engine.num_turns, runnable=busy, agent_pid=agent.pid if agent is not None else 0

@@ -6,6 +6,7 @@ A memfd has no name and no size limit of its own (/dev/shm is often 64 MB), and 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 from pathlib import Path
@@ -45,13 +46,8 @@ class KVPool:
                 f"the KV pool needs {num_bytes >> 20} MiB ({num_blocks} blocks of {block_bytes} bytes), but only "
                 f"{max(0, limit) >> 20} MiB of memory are available; lower --kv-memory or the number of workers"
             )
-        fd = os.memfd_create("tandem-kv", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(fd, num_bytes)
-            os.set_inheritable(fd, inheritable)
-        except OSError:
-            os.close(fd)
-            raise
+        fd = shared_memory("tandem-kv", num_bytes)
+        os.set_inheritable(fd, inheritable)
         self._map(fd, num_blocks, block_bytes)
 
     @classmethod
@@ -116,6 +112,18 @@ class KVPool:
         with contextlib.suppress(BufferError):
             self._memory.close()
         os.close(self.fd)
+
+
+def shared_memory(name: str, num_bytes: int) -> int:
+    """A descriptor of zeroed memory whose size is sealed: whoever maps it can trust that it never shrinks."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, num_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def available_bytes() -> int:

@@ -11,8 +11,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from kv_transfer.agent_settings import AgentSettings, AgentStart, to_arguments
 from kv_transfer.agent_wire import AgentReady, Ping, validate
@@ -34,10 +35,17 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 30.0  # a loaded machine starts a Python slowly
 STOP_TIMEOUT_S = 5.0
+KILL_TIMEOUT_S = 30.0  # until a killed agent is reaped: it may have to give gigabytes back
 MAX_COMMANDS = 1 << 16  # not yet taken by the agent: with more it is stuck, and is killed
 MAX_RESTARTS = 5
 RESTART_WINDOW_S = 60.0
 PINGS = 5  # to a silent agent until it counts as stuck
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Addressed:
+    command: AgentCommand
+    endpoint: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +62,8 @@ class AgentClient:
     `on_event` is called on threads of this object, one call at a time, and must not block. An agent that gives no sign
     of life for `settings.stuck_timeout_ms` is killed: what it holds would stay in quarantine. When an agent dies, every
     transfer that it knew gets FrameFailed(sequence=None) and, once its process is reaped, TransferQuiet; then a new
-    agent is started and told by `on_restart`. After MAX_RESTARTS deaths within a minute none is started any more, and
-    `on_restart` gets None.
+    agent is started and told by `on_restart`. After MAX_RESTARTS deaths within a minute, or when a killed agent cannot
+    be reaped, none is started any more, and `on_restart` gets None.
     """
 
     def __init__(
@@ -68,6 +76,7 @@ class AgentClient:
         settings: AgentSettings,
         on_event: Callable[[AgentEvent], None],
         on_restart: Callable[[AgentInfo | None], None],
+        log_file: Path | None = None,
     ) -> None:
         self._pool_fd = pool_fd
         self._num_blocks = num_blocks
@@ -76,14 +85,16 @@ class AgentClient:
         self._settings = settings
         self._on_event = on_event
         self._on_restart = on_restart
+        self._log_file = log_file  # of what agents print; None: where this process prints
         self._telling = threading.Lock()  # one event at a time
         self._changed = threading.Condition()  # guards what follows
-        self._commands: deque[AgentCommand | Ping] = deque()
+        self._commands: deque[_Addressed | Ping] = deque()
         self._known: set[tuple[TransferId, int]] = set()
         self._sock: FramedSocket | None = None  # None: no agent runs
         self._process: subprocess.Popen[bytes] | None = None
         self._info: AgentInfo | None = None
         self._error: Exception | None = None
+        self._burying = False  # an agent has died and may not be reaped yet: nobody may answer for it
         self._closing = False
         self._reader = threading.Thread(target=self._run, name="agent-reader", daemon=True)
         self._writer = threading.Thread(target=self._write, name="agent-writer", daemon=True)
@@ -108,10 +119,14 @@ class AgentClient:
         with self._changed:
             return self._info
 
-    def send(self, command: AgentCommand) -> None:
-        """Queues a command; never blocks. Every command is answered by events, also when no agent runs."""
+    def send(self, command: AgentCommand, *, endpoint: str) -> None:
+        """Queues a command for the agent at `endpoint`; never blocks. Every command is answered by events.
+
+        `endpoint` is that of the agent which the worker knew when it decided. When it has died since, the command is
+        answered here once it is reaped, and never reaches the next agent: what it is about has ended with the old one.
+        """
         with self._changed:
-            self._commands.append(command)
+            self._commands.append(_Addressed(command=command, endpoint=endpoint))
             if len(self._commands) > MAX_COMMANDS and self._process is not None:
                 logger.error("the transfer agent takes no commands: it is killed")
                 self._process.kill()
@@ -147,15 +162,17 @@ class AgentClient:
                     return
             if info is not None:
                 if not first:
-                    self._on_restart(info)
+                    self._restarted(info)
                 self._read()
-                self._bury()
+                if not self._bury():
+                    self._restarted(None)
+                    return
             first = False
             now_s = time.monotonic()
             if len(deaths) == MAX_RESTARTS and now_s - deaths[0] < RESTART_WINDOW_S:
                 logger.error("the transfer agent died %d times within %g s", MAX_RESTARTS + 1, now_s - deaths[0])
                 if not self._closing:
-                    self._on_restart(None)
+                    self._restarted(None)
                 return
             deaths.append(now_s)
 
@@ -172,11 +189,15 @@ class AgentClient:
         )
         with theirs:
             try:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "kv_transfer.agent", *to_arguments(start)],
-                    pass_fds=(self._pool_fd, theirs.fileno()),
-                    stdin=subprocess.DEVNULL,
-                )
+                with ExitStack() as opened:
+                    log = None if self._log_file is None else opened.enter_context(self._log_file.open("ab"))
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", "kv_transfer.agent", *to_arguments(start)],
+                        pass_fds=(self._pool_fd, theirs.fileno()),
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                    )
             except OSError:
                 own.close()
                 raise
@@ -229,15 +250,17 @@ class AgentClient:
     def _ping(self) -> None:
         """Lets the writer ask for a sign of life: only it may block on a socket that nobody reads."""
         with self._changed:
-            if not any(isinstance(each, Ping) for each in self._commands):
+            if not any(isinstance(each, Ping) for each in self._commands) and not self._closing:
                 self._commands.append(Ping(number=0, answer=False))
                 self._changed.notify_all()
 
-    def _bury(self) -> None:
-        """Reaps an agent that died, then ends all that it knew."""
+    def _bury(self) -> bool:
+        """Reaps an agent that died, then ends all that it knew. False: it cannot be reaped, so nothing has ended."""
         with self._changed:
             self._info = None
-        self._reap()
+            self._burying = True
+        if not self._reap():
+            return False
         with self._changed:
             known = sorted(self._known)
             self._known.clear()
@@ -246,48 +269,61 @@ class AgentClient:
                 FrameFailed(transfer_id=transfer_id, epoch=epoch, sequence=None, reason="the transfer agent died")
             )
             self._tell(TransferQuiet(transfer_id=transfer_id, epoch=epoch))
+        with self._changed:
+            self._burying = False
+            self._changed.notify_all()
+        return True
 
-    def _reap(self) -> None:
+    def _reap(self) -> bool:
+        """Ends the agent's process. False: the kernel does not let go of it."""
         with self._changed:
             process, sock = self._process, self._sock
             self._process, self._sock, self._info = None, None, None
         if sock is not None:
             sock.close()
         if process is None:
-            return
+            return True
         if self._closing:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_TIMEOUT_S)  # it ends by itself when the socket closes
         process.kill()
-        process.wait()
+        try:
+            process.wait(KILL_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            logger.critical("the killed transfer agent %d has not ended within %g s", process.pid, KILL_TIMEOUT_S)
+            return False
+        return True
 
     # ---- the writer ----
 
     def _write(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._commands or self._closing)
+                self._changed.wait_for(lambda: not self._burying and (self._commands or self._closing))
                 if not self._commands:
                     return
-                command = self._commands.popleft()
+                addressed = self._commands.popleft()
                 sock = self._sock if self._info is not None else None
-                if sock is not None and not isinstance(command, Ping):
-                    self._known.add(_key(command))
-            if sock is None:
-                self._answer_for_agent(command, "no transfer agent runs")
-                continue
-            try:
-                validate(command)
-                sock.send(command)
-            except LinkLost:
-                sock.hang_up()  # it hangs: the reader buries it, and so ends this command's transfer too
-            except ValueError as error:  # a mistake of the worker's own: this frame fails, the agent never sees it
-                logger.error("a malformed %s: %s", type(command).__name__, error)
-                self._answer_for_agent(command, str(error))
+                if isinstance(addressed, _Addressed):
+                    command = addressed.command
+                    if self._info is None or self._info.endpoint != addressed.endpoint:
+                        sock = None
+                    else:
+                        self._known.add(_key(command))
+            if isinstance(addressed, Ping):
+                if sock is not None:
+                    _pass_on(sock, addressed)
+            elif sock is None:
+                self._answer_for_agent(command, "the transfer agent that it was meant for has died")
+            else:
+                try:
+                    validate(command)
+                    _pass_on(sock, command)
+                except ValueError as error:  # a mistake of the worker's own: the agent never sees it
+                    logger.error("a malformed %s: %s", type(command).__name__, error)
+                    self._answer_for_agent(command, str(error))
 
-    def _answer_for_agent(self, command: AgentCommand | Ping, reason: str) -> None:
-        if isinstance(command, Ping):
-            return
+    def _answer_for_agent(self, command: AgentCommand, reason: str) -> None:
         transfer_id, epoch = _key(command)
         if isinstance(command, EndTransfer):
             self._tell(TransferQuiet(transfer_id=transfer_id, epoch=epoch))
@@ -302,8 +338,21 @@ class AgentClient:
             except Exception:  # the worker's own mistake must not end the thread that reaps its agent
                 logger.exception("on_event(%s)", type(event).__name__)
 
+    def _restarted(self, info: AgentInfo | None) -> None:
+        try:
+            self._on_restart(info)
+        except Exception:  # as above
+            logger.exception("on_restart")
+
 
 def _key(command: AgentCommand) -> tuple[TransferId, int]:
     if isinstance(command, SendFrame):
         return command.header.transfer_id, command.header.epoch
     return command.transfer_id, command.epoch
+
+
+def _pass_on(sock: FramedSocket, message: AgentCommand | Ping) -> None:
+    try:
+        sock.send(message)
+    except LinkLost:
+        sock.hang_up()  # it hangs: the reader buries it, and so ends this command's transfer too

@@ -38,7 +38,6 @@ class AgentContext:
         self.start = start
         self.settings = start.settings
         self.pool = MappedPool(start.pool_fd, num_blocks=start.num_blocks, block_bytes=start.block_bytes, writable=True)
-        shm.forbid_resizing(start.pool_fd)
         self.readable_pool_fd = shm.read_only(start.pool_fd)
         self.nonce = secrets.token_bytes(shm.NONCE_BYTES)
         self.nonce_fd = shm.nonce_memory(self.nonce)

@@ -54,6 +54,7 @@ class OutgoingLink(threading.Thread):
         self._pinged_s: float | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closing = False
+        self._ending = threading.Lock()  # the descriptor's number may be another's once it is closed
         self.used_s = time.monotonic()
 
     # ---- from other threads ----
@@ -69,8 +70,9 @@ class OutgoingLink(threading.Thread):
 
     def close(self) -> None:
         """Asks the thread to end; frames not yet answered fail."""
-        self._closing = True
-        os.eventfd_write(self._wake, 1)
+        with self._ending:
+            self._closing = True
+            os.eventfd_write(self._wake, 1)
 
     @property
     def is_idle(self) -> bool:
@@ -97,7 +99,8 @@ class OutgoingLink(threading.Thread):
                 logger.exception("the link to %s:%d", self._peer.host, self._peer.port)
                 self._give_up(f"{type(error).__name__}: {error}")
         self._give_up("the link was closed")
-        os.close(self._wake)
+        with self._ending:
+            os.close(self._wake)
 
     def _connect(self) -> None:
         self._pair_epoch += 1

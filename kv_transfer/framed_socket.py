@@ -96,6 +96,8 @@ class FramedSocket:
                         found = array.array("i")
                         found.frombytes(raw[: len(raw) - len(raw) % found.itemsize])
                         self.descriptors.extend(found)
+                if len(self.descriptors) > MAX_DESCRIPTORS:  # closed by `close`: a stranger must not use them up
+                    raise LinkLost(f"more than {MAX_DESCRIPTORS} descriptors came")
             else:
                 data = self.connection.recv(65536)
         except BlockingIOError:

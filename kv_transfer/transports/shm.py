@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from contextlib import suppress
 
 from kv_transfer.transports.memory import CopyFrame, MappedPool
 from kv_transfer.transports.pull import PullTarget
@@ -36,12 +35,6 @@ def read_nonce(fd: int) -> bytes:
     return os.pread(fd, NONCE_BYTES, 0)
 
 
-def forbid_resizing(fd: int) -> None:
-    """Seals the pool's size where the pool allows seals: a peer that maps it never reads past its end."""
-    with suppress(OSError):  # a pool made without seals is mapped all the same: its worker never resizes it
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-
-
 def open_target(
     fd: int,
     *,
@@ -50,6 +43,11 @@ def open_target(
     copy_frame: CopyFrame,
     corrupt_every: int,
 ) -> PullTarget:
-    """The target's end over the source's pool, whose descriptor stays the caller's. Raises ValueError, OSError."""
+    """The target's end over the source's pool, whose descriptor stays the caller's. Raises ValueError, OSError.
+
+    A pool whose size is not sealed is refused: when it shrank, reading it would end this process (SIGBUS).
+    """
+    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        raise ValueError("pool: its size is not sealed, so it might shrink")
     source = MappedPool(fd, num_blocks=source_num_blocks, block_bytes=target.block_bytes, writable=False)
     return PullTarget(source=source, target=target, copy_frame=copy_frame, corrupt_every=corrupt_every)

@@ -6,11 +6,14 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
+from engine.kv_pool import shared_memory
 from kv_transfer.agent_client import AgentClient, AgentInfo
 from kv_transfer.agent_settings import AgentSettings
 from kv_transfer.messages import (
+    AgentCommand,
     AgentEvent,
     EndTransfer,
     ExpectFrames,
@@ -41,10 +44,10 @@ class End:
         settings: AgentSettings = FAST,
         layout: bytes = LAYOUT,
         fill: bool = False,
+        log_file: Path | None = None,
     ) -> None:
         self.num_blocks, self.block_bytes = num_blocks, block_bytes
-        self.pool_fd = os.memfd_create("test-pool", os.MFD_CLOEXEC)
-        os.ftruncate(self.pool_fd, num_blocks * block_bytes)
+        self.pool_fd = shared_memory("test-pool", num_blocks * block_bytes)
         if fill:
             for block in range(num_blocks):
                 self.write(block, os.urandom(block_bytes))
@@ -59,6 +62,7 @@ class End:
             settings=settings,
             on_event=self._on_event,
             on_restart=self._on_restart,
+            log_file=log_file,
         )
         self.info = self.client.start()
 
@@ -95,6 +99,10 @@ class End:
         self.until(lambda: len(self.of(kind)) >= num, timeout_s)
         return self.of(kind)
 
+    def tell(self, command: AgentCommand) -> None:
+        """Tells the agent that the test knows of."""
+        self.client.send(command, endpoint=self.info.endpoint)
+
     def close(self) -> None:
         """Ends the agent; the pool is gone."""
         self.client.close()
@@ -109,7 +117,7 @@ class Pair:
 
     def expect(self, transfer: str = "t", *, epoch: int = 1, blocks: tuple[int, ...], generation: int = 5) -> None:
         """The target grants blocks of one generation to the source."""
-        self.target.client.send(
+        self.target.tell(
             ExpectFrames(
                 transfer_id=TransferId(transfer),
                 epoch=epoch,
@@ -147,12 +155,12 @@ class Pair:
 
     def send(self, header: FrameHeader, *, endpoint: str | None = None) -> None:
         """The source asks its agent to move the frame."""
-        self.source.client.send(SendFrame(header=header, endpoint=endpoint or self.target.info.endpoint))
+        self.source.tell(SendFrame(header=header, endpoint=endpoint or self.target.info.endpoint))
 
     def end(self, end: End, transfer: str = "t", *, epoch: int = 1, timeout_s: float = 20) -> None:
         """One side ends its part and waits for quiet."""
         key = (TransferId(transfer), epoch)
-        end.client.send(EndTransfer(transfer_id=key[0], epoch=key[1]))
+        end.tell(EndTransfer(transfer_id=key[0], epoch=key[1]))
         end.until(lambda: any((q.transfer_id, q.epoch) == key for q in end.of(TransferQuiet)), timeout_s)
 
     def move(self, header: FrameHeader) -> FrameAcked:

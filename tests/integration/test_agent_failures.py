@@ -125,7 +125,7 @@ def test_an_end_while_frames_are_under_way_waits_for_them_and_says_quiet_last(pa
     os.kill(pair.target.info.pid, signal.SIGSTOP)
     try:
         pair.send(pair.header(sequence=1, source=(2,), target=(2,)))
-        pair.source.client.send(EndTransfer(transfer_id=TransferId("t"), epoch=1))
+        pair.source.tell(EndTransfer(transfer_id=TransferId("t"), epoch=1))
         pair.source.wait(TransferQuiet, timeout_s=BOUND_S)
     finally:
         os.kill(pair.target.info.pid, signal.SIGCONT)
@@ -187,7 +187,7 @@ def test_an_agent_dies_with_its_worker() -> None:
 
 
 def test_a_stuck_agent_is_killed_so_that_its_blocks_leave_quarantine(settings: AgentSettings) -> None:
-    watched = replace(settings, stuck_timeout_ms=1_000)
+    watched = replace(settings, stuck_timeout_ms=3_000)  # importing torch takes a loaded machine a second or two
     source, target = End(settings=watched, fill=True), End(settings=watched)
     try:
         pair = Pair(source, target)
@@ -204,6 +204,45 @@ def test_a_stuck_agent_is_killed_so_that_its_blocks_leave_quarantine(settings: A
     finally:
         source.close()
         target.close()
+
+
+def test_a_command_for_a_dead_agent_never_reaches_the_next(pair: Pair) -> None:
+    """The worker decides on without knowing that its agent is new: what it says is answered, and has no effect."""
+    os.kill(pair.target.info.pid, signal.SIGKILL)
+    pair.target.until(lambda: len(pair.target.restarts) == 1)
+    failures = len(pair.target.of(FrameFailed))
+    pair.expect(epoch=2, blocks=(1, 2))
+    failed = pair.target.wait(FrameFailed, failures + 1)[-1]
+    assert (failed.epoch, failed.reason) == (2, "the transfer agent that it was meant for has died")
+    restarted = pair.target.restarts[0]
+    assert restarted is not None
+    refused = pair.refusal(pair.header(epoch=2, source=(2,), target=(2,)), endpoint=restarted.endpoint)
+    assert refused.reason == "not granted: the attempt is not expected"
+    pair.end(pair.target, epoch=2)
+
+
+def test_quiet_is_said_only_when_no_process_can_touch_a_block_any_more() -> None:
+    """Also to a worker that keeps ending transfers while its stopped agent is being killed."""
+    end = End(settings=replace(FAST, stuck_timeout_ms=200))
+    pid, early = end.info.pid, []
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        numbers = iter(range(100_000))
+        deadline = time.monotonic() + 20
+        while not end.of(TransferQuiet):
+            assert time.monotonic() < deadline
+            end.tell(EndTransfer(transfer_id=TransferId(f"t{next(numbers)}"), epoch=1))
+            early.append(bool(end.of(TransferQuiet)) and psutil.pid_exists(pid))
+        assert not any(early)
+        end.wait(TransferQuiet, next(numbers))
+    finally:
+        end.close()
+
+
+def test_an_agent_prints_to_the_log_file_that_it_is_given(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="did not start"):
+        End(settings=AgentSettings(bind_host="192.0.2.1"), log_file=tmp_path / "w.log")
+    assert "Cannot assign requested address" in (tmp_path / "w.log").read_text()
 
 
 def test_an_agent_that_cannot_start_says_why() -> None:
@@ -223,7 +262,7 @@ def test_an_agent_that_dies_again_and_again_is_given_up() -> None:
                 break
             pid = restarted.pid
         assert end.restarts[-1] is None
-        end.client.send(EndTransfer(transfer_id=TransferId("t"), epoch=1))
+        end.tell(EndTransfer(transfer_id=TransferId("t"), epoch=1))
         end.wait(TransferQuiet)  # no process is left that could touch a block
     finally:
         end.close()

@@ -11,6 +11,7 @@ from itertools import count
 
 import pytest
 
+from engine.kv_pool import shared_memory
 from kv_transfer.messages import FrameHeader
 from kv_transfer.transports import gloo, inproc, shm
 from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, SourceEnd, TargetEnd
@@ -34,8 +35,7 @@ class Ends:
 
 
 def _pool(fill: bool) -> tuple[int, MappedPool]:
-    fd = os.memfd_create("test", os.MFD_CLOEXEC)
-    os.ftruncate(fd, NUM_BLOCKS * BLOCK_BYTES)
+    fd = shared_memory("test", NUM_BLOCKS * BLOCK_BYTES)
     if fill:
         os.pwrite(fd, os.urandom(NUM_BLOCKS * BLOCK_BYTES), 0)
     return fd, MappedPool(fd, num_blocks=NUM_BLOCKS, block_bytes=BLOCK_BYTES, writable=True)
@@ -174,6 +174,16 @@ def test_shared_memory_is_read_only_for_the_peer_and_must_be_as_large_as_it_says
         MappedPool(readable, num_blocks=NUM_BLOCKS, block_bytes=BLOCK_BYTES, writable=True)
     with pytest.raises(ValueError, match="17 blocks of 8192 bytes need"):
         MappedPool(readable, num_blocks=NUM_BLOCKS + 1, block_bytes=BLOCK_BYTES, writable=False)
+    unsealed = os.memfd_create("unsealed", os.MFD_CLOEXEC)
+    os.ftruncate(unsealed, NUM_BLOCKS * BLOCK_BYTES)
+    target_fd, target = _pool(fill=False)
+    with pytest.raises(ValueError, match="its size is not sealed"):
+        shm.open_target(
+            unsealed, source_num_blocks=NUM_BLOCKS, target=target, copy_frame=load_copy_frame(), corrupt_every=0
+        )
+    target.close()
+    os.close(target_fd)
+    os.close(unsealed)
     nonce = os.urandom(shm.NONCE_BYTES)
     nonce_fd = shm.nonce_memory(nonce)
     assert shm.read_nonce(nonce_fd) == nonce

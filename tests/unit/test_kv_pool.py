@@ -59,6 +59,15 @@ def test_a_child_process_maps_an_inheritable_pool() -> None:
     private.close()
 
 
+def test_a_pool_never_changes_its_size() -> None:
+    """Whoever maps it would be ended by the kernel when it read past a new end."""
+    pool = KVPool(num_blocks=2, block_bytes=BYTES)
+    for size in (BYTES, 3 * BYTES):
+        with pytest.raises(PermissionError):
+            os.ftruncate(pool.fd, size)
+    pool.close()
+
+
 def test_a_pool_larger_than_memory_is_refused() -> None:
     """The message names the flag that sets the size."""
     with pytest.raises(ValueError, match=r"the KV pool needs .* lower --kv-memory"):

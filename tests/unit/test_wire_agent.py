@@ -173,6 +173,18 @@ def test_a_socket_gives_up_on_one_that_does_not_read_and_on_one_that_babbles() -
         other.close()
 
 
+def test_a_stranger_cannot_use_up_our_descriptors() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    one, other, raw = _sockets()
+    for _ in range(4):  # of a message that is never whole
+        socket.send_fds(raw, [b"\0"], [raw.fileno()] * 2)
+    with pytest.raises(LinkLost, match="more than 2 descriptors"):
+        other.receive(1)
+    other.close()
+    one.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 ENDPOINT = Endpoint(host="10.0.0.1", port=7, uds="name", incarnation=2**63, token="00ff")
 
 
