@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,8 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 ENVIRONMENT_PREFIX = "TANDEM_"
+# Variables that are no settings of a cluster: the settings file, the kernels' choice, and two of the tests.
+OTHER_VARIABLES = frozenset({"CONFIG", "KERNELS", "REQUIRE", "HANDOFF_SEEDS"})
 MiB = 1 << 20
 KV_MEMORY_LEAST = 16 << 10  # far too little for a real model, which then says how large one block is
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -126,6 +128,7 @@ def load(flags: Mapping[str, object], environ: Mapping[str, str], file: Path | N
     Raises ConfigError naming the key, its value, its origin and the limit.
     """
     known = ClusterConfig.model_fields
+    _refuse_unknown(environ)
     values: dict[str, object] = {}
     origins = dict.fromkeys(known, "default")
     if file is None and environ.get(ENVIRONMENT_PREFIX + "CONFIG"):
@@ -139,7 +142,7 @@ def load(flags: Mapping[str, object], environ: Mapping[str, str], file: Path | N
             values[key], origins[key] = environ[variable], variable
     for key, value in flags.items():
         if key not in known:
-            raise ConfigError(f"{flag_of(key)}: there is no such setting{_closest(key)}")
+            raise ConfigError(f"{flag_of(key)}: there is no such setting{_closest(key, known)}")
         values[key], origins[key] = value, f"flag {flag_of(key)}"
     try:
         return Effective(config=ClusterConfig.model_validate(values), origins=origins)
@@ -162,12 +165,25 @@ def read_file(file: Path) -> dict[str, object]:
     result = {str(key).replace("-", "_"): value for key, value in content.items()}
     for key in result:
         if key not in ClusterConfig.model_fields:
-            raise ConfigError(f"{key}: there is no such setting{_closest(key)} (from {file})")
+            raise ConfigError(
+                f"{key}: there is no such setting{_closest(key, ClusterConfig.model_fields)} (from {file})"
+            )
     return result
 
 
-def _closest(key: str) -> str:
-    matches = difflib.get_close_matches(key, ClusterConfig.model_fields, n=1)
+def _refuse_unknown(environ: Mapping[str, str]) -> None:
+    """A misspelled variable would have no effect, silently."""
+    known = {key.upper() for key in ClusterConfig.model_fields} | OTHER_VARIABLES
+    for name in sorted(each for each in environ if each.startswith(ENVIRONMENT_PREFIX)):
+        key = name.removeprefix(ENVIRONMENT_PREFIX)
+        if key not in known:
+            nearest = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"did you mean {ENVIRONMENT_PREFIX}{nearest[0]}?" if nearest else "unset it"
+            raise ConfigError(f"{name}: there is no such variable; {hint}")
+
+
+def _closest(key: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 

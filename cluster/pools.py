@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,6 +29,10 @@ log = logging.getLogger(__name__)
 # Ray keeps going without its control service for so long; its own default of a minute would end the workers with it.
 GCS_PATIENCE_S = 86_400
 OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes: nothing of ours goes through it
+
+
+TEMP_ROOT = Path("/tmp")  # Ray's sockets lie below it: their paths must be short
+TEMP_PREFIX = "tandem-ray-"
 
 
 class PoolError(RuntimeError):
@@ -79,6 +85,7 @@ class Pools:
         self._post = post
         self._members: dict[WorkerId, _Member] = {}
         self._temp_dir = ""
+        self._temp_lock: int | None = None  # held for as long as the folder is in use
 
     @property
     def is_local(self) -> bool:
@@ -106,7 +113,9 @@ class Pools:
     def _open_local(self) -> None:
         # Inherited by every worker; a runtime environment would cost each a process of its own to set up.
         os.environ.update(worker_environment(self._threads))
-        self._temp_dir = tempfile.mkdtemp(prefix="tandem-ray-", dir="/tmp")  # its sockets' paths must be short
+        sweep(TEMP_ROOT)
+        self._temp_dir = tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=TEMP_ROOT)
+        self._temp_lock = _lock(Path(self._temp_dir))
         ray.init(
             address="local",
             num_cpus=self._config.num_workers,  # logical: a laptop's two cores hold three workers
@@ -204,6 +213,32 @@ class Pools:
         ray.shutdown()
         if self._temp_dir:
             shutil.rmtree(self._temp_dir, ignore_errors=True)
+        if self._temp_lock is not None:
+            os.close(self._temp_lock)
+            self._temp_lock = None
+
+
+def sweep(root: Path) -> None:
+    """Removes the folders of supervisors that were killed: nobody else does."""
+    for folder in root.glob(f"{TEMP_PREFIX}*"):
+        lock = _lock(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock until it is closed or its process ends; None: another one holds it."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # somebody else's, or gone
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
 
 
 def _first_line(error: Exception) -> str:

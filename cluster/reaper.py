@@ -63,7 +63,8 @@ def main() -> None:
     """Reads one JSON list of [pid, time of creation] a line; at the end of stdin ends those of the last, and theirs."""
     last: list[tuple[int, float]] = []
     for line in sys.stdin:
-        last = json.loads(line)
+        with suppress(json.JSONDecodeError):  # the supervisor was killed while it wrote the last line
+            last = json.loads(line)
     left = []
     for pid, created_s in last:
         with suppress(psutil.NoSuchProcess):

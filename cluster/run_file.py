@@ -88,6 +88,7 @@ def find(run_dir: Path, port: int | None = None) -> RunFile:
 def fresh_log_dir(run_dir: Path, port: int) -> Path:
     """An empty folder for the logs of a cluster that starts now. Of those that have ended the newest few are kept."""
     mine = log_dir_of(run_dir, port)
+    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     shutil.rmtree(mine, ignore_errors=True)
     ended = [
         path
@@ -96,7 +97,7 @@ def fresh_log_dir(run_dir: Path, port: int) -> Path:
     ]  # fmt: skip
     for path in sorted(ended, key=lambda each: each.stat().st_mtime)[:-LOG_DIRS_KEPT]:
         shutil.rmtree(path, ignore_errors=True)
-    mine.mkdir(parents=True)
+    mine.mkdir()
     return mine
 
 

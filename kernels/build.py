@@ -68,6 +68,7 @@ class BuildError(RuntimeError):
 
 _lock = threading.Lock()
 _chosen: list[ctypes.CDLL | None] = []  # empty until the first call
+_missing: list[str] = []  # why there are none, when that was not asked for
 
 
 def library() -> ctypes.CDLL | None:
@@ -85,6 +86,12 @@ def description() -> str:
     The instruction set is no part of it: all of them give the same bits.
     """
     return "torch" if library() is None else f"c-{source_hash()[:12]}"
+
+
+def missing_reason() -> str:
+    """Why the torch twins run although nobody asked for them; empty when nothing is amiss."""
+    library()
+    return _missing[0] if _missing else ""
 
 
 @contextlib.contextmanager
@@ -125,10 +132,14 @@ def load(level: str) -> ctypes.CDLL:
     flags: tuple[str, ...] = X86_LEVELS[level][0] if level in X86_LEVELS else ()
     if level == PORTABLE_LEVEL and machine_levels and machine_levels[-1] in X86_LEVELS:
         flags = (*X86_LEVELS[machine_levels[-1]][0], "-DTANDEM_PORTABLE", "-O1")
+    folder, kept = _cache_folder()
     try:
-        loaded = ctypes.CDLL(str(_built(flags)))
+        loaded = ctypes.CDLL(str(_built(flags, folder)))
     except OSError as error:
         raise BuildError(f"the built kernels cannot be loaded: {error}") from error
+    finally:
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)  # what is loaded stays mapped
     for name, signature in SIGNATURES.items():
         result, arguments = signature.split(">")
         function = getattr(loaded, name)
@@ -161,6 +172,7 @@ def _choose() -> ctypes.CDLL | None:
         return load(wanted)
     except BuildError as error:
         log.warning("kernels run in torch, several times slower: %s", error)
+        _missing.append(str(error))
         return None
 
 
@@ -201,11 +213,10 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _built(flags: tuple[str, ...]) -> Path:
-    """Path of the object for these flags, compiled when it is not there."""
+def _built(flags: tuple[str, ...], folder: Path) -> Path:
+    """Path of the object for these flags, compiled into `folder` when it is not there."""
     compiler = _compiler()
     name = hashlib.sha256(f"{source_hash()} {flags} {compiler} {_run([*compiler, '--version'])}".encode()).hexdigest()
-    folder = _cache_folder()
     path = folder / f"kernels-{name[:24]}.so"
     if path.exists():
         return path
@@ -226,17 +237,18 @@ def _compile(compiler: list[str], flags: tuple[str, ...], path: Path) -> None:
         Path(unfinished).unlink(missing_ok=True)
 
 
-def _cache_folder() -> Path:
+def _cache_folder() -> tuple[Path, bool]:
+    """Where built kernels lie, and whether they are kept there."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         folder = (Path(base) if base else Path.home() / ".cache") / "tandem"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
-            return folder
+            return folder, True
     except (OSError, RuntimeError) as error:
         log.debug("no cache folder: %s", error)
     # Nowhere to keep it: a folder of this process alone, so that nobody else can put an object there.
-    return Path(tempfile.mkdtemp(prefix="tandem-kernels-"))
+    return Path(tempfile.mkdtemp(prefix="tandem-kernels-")), False
 
 
 @contextlib.contextmanager

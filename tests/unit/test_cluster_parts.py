@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +94,40 @@ def test_logs_of_the_last_few_clusters_are_kept(tmp_path: Path) -> None:
         run_file.fresh_log_dir(tmp_path, 2000 + number)
     assert (tmp_path / "1003.logs").exists(), "that cluster still runs"
     assert len(list(tmp_path.glob("*.logs"))) <= run_file.LOG_DIRS_KEPT + 2
+
+
+def test_folders_of_killed_supervisors_are_removed(tmp_path: Path) -> None:
+    from cluster import pools  # brings Ray
+
+    mine, left = tmp_path / "tandem-ray-a", tmp_path / "tandem-ray-b"
+    for folder in (mine, left, tmp_path / "other"):
+        folder.mkdir()
+    code = "import fcntl, os, sys; fd = os.open(sys.argv[1], 0); fcntl.flock(fd, 2); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(mine)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None
+        owner.stdout.readline()
+        pools.sweep(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "tandem-ray-a"]
+        owner.kill()
+    pools.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_only_their_owner_reads_the_logs(tmp_path: Path) -> None:
+    run_file.fresh_log_dir(tmp_path / "run", 8000)
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+
+
+def test_the_reaper_survives_a_line_that_was_cut() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    known = [[child.pid, psutil.Process(child.pid).create_time()]]
+    lines = json.dumps(known) + "\n" + json.dumps(known)[:-3]
+    subprocess.run([sys.executable, "-m", "cluster.reaper"], input=lines, text=True, timeout=60, check=True)
+    assert child.wait(10) == -signal.SIGKILL
+    assert child.stdin is not None
+    child.stdin.close()
 
 
 def test_what_to_dial() -> None:

@@ -75,6 +75,14 @@ def test_bad_variables_and_files_are_named(tmp_path: Path) -> None:
             load({}, {}, file)
 
 
+def test_a_misspelled_variable_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"^TANDEM_DECODER: there is no such variable; did you mean TANDEM_DECODE\?$"):
+        load({}, {"TANDEM_DECODER": "3"})
+    with pytest.raises(ConfigError, match=r"^TANDEM_XYZZY: there is no such variable; unset it$"):
+        load({}, {"TANDEM_XYZZY": ""})
+    assert load({}, {"TANDEM_KERNELS": "torch", "TANDEM_REQUIRE": "model", "PORT": "1"}).config == load({}, {}).config
+
+
 def test_an_empty_file_is_fine(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("")

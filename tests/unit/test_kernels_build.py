@@ -67,6 +67,16 @@ def test_a_compiler_that_fails_is_named_with_its_error(tmp_path: Path) -> None:
     assert not list((tmp_path / "tandem").glob("*.so"))
 
 
+@needs_compiler
+def test_without_a_cache_folder_nothing_is_left_behind(tmp_path: Path) -> None:
+    (tmp_path / "tandem").write_text("no folder")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    output, errors = start(tmp_path, TMPDIR=str(temporary)).communicate(timeout=100)
+    assert output.split() == [build.description(), "True"], errors
+    assert list(temporary.iterdir()) == []
+
+
 def test_torch_can_be_asked_for(tmp_path: Path) -> None:
     output, errors = start(tmp_path, TANDEM_KERNELS="torch").communicate(timeout=100)
     assert output.split() == ["torch", "True"]
