@@ -15,7 +15,7 @@ from decode_worker.core import DecodeCore
 from engine.blocks import BlockLedger
 from engine.events import RouterGone, Tick
 from engine.layout import KVLayout
-from engine.step import Batch, Sampled, StepPlan
+from engine.step import Batch, Drawn, StepPlan
 from kv_transfer.actions import Action, FromRouter, Report, RouterJoined
 from kv_transfer.messages import (
     Cancel,
@@ -108,7 +108,7 @@ class WorkerCore:
             self.prefill.planned(now_ms, plan)
         return plan
 
-    def step_done(self, now_ms: int, plan: StepPlan, sampled: Sequence[Sampled | None]) -> list[object]:
+    def step_done(self, now_ms: int, plan: StepPlan, sampled: Sequence[Drawn | None]) -> list[object]:
         """The step has run; returns what is to be done, in order."""
         outcome = self.batch.apply(plan, sampled)
         self._num_steps += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.config import FAKE_CONTEXT_TOKENS, FAKE_MODEL, FAKE_VOCAB_SIZE
@@ -11,7 +12,7 @@ from engine.fake_runner import FakeRunner, fake_layout
 from engine.kv_pool import KVPool, blocks_in
 from engine.layout import KVLayout
 from engine.runner import Runner
-from engine.step import Sampled, StepPlan
+from engine.step import Drawn, StepPlan
 
 FAKE_BLOCKS_MAX = 16_384  # its blocks are tiny: kv_memory would hold millions
 
@@ -50,7 +51,7 @@ class PacedRunner:
         """How the pool lies in memory."""
         return self._runner.layout
 
-    def run(self, plan: StepPlan) -> list[Sampled | None]:
+    def run(self, plan: StepPlan) -> Sequence[Drawn | None]:
         """Runs the step, then waits for its time to be over."""
         over_s = time.monotonic() + self._step_s
         sampled = self._runner.run(plan)

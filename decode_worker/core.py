@@ -348,7 +348,7 @@ class DecodeCore:
         for failed in outcome.failed:
             request = self._requests.get(failed.request_id)
             if request is not None and request.sequence is not None:
-                piece = _failed(failed.request_id, request.epoch, "out_of_blocks", failed.reason, retryable=False)
+                piece = _failed(failed.request_id, request.epoch, failed.code, failed.reason, retryable=False)
                 actions.append(Report(session=request.session, piece=piece))
                 self._leave(request)
         return actions

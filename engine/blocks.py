@@ -146,6 +146,15 @@ class BlockLedger:
             self._num_owners[block] -= 1
             self._settle(block)
 
+    def discard(self, owner: str) -> None:
+        """Ends the owner, and takes its blocks out of the prefix index: what is in them is not to be trusted.
+
+        Who shares a block keeps it; nobody new gets it.
+        """
+        for block in self._owned.get(owner, {}):
+            self._cache.drop(block)
+        self.release(owner)
+
     # ---- readers from outside ----------------------------------------------------------------------------------------
 
     def export(self, transfer: str, blocks: Sequence[int]) -> tuple[int, ...]:

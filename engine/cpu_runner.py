@@ -15,7 +15,7 @@ from engine.layout import KVLayout
 from engine.model import Decoder, StepTensors
 from engine.model_files import ModelFiles, find_model, read_arch
 from engine.sampler import Sampler
-from engine.step import Sampled, StepPlan
+from engine.step import Drawn, StepPlan
 from engine.weights import load_weights
 
 
@@ -92,8 +92,8 @@ class CpuRunner:
         """How the pool lies in memory."""
         return self._layout
 
-    def run(self, plan: StepPlan) -> list[Sampled | None]:
-        """Runs the step; one result per row, None where the row is not sampled."""
+    def run(self, plan: StepPlan) -> list[Drawn | None]:
+        """Runs the step; one result per row, None where the row is not sampled, Undrawn where it is not finite."""
         logits = self._decoder.forward(self._tensors(plan), self._tensor).float()
         drawn = iter(self._sampler.sample(logits, [row for row in plan.rows if row.sample]))
         return [next(drawn) if row.sample else None for row in plan.rows]

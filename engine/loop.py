@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from engine.events import Tick
 from engine.runner import Runner
-from engine.step import Sampled, StepPlan
+from engine.step import Drawn, StepPlan
 
 IDLE_WAIT_MS = 1000  # the longest sleep, whatever the core's deadline; a guard, not a poll
 
@@ -26,7 +26,7 @@ class Core(Protocol):
         """The next step, or None when there is nothing to run."""
         ...
 
-    def step_done(self, now_ms: int, plan: StepPlan, sampled: Sequence[Sampled | None]) -> list[object]:
+    def step_done(self, now_ms: int, plan: StepPlan, sampled: Sequence[Drawn | None]) -> list[object]:
         """The step has run; returns what is to be done."""
         ...
 

@@ -96,13 +96,20 @@ class PrefixCache:
     def evict(self) -> int:
         """Takes the least recently parked block out of the index. KeyError when none is parked."""
         block, _ = self._parked.popitem(last=False)
-        block_hash = self._hash_of.pop(block)
+        self.drop(block)
+        return block
+
+    def drop(self, block: int) -> None:
+        """Takes a block that is not parked out of the index; without effect when it is not there."""
+        assert block not in self._parked, f"block {block} is parked"
+        block_hash = self._hash_of.pop(block, None)
+        if block_hash is None:
+            return
         del self._block_of[block_hash]
         if block_hash in self._stored:
             del self._stored[block_hash]
         else:
             self._removed[block_hash] = None
-        return block
 
     def drain_events(self) -> tuple[tuple[BlockHash, ...], tuple[BlockHash, ...]]:
         """Hashes (stored, removed) since the last call; one that came and went in between is in neither."""

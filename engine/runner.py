@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from engine.layout import KVLayout
+from engine.step import Drawn, StepPlan
 from engine.step import Sampled as Sampled
-from engine.step import StepPlan
 
 
 class Runner(Protocol):
@@ -17,6 +18,9 @@ class Runner(Protocol):
         """How its pool lies in memory."""
         ...
 
-    def run(self, plan: StepPlan) -> list[Sampled | None]:
-        """Runs the step; one result per row in the plan's order, None where the row's `sample` is False."""
+    def run(self, plan: StepPlan) -> Sequence[Drawn | None]:
+        """Runs the step; one result per row in the plan's order, None where the row's `sample` is False.
+
+        A row whose logits are not finite is answered with Undrawn; an exception is the end of the whole engine.
+        """
         ...

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.noise import FACTOR_1, FACTOR_2, GOLDEN, MASK_64, UNIFORM_BITS, gumbel, stream_key
-from engine.step import Sampled, StepRow
+from engine.step import Drawn, Sampled, StepRow, Undrawn
 from tandem.request import Sampling
 
 GREEDY_TEMPERATURE = 1e-5  # below it a row is greedy, as in vLLM: the quotient would leave float32
@@ -36,31 +36,32 @@ class Sampler:
         self.eos_token_ids = tuple(eos_token_ids)
         self._id_steps = np.arange(1, vocab_size + 1, dtype=np.uint64) * np.uint64(GOLDEN)
 
-    def sample(self, logits: Tensor, rows: Sequence[StepRow]) -> list[Sampled]:
+    def sample(self, logits: Tensor, rows: Sequence[StepRow]) -> list[Drawn]:
         """One token a row from float32 `logits` [num_rows, vocab_size], which are left as they are.
 
-        Each row's result is a function of its logits, sampling, position, index and context alone. FloatingPointError
-        when a row has no finite maximum: the model is broken, and a made-up answer would be worse than none.
+        Each row's result is a function of its logits, sampling, position, index and context alone. Undrawn when a row
+        has no finite maximum: a made-up answer would be worse than none.
         """
         assert logits.shape == (len(rows), self.vocab_size), f"logits are {tuple(logits.shape)} for {len(rows)} rows"
         assert logits.dtype == torch.float32, f"logits are {logits.dtype}"
-        results: list[Sampled | None] = [None] * len(rows)
+        results: list[Drawn | None] = [None] * len(rows)
         plain = [number for number, row in enumerate(rows) if _is_plain(row)]
         if plain:
             chosen = _argmax(logits if len(plain) == len(rows) else logits[plain])
             for number, (token_id, highest) in zip(plain, chosen, strict=True):
-                _check(highest, rows[number])
-                results[number] = Sampled(token_id=token_id)
+                results[number] = _undrawn(highest, rows[number]) or Sampled(token_id=token_id)
         return [
             self._sample_row(logits[number], rows[number]) if result is None else result
             for number, result in enumerate(results)
         ]
 
-    def _sample_row(self, raw: Tensor, row: StepRow) -> Sampled:
+    def _sample_row(self, raw: Tensor, row: StepRow) -> Drawn:
         sampling = row.sampling
         logits = self._adjusted(raw, row)
         ((token_id, highest),) = _argmax(logits.unsqueeze(0))
-        _check(highest, row)
+        undrawn = _undrawn(highest, row)
+        if undrawn is not None:
+            return undrawn
         if sampling.temperature >= GREEDY_TEMPERATURE and highest > -math.inf:
             scaled = (logits - highest) / sampling.temperature  # at most 0, so that exp never overflows
             token_id = self._draw(scaled, token_id, sampling, stream_key(sampling.seed, row.position))
@@ -192,9 +193,10 @@ def _is_plain(row: StepRow) -> bool:
     )
 
 
-def _check(highest: float, row: StepRow) -> None:
-    if not highest < math.inf:  # also true of NaN
-        raise FloatingPointError(f"{row.request_id}: the logits at position {row.position - 1} have maximum {highest}")
+def _undrawn(highest: float, row: StepRow) -> Undrawn | None:
+    if highest < math.inf:  # false of NaN too
+        return None
+    return Undrawn(reason=f"{row.request_id}: the logits at position {row.position - 1} have maximum {highest}")
 
 
 def _argmax(logits: Tensor) -> list[tuple[int, float]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from engine.blocks import BlockLedger
 from engine.prefix_cache import chain_hash, root_hash
 from engine.sequence import Sequence
+from tandem.errors import NotFinite
 from tandem.request import FinishReason, RequestId, Sampling, Token
 
 
@@ -61,6 +62,16 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Undrawn:
+    """No token can be drawn, since what the model says of this row is not finite; `reason` is for people."""
+
+    reason: str
+
+
+Drawn = Sampled | Undrawn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchConfig:
     """Bounds of one step, and what the model says.
 
@@ -89,10 +100,11 @@ class BatchConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """A sequence that cannot go on here."""
+    """A sequence that cannot go on here, nor would elsewhere: `code` is out_of_blocks, or NotFinite's."""
 
     request_id: RequestId
     epoch: int
+    code: str
     reason: str
 
 
@@ -362,10 +374,11 @@ class Batch:
 
     # ---- after a step ------------------------------------------------------------------------------------------------
 
-    def apply(self, plan: StepPlan, sampled: Seq[Sampled | None]) -> StepOutcome:
+    def apply(self, plan: StepPlan, sampled: Seq[Drawn | None]) -> StepOutcome:
         """Books a step that has run: advances its sequences, publishes full blocks, ends what is finished.
 
-        A row whose sequence has left since, or is not where the row began, has no effect.
+        A row whose sequence has left since, or is not where the row began, has no effect. A sequence whose row is not
+        finite ends alone, and nobody shares what it read or wrote any more: the blocks may be what is broken.
         """
         assert len(sampled) == len(plan.rows), f"{len(sampled)} results for {len(plan.rows)} rows"
         tokens: list[Token] = []
@@ -376,7 +389,13 @@ class Batch:
             sequence = self._sequences.get(row.request_id)
             if sequence is None or sequence.num_computed != row.start or len(sequence.tokens) < row.position:
                 continue
-            sequence.num_computed = computed[row.request_id] = row.position
+            computed[row.request_id] = row.position
+            if isinstance(drawn, Undrawn):
+                failed.append(_failed(sequence, NotFinite.code, drawn.reason))
+                del self._sequences[row.request_id]
+                self.ledger.discard(sequence.owner)
+                continue
+            sequence.num_computed = row.position
             self._publish(sequence)
             if not row.sample:
                 continue
@@ -388,7 +407,7 @@ class Batch:
                 self.end(row.request_id)
             elif (needed := self._blocks_for(len(sequence.tokens))) > self.ledger.num_blocks:
                 reason = f"{row.request_id} has grown to {needed} KV blocks, the pool has {self.ledger.num_blocks}"
-                failed.append(Failed(request_id=row.request_id, epoch=sequence.epoch, reason=reason))
+                failed.append(_failed(sequence, "out_of_blocks", reason))
                 self.end(row.request_id)
         return StepOutcome(tokens=tuple(tokens), computed=computed, finished=tuple(finished), failed=tuple(failed))
 
@@ -404,6 +423,10 @@ class Batch:
             top=drawn.top,
             finish=finish_reason(sequence, self.config),
         )
+
+
+def _failed(sequence: Sequence, code: str, reason: str) -> Failed:
+    return Failed(request_id=sequence.request_id, epoch=sequence.epoch, code=code, reason=reason)
 
 
 def finish_reason(sequence: Sequence, config: BatchConfig) -> FinishReason | None:

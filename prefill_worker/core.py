@@ -297,14 +297,13 @@ class PrefillCore:
             request = self._requests.get(row.request_id)
             if request is None or row.request_id not in outcome.computed:
                 continue
-            token = tokens.get(row.request_id)
-            if token is None:
-                actions += self._note_ready(now_ms, request)
-            else:
+            token, failed = tokens.get(row.request_id), failures.get(row.request_id)
+            if token is not None:
                 actions += self._prefilled(now_ms, request, token)
-            failed = failures.get(row.request_id)
+            elif failed is None:
+                actions += self._note_ready(now_ms, request)
             if failed is not None:
-                piece = _failed(failed.request_id, failed.epoch, "out_of_blocks", failed.reason, retryable=False)
+                piece = _failed(failed.request_id, failed.epoch, failed.code, failed.reason, retryable=False)
                 actions += [Report(session=request.session, piece=piece)]
                 actions += self._stop(now_ms, request, failed.reason)
         return [*actions, *self._offer_next(now_ms)]

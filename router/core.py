@@ -52,6 +52,7 @@ from tandem.errors import (
     DeadlinePassed,
     DuplicateRequest,
     InvalidRequest,
+    NotFinite,
     Overloaded,
     RequestLost,
     TandemError,
@@ -423,6 +424,8 @@ class RouterCore:
             self._step(request, worker, AttemptLost(why, tuple(each.key for each in others or [worker])))
         elif failed.code == InvalidRequest.code:
             self._fail(request, InvalidRequest("request", failed.message))
+        elif failed.code == NotFinite.code:
+            self._fail(request, NotFinite(why))
         else:
             self._fail(request, RequestLost(why))
 

@@ -9,6 +9,7 @@
       +-- Unavailable         no worker can serve this now                               503  UNAVAILABLE
       +-- DeadlinePassed      the request's own deadline is over                         504  DEADLINE_EXCEEDED
       +-- RequestLost         placed and re-placed in vain; names the last failure       502  ABORTED
+      +-- NotFinite           the model's logits for it are NaN or infinite              500  INTERNAL
       +-- Cancelled           ended by its client or an operator                         499  CANCELLED
 """
 
@@ -106,6 +107,12 @@ class RequestLost(TandemError):
     grpc_status = "ABORTED"
 
 
+class NotFinite(TandemError):
+    """The model says NaN or infinity of this request's next token. It would anywhere: not to be tried again."""
+
+    code = "not_finite"
+
+
 class Cancelled(TandemError):
     """The request was ended by its client or an operator."""
 
@@ -126,6 +133,7 @@ ERRORS: dict[str, type[TandemError]] = {
         Unavailable,
         DeadlinePassed,
         RequestLost,
+        NotFinite,
         Cancelled,
     )
 }

@@ -14,7 +14,7 @@ from engine.events import Tick
 from engine.fake_runner import FakeRunner, expected_tokens
 from engine.loop import EngineLoop, InboxFull, now_ms
 from engine.sequence import Sequence as EngineSequence
-from engine.step import Batch, BatchConfig, Sampled, StepPlan
+from engine.step import Batch, BatchConfig, Drawn, StepPlan
 from tandem.request import RequestId, Sampling, Token
 
 VOCAB = 1000
@@ -64,7 +64,7 @@ class PlainCore:
     def next_plan(self, now_ms: int) -> StepPlan | None:
         return self.batch.compose()
 
-    def step_done(self, now_ms: int, plan: StepPlan, sampled: Sequence[Sampled | None]) -> list[object]:
+    def step_done(self, now_ms: int, plan: StepPlan, sampled: Sequence[Drawn | None]) -> list[object]:
         return list(self.batch.apply(plan, sampled).tokens)
 
     def next_deadline_ms(self) -> int | None:

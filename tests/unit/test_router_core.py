@@ -39,6 +39,7 @@ from tandem.errors import (
     DeadlinePassed,
     DuplicateRequest,
     InvalidRequest,
+    NotFinite,
     Overloaded,
     RequestLost,
     Unavailable,
@@ -347,6 +348,14 @@ def test_a_failure_that_no_other_place_mends_ends_the_request(rig: Rig) -> None:
         P, failed=(RequestFailed(request_id=R, epoch=1, code="invalid_request", message="bad", retryable=False),)
     )
     assert isinstance(rig.error(), InvalidRequest)
+
+
+def test_what_the_model_cannot_say_is_not_tried_elsewhere(rig: Rig) -> None:
+    rig.report(P, failed=(RequestFailed(request_id=R, epoch=1, code="not_finite", message="nan", retryable=False),))
+    error = rig.error()
+    assert isinstance(error, NotFinite)
+    assert "nan" in error.message
+    assert len({each.epoch for each in rig.assigns()}) == 1
 
 
 def test_both_ends_of_an_attempt_may_fail_and_it_counts_once(rig: Rig) -> None:

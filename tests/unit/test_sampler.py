@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from engine.noise import GOLDEN, gumbel, random_bits, stream_key
 from engine.sampler import Sampler, random_bits_numpy, random_bits_torch
-from engine.step import Sampled, StepRow
+from engine.step import Sampled, StepRow, Undrawn
 from tandem.request import RequestId, Sampling
 
 VOCAB = 97
@@ -35,6 +35,13 @@ def row(sampling: Sampling, context: tuple[int, ...] = (1, 2, 3), num_prompt: in
         num_prompt_tokens=num_prompt,
         context=context if penalised else (),
     )
+
+
+def draw(sampler: Sampler, logits: torch.Tensor, rows: list[StepRow]) -> list[Sampled]:
+    """What is drawn of rows that are finite."""
+    drawn = [each for each in sampler.sample(logits, rows) if isinstance(each, Sampled)]
+    assert len(drawn) == len(rows)
+    return drawn
 
 
 def naive(logits: list[float], sampling: Sampling, context: tuple[int, ...], num_prompt: int) -> int:
@@ -99,7 +106,7 @@ def test_equals_the_naive_version(
     logits = [rng.gauss(0, spread) for _ in range(VOCAB)]
     if ties:
         logits = [float(round(logit)) for logit in logits]
-    drawn = Sampler(vocab_size=VOCAB, eos_token_ids=EOS).sample(torch.tensor([logits]), [row(sampling, context)])
+    drawn = draw(Sampler(vocab_size=VOCAB, eos_token_ids=EOS), torch.tensor([logits]), [row(sampling, context)])
     assert drawn[0].token_id == naive(logits, sampling, context, 2)
 
 
@@ -153,7 +160,7 @@ def test_distribution_is_that_of_softmax(sampling: Sampling, num_left: int | Non
     kept = order[:num_left]
     sampler = Sampler(vocab_size=size, eos_token_ids=())
     rows = [row(sampling, position=position) for position in range(3, 3 + num_draws)]
-    counted = Counter(drawn.token_id for drawn in sampler.sample(logits.expand(num_draws, size), rows))
+    counted = Counter(drawn.token_id for drawn in draw(sampler, logits.expand(num_draws, size), rows))
     assert set(counted) <= set(kept)
     expected = [float(num_draws * weights[token] / weights[kept].sum()) for token in kept]
     # Mean num_left - 1; five standard deviations above it.
@@ -178,22 +185,22 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     ]
     rows = [row(kind, (1, 2, 3, number)) for number, kind in enumerate(kinds)]
     sampler = Sampler(vocab_size=vocab, eos_token_ids=EOS)
-    together = sampler.sample(logits, rows)
+    together = draw(sampler, logits, rows)
     for order in ([8, 2, 5, 0, 1, 7, 3, 6, 4], [4], [0, 7], [1, 3]):
-        assert sampler.sample(logits[order], [rows[number] for number in order]) == [together[n] for n in order]
+        assert draw(sampler, logits[order], [rows[number] for number in order]) == [together[n] for n in order]
 
 
 def test_raw_logits_are_left_alone() -> None:
     logits = torch.zeros(1, VOCAB)
     sampling = Sampling(repetition_penalty=2.0, logit_bias=((1, 5.0),), min_tokens=9, presence_penalty=1.0)
-    Sampler(vocab_size=VOCAB, eos_token_ids=EOS).sample(logits, [row(sampling)])
+    draw(Sampler(vocab_size=VOCAB, eos_token_ids=EOS), logits, [row(sampling)])
     assert not logits.any()
 
 
 def test_greedy_ties_go_to_the_lowest_id() -> None:
     logits = torch.zeros(2, VOCAB)
     logits[0, [40, 20, 60]] = 3.0
-    drawn = Sampler(vocab_size=VOCAB, eos_token_ids=EOS).sample(logits, [row(Sampling()), row(Sampling(logprobs=2))])
+    drawn = draw(Sampler(vocab_size=VOCAB, eos_token_ids=EOS), logits, [row(Sampling()), row(Sampling(logprobs=2))])
     assert drawn[0] == Sampled(token_id=20)
     assert drawn[1].token_id == 0
     assert [token for token, _ in drawn[1].top] == [0, 1]
@@ -202,14 +209,14 @@ def test_greedy_ties_go_to_the_lowest_id() -> None:
 def test_top_k_ties_keep_the_lowest_ids() -> None:
     sampler = Sampler(vocab_size=VOCAB, eos_token_ids=())
     rows = [row(Sampling(temperature=1.0, top_k=3), position=position) for position in range(3, 200)]
-    assert {drawn.token_id for drawn in sampler.sample(torch.zeros(len(rows), VOCAB), rows)} == {0, 1, 2}
+    assert {drawn.token_id for drawn in draw(sampler, torch.zeros(len(rows), VOCAB), rows)} == {0, 1, 2}
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(2))
     logits[0, EOS[0]] = 9.0  # likeliest, yet masked by min_tokens
     sampling = Sampling(temperature=0.5, seed=7, logprobs=4, min_tokens=3, logit_bias=((1, 2.0),))
-    (drawn,) = Sampler(vocab_size=VOCAB, eos_token_ids=EOS).sample(logits, [row(sampling)])
+    (drawn,) = draw(Sampler(vocab_size=VOCAB, eos_token_ids=EOS), logits, [row(sampling)])
     expected = logits[0].log_softmax(-1)
     assert drawn.token_id != EOS[0]
     assert drawn.logprob == pytest.approx(float(expected[drawn.token_id]))
@@ -221,7 +228,7 @@ def test_other_seeds_and_positions_draw_other_tokens() -> None:
     sampler = Sampler(vocab_size=VOCAB, eos_token_ids=())
     kinds = [(seed, position) for seed in range(5) for position in range(3, 8)]
     rows = [row(Sampling(temperature=1.0, seed=seed), position=position) for seed, position in kinds]
-    assert len({drawn.token_id for drawn in sampler.sample(torch.zeros(25, VOCAB), rows)}) > 12
+    assert len({drawn.token_id for drawn in draw(sampler, torch.zeros(25, VOCAB), rows)}) > 12
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0)])
@@ -229,13 +236,17 @@ def test_other_seeds_and_positions_draw_other_tokens() -> None:
 def test_broken_logits_are_not_answered_with(sampling: Sampling, broken: float) -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 3] = broken
-    with pytest.raises(FloatingPointError, match="r: the logits at position 2"):
-        Sampler(vocab_size=VOCAB, eos_token_ids=EOS).sample(logits, [row(sampling)])
+    logits = torch.cat([logits, torch.zeros(1, VOCAB)])
+    rows = [row(sampling), row(sampling)]
+    undrawn, drawn = Sampler(vocab_size=VOCAB, eos_token_ids=EOS).sample(logits, rows)
+    assert isinstance(undrawn, Undrawn)
+    assert undrawn.reason == f"r: the logits at position 2 have maximum {broken}"
+    assert isinstance(drawn, Sampled), "its neighbour suffers"
 
 
 def test_everything_masked_yields_a_token_still() -> None:
     sampling = Sampling(temperature=1.0, min_tokens=9, stop_token_ids=tuple(range(VOCAB)))
-    (drawn,) = Sampler(vocab_size=VOCAB, eos_token_ids=EOS).sample(torch.zeros(1, VOCAB), [row(sampling)])
+    (drawn,) = draw(Sampler(vocab_size=VOCAB, eos_token_ids=EOS), torch.zeros(1, VOCAB), [row(sampling)])
     assert drawn.token_id == 0
 
 
@@ -249,5 +260,5 @@ def test_pruning_never_loses_the_winner(spread: float) -> None:
     for seed in range(60):
         bits = random_bits_numpy(steps, stream_key(seed, 3)).astype(np.float64)
         noise = -np.log(-np.log((bits + 0.5) / 2**52))
-        (drawn,) = sampler.sample(logits, [row(Sampling(temperature=1.0, seed=seed))])
+        (drawn,) = draw(sampler, logits, [row(Sampling(temperature=1.0, seed=seed))])
         assert drawn.token_id == int((scaled + noise).argmax())

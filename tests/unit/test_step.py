@@ -295,7 +295,9 @@ def test_what_outgrows_the_pool_fails_by_name() -> None:
     engine.run()
     assert engine.answer(request) == expected_tokens(prompt_of(8), Sampling(), 5, VOCAB)
     (failed,) = engine.failed
-    assert failed == Failed(request_id=request, epoch=1, reason="a has grown to 4 KV blocks, the pool has 3")
+    assert failed == Failed(
+        request_id=request, epoch=1, code="out_of_blocks", reason="a has grown to 4 KV blocks, the pool has 3"
+    )
     assert engine.ledger.counts().owned == 0
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 from role_cores import LAYOUT, ME, PROMPT, VOCAB, assign, cancel, from_peer, offer, other_session, parts, said, told
 
 from cluster.worker_core import WorkerCore, WorkerCoreConfig
 from engine.events import RouterGone, Tick
 from engine.fake_runner import FakeRunner, expected_tokens
 from engine.loop import Core, Storyteller
+from engine.step import Undrawn
 from kv_transfer.actions import Report, RouterJoined
 from kv_transfer.messages import Cancel, Grant, Offer
-from tandem.messages import AssignMode, BlockEvents, WorkerLoad
+from tandem.messages import AssignMode, BlockEvents, RequestFailed, WorkerLoad
 from tandem.request import RequestId, Sampling, Token
 
 LOCAL, DECODE = AssignMode.LOCAL, AssignMode.DECODE
@@ -72,6 +74,26 @@ def test_cancel_between_workers_finds_the_source_or_the_target() -> None:
     assert (len(bench.core.prefill), len(bench.core.decode)) == (0, 1)
     bench.handle(from_peer(Cancel(reason="x"), "b"))
     assert (len(bench.core.prefill), len(bench.core.decode)) == (0, 0)
+
+
+@pytest.mark.parametrize("mode", [LOCAL, AssignMode.PREFILL])
+def test_request_whose_logits_are_not_finite_fails_alone(mode: AssignMode) -> None:
+    bench = Bench()
+    bench.handle(assign("bad", mode=mode))
+    actions: list[object] = []
+    while not (failed := told(actions, RequestFailed)):
+        plan = bench.core.next_plan(0)
+        assert plan is not None
+        sampled = [None if drawn is None else Undrawn(reason="nan") for drawn in bench.runner.run(plan)]
+        actions += bench.core.step_done(0, plan, sampled)
+    bad = RequestFailed(request_id=RequestId("bad"), epoch=1, code="not_finite", message="nan", retryable=False)
+    assert failed == [bad]
+    assert not told(actions, Token)
+    assert (len(bench.core.prefill), len(bench.core.decode)) == (0, 0)
+    assert bench.core.ledger.counts().free == bench.core.ledger.num_blocks, "its blocks may not be shared"
+    bench.handle(assign("good", mode=LOCAL))
+    tokens = [each for each in told(bench.run(), Token) if isinstance(each, Token)]
+    assert [each.token_id for each in tokens] == expected_tokens(PROMPT, Sampling(), 4, VOCAB)
 
 
 def test_request_that_comes_back_in_another_role_replaces_the_old_epoch() -> None:
