@@ -7,10 +7,15 @@ import sys
 import typer
 
 from cluster.config import Effective
+from cluster.installation import clash
 
 
 def serve(effective: Effective) -> None:
     """Start a cluster here and serve until Ctrl-C or `tandem down`."""
+    hidden = clash()
+    if hidden is not None:
+        print(f"error: {hidden}", file=sys.stderr)
+        raise typer.Exit(1)
     from cluster.supervisor import Supervisor  # brings Ray, which the other commands do without
 
     terminal = sys.stdout

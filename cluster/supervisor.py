@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
-from importlib.metadata import distributions
 from types import FrameType
 
 import psutil
 
 from cluster import run_file
 from cluster.config import FAKE_MODEL, ClusterConfig
+from cluster.memory import shortage
 from cluster.pools import PoolError, Pools, WorkerDown, WorkerUp
 from cluster.processes import PortInUse, adopt_orphans, descendants, kill_all, pick_port, wait_gone
 from cluster.reaper import Reaper
@@ -32,7 +32,7 @@ from cluster.run_file import RunFile, reachable
 from cluster.worker_settings import WorkerSettings, workers_of
 from engine.arch import ModelError
 from engine.kv_pool import available_bytes
-from engine.model_files import find_model
+from engine.model_files import find_model, read_arch
 from kernels import build
 from tandem.messages import Role
 from tandem.request import WorkerId
@@ -56,9 +56,9 @@ class StopAsked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelsBuilt:
-    """The kernels are compiled, so that workers need not wait for one another; or they cannot be."""
+    """The kernels are compiled, so that workers need not wait for one another; or they cannot be, and why."""
 
-    description: str
+    missing_reason: str
 
 
 Event = RouterSaid | RouterEnded | WorkerUp | WorkerDown | KernelsBuilt | StopAsked
@@ -122,7 +122,7 @@ class Supervisor:
 
     def _start(self) -> None:
         config = self.config
-        self._threads = config.threads_per_worker(os.cpu_count() or 1)
+        self._threads = config.threads_per_worker(len(os.sched_getaffinity(0)))
         self._run = RunFile(
             pid=os.getpid(),
             started_s=psutil.Process().create_time(),
@@ -155,21 +155,18 @@ class Supervisor:
             raise StartFailed(str(error)) from None
         config = config.model_copy(update={"port": port, "grpc_port": grpc_port})
         self._log_dir = run_file.log_dir_of(config.run_dir, port)
-        if "kernels" in {each.metadata["Name"] for each in distributions(name="kernels")}:
-            raise StartFailed("the package `kernels` is installed, whose name hides a part of Tandem: uninstall it")
         if config.address and config.host in LOOPBACK:
             raise StartFailed(f"host: workers on {config.address} cannot reach {config.host}; give --host an address")
         if config.model != FAKE_MODEL:
             try:
-                self._model = find_model(config.model).name
+                files = find_model(config.model)
+                arch = read_arch(files)
             except ModelError as error:
                 raise StartFailed(str(error)) from None
-            needed, available = int(config.kv_memory) * config.num_workers, available_bytes()
-            if not config.address and needed > available:
-                raise StartFailed(
-                    f"kv_memory: {config.num_workers} workers with {config.kv_memory.human_readable()} each need "
-                    f"{needed >> 20} MiB, {available >> 20} MiB are available; lower --kv-memory or start fewer"
-                )
+            self._model = files.name
+            too_little = None if config.address else shortage(config, arch, available_bytes=available_bytes())
+            if too_little is not None:
+                raise StartFailed(too_little)
         return config
 
     def _watch(self) -> str:
@@ -203,9 +200,9 @@ class Supervisor:
                     self._progress(f"{event.worker_id} up, pid {event.pid} ({parts})")
                 case WorkerDown():
                     self._worker_down(event)
-                case KernelsBuilt(description=description):
-                    if description == "torch":
-                        self._say("warning: no C kernels here, so a step takes several times as long; is cc installed?")
+                case KernelsBuilt(missing_reason=reason):
+                    if reason:
+                        self._say(f"warning: kernels run in torch, several times slower: {reason}")
 
     def _stop(self) -> None:
         """Ends every part in order, then whatever is left of them by force."""
@@ -228,7 +225,7 @@ class Supervisor:
     def _build_kernels(self) -> None:
         """While Ray starts: the first start of all compiles for some seconds."""
         try:
-            self._events.put(KernelsBuilt(description=build.description()))
+            self._events.put(KernelsBuilt(missing_reason=build.missing_reason()))
         except ValueError:
             return  # a wrong variable: the workers will not start, and say why
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.arch import ArchSpec, ModelError
 from engine.gguf_weights import GgufSource
 from engine.model_files import ModelFiles, ModelFormat, safetensors_shards
+from engine.tensor_shapes import expected_shapes
 from kernels.gemm import PackedWeight, pack_weight
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -81,44 +82,6 @@ def load_weights(files: ModelFiles, arch: ArchSpec, *, dtype: str, exact: bool) 
         source = SafetensorsSource(safetensors_shards(files.path))
     _refuse_unknown(source, arch, files.path)
     return _Loader(source, arch, DTYPES[dtype], exact=exact).load()
-
-
-def expected_shapes(arch: ArchSpec) -> dict[str, tuple[int, ...]]:
-    """Every tensor that `arch` has, by its Hugging Face name, with its shape."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (arch.vocab_size, arch.hidden_size),
-        "model.norm.weight": (arch.hidden_size,),
-    }
-    if not arch.tied:
-        shapes["lm_head.weight"] = (arch.vocab_size, arch.hidden_size)
-    for layer in range(arch.num_layers):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer_shapes(arch).items()}
-    return shapes
-
-
-def _layer_shapes(arch: ArchSpec) -> dict[str, tuple[int, ...]]:
-    hidden, mlp = arch.hidden_size, arch.intermediate_size
-    q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (q, hidden),
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.v_proj.weight": (kv, hidden),
-        "self_attn.o_proj.weight": (hidden, q),
-        "mlp.gate_proj.weight": (mlp, hidden),
-        "mlp.up_proj.weight": (mlp, hidden),
-        "mlp.down_proj.weight": (hidden, mlp),
-    }
-    if arch.qkv_bias:
-        shapes |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
-    if arch.o_bias:
-        shapes["self_attn.o_proj.bias"] = (hidden,)
-    if arch.mlp_bias:
-        shapes |= {"mlp.gate_proj.bias": (mlp,), "mlp.up_proj.bias": (mlp,), "mlp.down_proj.bias": (hidden,)}
-    if arch.qk_norm:
-        shapes |= {"self_attn.q_norm.weight": (arch.head_dim,), "self_attn.k_norm.weight": (arch.head_dim,)}
-    return shapes
 
 
 def _refuse_unknown(source: WeightSource, arch: ArchSpec, path: Path) -> None:

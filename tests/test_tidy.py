@@ -42,6 +42,7 @@ PURE = {
     "engine/prefix_cache.py",
     "engine/sequence.py",
     "engine/step.py",
+    "engine/tensor_shapes.py",
     "kv_transfer/actions.py",
     "kv_transfer/handoff.py",
     "kv_transfer/handoff_source.py",
@@ -73,6 +74,7 @@ PURE = {
     "router/request.py",
     "router/validation.py",
     "router/store.py",
+    "cluster/memory.py",
     "cluster/membership.py",
     "cluster/worker_core.py",
 }

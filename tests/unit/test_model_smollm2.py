@@ -15,7 +15,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from engine.cpu_runner import CpuRunner
 from engine.gguf_weights import GgufSource
 from engine.model_files import DEFAULT_MODEL, find_model, read_arch
-from engine.weights import expected_shapes
+from engine.tensor_shapes import expected_shapes
 
 ORACLE = json.loads((Path(__file__).parent.parent / "testdata" / "oracle_smollm2.json").read_text())
 PROMPTS = ORACLE["prompts"]

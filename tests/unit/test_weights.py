@@ -25,7 +25,8 @@ from engine.gguf_dequantise import dequantise_into
 from engine.gguf_header import read_header
 from engine.gguf_weights import GgufSource
 from engine.model_files import ModelFiles, ModelFormat, find_model, read_arch
-from engine.weights import ModelWeights, expected_shapes, load_weights
+from engine.tensor_shapes import expected_shapes
+from engine.weights import ModelWeights, load_weights
 
 
 @pytest.fixture(scope="module")

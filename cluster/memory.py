@@ -1,0 +1,27 @@
+"""Whether a machine has room for the workers of a cluster, and what to change when it has not."""
+
+from __future__ import annotations
+
+from cluster.config import KV_MEMORY_LEAST, ClusterConfig, MiB
+from engine.arch import ArchSpec
+from engine.tensor_shapes import num_parameters
+
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}  # of one number
+OTHER_BYTES = 192 * MiB  # of a worker: Python, torch and its transfer agent, without what they share; measured
+
+
+def shortage(config: ClusterConfig, arch: ArchSpec, *, available_bytes: int) -> str | None:
+    """Why the workers do not fit into `available_bytes`, how much is missing, and which flag helps; None: they fit."""
+    weights = num_parameters(arch) * WEIGHT_BYTES[config.dtype]
+    kv, num = int(config.kv_memory), config.num_workers
+    missing = num * (weights + kv + OTHER_BYTES) - available_bytes
+    if missing <= 0:
+        return None
+    kv_left = (kv - -(-missing // num)) // MiB * MiB
+    hints = [f"--kv-memory to {kv_left // MiB}MiB"] if kv_left >= max(MiB, KV_MEMORY_LEAST) else []
+    hints.append("the number of workers (--prefill, --decode, --mixed)")
+    return (
+        f"kv_memory: {num} workers need {weights // MiB} MiB of weights, {kv // MiB} MiB of KV and about "
+        f"{OTHER_BYTES // MiB} MiB besides each; {available_bytes // MiB} MiB are available, "
+        f"{-(-missing // MiB)} MiB too little: lower {' or '.join(hints)}"
+    )
