@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import kernels
-from cluster.config import load
+from cluster.config import MiB, load
 from cluster.installation import clash
-from cluster.memory import OTHER_BYTES, MiB, shortage
+from cluster.memory import OTHER_BYTES, shortage
 from engine.arch import arch_from_config
 from engine.tensor_shapes import num_parameters
 
@@ -38,10 +38,9 @@ def test_transformers_works_beside_our_kernels() -> None:
 def test_another_distribution_of_that_name_is_refused_before_it_is_imported(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("raise SystemExit('imported')\n")
-    (tmp_path / "kernels-0.11.0.dist-info").mkdir()
-    (tmp_path / "kernels-0.11.0.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: kernels\nVersion: 1\n"
-    )
+    metadata = tmp_path / "kernels-0.11.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 1\n")
     command = [sys.executable, "-c", "import sys; sys.argv[:] = ['tandem', 'serve']; from cli.main import main; main()"]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
@@ -69,4 +68,4 @@ def test_too_little_memory_is_told_with_what_helps(missing_bytes: int, hint: str
     told = shortage(config, SMOLLM2, available_bytes=needed - missing_bytes)
     assert told is not None
     assert told.startswith("kv_memory: 3 workers need 513 MiB of weights, 512 MiB of KV and about 192 MiB besides each")
-    assert told.endswith(hint) or hint in told
+    assert hint in told
