@@ -16,6 +16,7 @@ ENVIRONMENT_PREFIX = "TANDEM_"
 # Variables that are no settings of a cluster: the settings file, the kernels' choice, and two of the tests.
 OTHER_VARIABLES = frozenset({"CONFIG", "KERNELS", "REQUIRE", "HANDOFF_SEEDS"})
 MiB = 1 << 20
+WILDCARDS = ("0.0.0.0", "::")
 KV_MEMORY_LEAST = 16 << 10  # far too little for a real model, which then says how large one block is
 DEFAULT_MODEL = "smollm2-135m-instruct"
 FAKE_MODEL = "fake"  # next token = hash of the prefix: no weights, for tests of everything but the numbers
@@ -86,6 +87,10 @@ class ClusterConfig(BaseModel):
         if self.max_tokens_per_step < self.chunk_tokens:
             raise ValueError(
                 f"max_tokens_per_step: {self.max_tokens_per_step} is less than chunk_tokens, {self.chunk_tokens}"
+            )
+        if self.worker_host in WILDCARDS:
+            raise ValueError(
+                f"worker_host: {self.worker_host} is no address that others reach; leave it empty or name one"
             )
         if self.port == self.grpc_port != 0:
             raise ValueError(f"grpc_port: {self.grpc_port} is the HTTP port too")

@@ -21,7 +21,7 @@ from types import FrameType
 import psutil
 
 from cluster import run_file
-from cluster.config import FAKE_MODEL, ClusterConfig
+from cluster.config import FAKE_MODEL, WILDCARDS, ClusterConfig
 from cluster.memory import shortage
 from cluster.pools import PoolError, Pools, WorkerDown, WorkerUp
 from cluster.processes import PortInUse, adopt_orphans, descendants, kill_all, pick_port, wait_gone
@@ -155,7 +155,7 @@ class Supervisor:
             raise StartFailed(str(error)) from None
         config = config.model_copy(update={"port": port, "grpc_port": grpc_port})
         self._log_dir = run_file.log_dir_of(config.run_dir, port)
-        if config.address and config.host in LOOPBACK:
+        if config.address and config.host in (*LOOPBACK, *WILDCARDS):
             raise StartFailed(f"host: workers on {config.address} cannot reach {config.host}; give --host an address")
         if config.model != FAKE_MODEL:
             try:

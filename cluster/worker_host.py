@@ -22,6 +22,7 @@ from typing import TypeVar
 import grpc
 import grpc.aio
 
+from cluster.run_file import reachable
 from cluster.worker_core import WorkerCore, WorkerCoreConfig
 from cluster.worker_model import WorkerModel, load_model
 from cluster.worker_registration import Pulse, Registration, RegistrationOver
@@ -287,8 +288,8 @@ class WorkerHost:
     async def _bind(self) -> str:
         """A server that is bound but takes no calls yet: registration needs its port, its services a registration."""
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        port = self._server.add_insecure_port(f"{self.settings.bind_host}:0")
-        return f"{self.settings.reachable_host}:{port}"
+        port = self._server.add_insecure_port(f"{reachable(self.settings.bind_host)}:0")
+        return f"{reachable(self.settings.reachable_host)}:{port}"
 
     async def _register(self, info: WorkerInfo) -> int:
         self._registration = Registration(

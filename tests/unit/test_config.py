@@ -49,6 +49,7 @@ def test_the_file_may_come_from_a_variable(tmp_path: Path) -> None:
         ({"chunk_tokens": 100}, r"chunk_tokens: 100 is no multiple of block_size, 16"),
         ({"max_tokens_per_step": 16}, r"max_tokens_per_step: 16 is less than chunk_tokens, 256"),
         ({"port": 9000, "grpc_port": 9000}, r"grpc_port: 9000 is the HTTP port too"),
+        ({"worker_host": "0.0.0.0"}, r"worker_host: 0.0.0.0 is no address that others reach"),
         ({"transport": "pigeon"}, r"transport: 'pigeon': "),
         ({"prefil": 1}, r"--prefil: there is no such setting; did you mean prefill\?"),
         ({"threads": "many"}, r"threads: 'many': .*integer"),
