@@ -29,6 +29,7 @@ class Mix:
     """What the requests are like. Shares are of 1."""
 
     prompt_tokens_max: int = 600
+    max_tokens_min: int = 1
     max_tokens_max: int = 64
     abandoned: float = 1 / 3
     over_http: float = 0.5
@@ -100,7 +101,7 @@ def _request(draw: random.Random, mix: Mix, prefixes: list[list[int]]) -> Wanted
     prompt = draw.choice(prefixes)[:shared] + _tokens(draw, length - shared)
     http = draw.random() < mix.over_http
     stream = draw.random() < mix.streamed
-    max_tokens = draw.randint(1, mix.max_tokens_max)
+    max_tokens = draw.randint(mix.max_tokens_min, mix.max_tokens_max)
     leaves = draw.random() < mix.abandoned
     counts = leaves and stream and draw.random() < 0.6
     after_s = draw.choice([0.0, draw.uniform(0, 0.02), draw.uniform(0, 0.5)])
@@ -114,9 +115,7 @@ def _request(draw: random.Random, mix: Mix, prefixes: list[list[int]]) -> Wanted
         n=draw.randint(2, 4) if http and draw.random() < mix.several else 1,
         stop=_TOKENIZER.token_bytes(draw.choice(_PRINTABLE)).decode() if draw.random() < mix.stopped else "",
         leave_after_pieces=draw.randint(0, max_tokens - 1) if counts else None,
-        leave_after_s=draw.choice([0.0, draw.uniform(0, 0.02), draw.uniform(0, 0.5)])
-        if leaves and not counts
-        else None,
+        leave_after_s=after_s if leaves and not counts else None,
     )
 
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,33 +36,58 @@ def ways(document: dict[str, Any]) -> Counter[str]:
     return Counter(request["mode"] for request in done)
 
 
-def test_a_thousand_requests_of_which_a_third_is_abandoned(tmp_path: Path) -> None:
-    with ClusterUnderTest(*TWO_AND_TWO, "--kv-memory", "1MiB", run_dir=tmp_path) as cluster:
-        router = psutil.Process(cluster.document()["router_pid"])
-        outcome, _ = run(cluster, Mix(), 20, seed=1)
-        fds_before = router.num_fds()
-        outcome, document = run(cluster, Mix(), 1000, seed=2)
-        assert outcome.errors == []
-        assert outcome.num_abandoned > 250
-        kinds = [shape.split(" n=")[0] for shape in outcome.shapes]
-        assert set(kinds) == {"http", "http stream", "grpc", "grpc stream"}
-        assert any("with a stop" in shape for shape in outcome.shapes)
-        assert any("n=3" in shape for shape in outcome.shapes)
-        assert ways(document)["prefill"] > 400  # the rest: abandoned, or prefilled where its prefix was
-        assert router.num_fds() <= fds_before + 16  # kept connections may differ, a leak of one a request would not
-        assert cluster.mishaps() == []
-        told = cluster.status()  # by the command, as operators see it
-        assert unsettled(told) == []
-        assert [each["kv_blocks"] for each in told["workers"]] == [each["kv_blocks"] for each in document["workers"]]
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterUnderTest]:
+    """Two prefill and two decode workers with room enough."""
+    with ClusterUnderTest(*TWO_AND_TWO, "--kv-memory", "1MiB", run_dir=tmp_path_factory.mktemp("run")) as served:
+        yield served
+
+
+def test_a_thousand_requests_of_which_a_third_is_abandoned(cluster: ClusterUnderTest) -> None:
+    router = psutil.Process(cluster.document()["router_pid"])
+    run(cluster, Mix(), 20, seed=1)
+    fds_before = router.num_fds()
+    outcome, document = run(cluster, Mix(), 1000, seed=2)
+    assert outcome.errors == []
+    assert outcome.num_abandoned > 250
+    kinds = [shape.split(" n=")[0] for shape in outcome.shapes]
+    assert set(kinds) == {"http", "http stream", "grpc", "grpc stream"}
+    assert any("with a stop" in shape for shape in outcome.shapes)
+    assert any("n=3" in shape for shape in outcome.shapes)
+    assert ways(document)["prefill"] > 400  # the rest: abandoned, or prefilled where its prefix was
+    assert router.num_fds() <= fds_before + 16  # kept connections may differ, a leak of one a request would not
+    assert cluster.mishaps() == []
+    told = cluster.status()  # by the command, as operators see it
+    assert unsettled(told) == []
+    assert [each["kv_blocks"] for each in told["workers"]] == [each["kv_blocks"] for each in document["workers"]]
+
+
+def test_agents_and_workers_killed_under_load(cluster: ClusterUnderTest) -> None:
+    load = Load(url=cluster.url, grpc_address=cluster.grpc_address, concurrency=CONCURRENCY)
+    faults = [
+        killing(cluster, "decode-0", "agent_pid", signal.SIGKILL),
+        killing(cluster, "prefill-0", "agent_pid", signal.SIGKILL),
+        killing(cluster, "decode-1", "pid", signal.SIGKILL),
+        killing(cluster, "prefill-1", "pid", signal.SIGKILL),
+    ]
+    outcome = asyncio.run(_with_faults(load, 300, faults))
+    assert outcome.wrong == [], f"{len(outcome.wrong)} wrong, the first: {outcome.wrong[0]}"
+    assert outcome.errors == []  # each was placed anew, and none of them in vain
+    document = cluster.settled()
+    incarnations = {worker["id"]: worker["incarnation"] for worker in document["workers"]}
+    assert incarnations == {"decode-0": 1, "decode-1": 2, "prefill-0": 1, "prefill-1": 2}
+    assert any(request["num_replacements"] for request in document["requests"])
 
 
 def test_pools_much_too_small_for_the_load(tmp_path: Path) -> None:
-    # 128 blocks of 16 tokens: the longest requests need 88, so most must wait and some lose their blocks on the way.
-    mix = Mix(prompt_tokens_max=700, max_tokens_max=700)
-    with ClusterUnderTest(*TWO_AND_TWO, "--kv-memory", "16KiB", run_dir=tmp_path) as cluster:
-        outcome, document = run(cluster, mix, 120, seed=3)
-        assert outcome.errors == []
-        assert outcome.num_completed > 60
+    # 128 blocks of 16 tokens: a few long requests fill a pool, and answers outgrow what was set aside for them.
+    arguments = ("--prefill", "1", "--decode", "1", "--kv-memory", "16KiB")
+    with ClusterUnderTest(*arguments, run_dir=tmp_path) as cluster:
+        longer = Mix(prompt_tokens_max=60, max_tokens_min=700, max_tokens_max=900, stopped=0.0, several=0.0)
+        for mix, num, seed in ((Mix(), 60, 3), (longer, 24, 4)):
+            outcome, document = run(cluster, mix, num, seed=seed)
+            assert outcome.errors == []
+            assert outcome.num_completed > num / 2
         assert any(request["tokens_recomputed"] for request in document["requests"]), "nothing was ever preempted"
         assert cluster.mishaps() == []
         # What can never fit is refused by name, at once.
@@ -75,9 +100,9 @@ def test_pools_much_too_small_for_the_load(tmp_path: Path) -> None:
 
 @pytest.mark.gloo
 def test_over_gloo(tmp_path: Path) -> None:
-    arguments = (*TWO_AND_TWO, "--kv-memory", "1MiB", "--transport", "gloo")
+    arguments = ("--prefill", "1", "--decode", "1", "--kv-memory", "1MiB", "--transport", "gloo")
     with ClusterUnderTest(*arguments, run_dir=tmp_path) as cluster:
-        outcome, document = run(cluster, Mix(), 160, seed=4)
+        outcome, document = run(cluster, Mix(), 150, seed=5)
         assert outcome.errors == []
         assert ways(document)["prefill"] > 60
         assert sum(request["blocks_moved"] for request in document["requests"]) > 1000
@@ -105,25 +130,6 @@ def killing(cluster: ClusterUnderTest, worker_id: str, part: str, number: signal
         return f"{number.name} to {part} of {worker_id}"
 
     return fault
-
-
-def test_agents_and_workers_killed_under_load(tmp_path: Path) -> None:
-    arguments = (*TWO_AND_TWO, "--kv-memory", "1MiB", "--fake-step-ms", "5")
-    with ClusterUnderTest(*arguments, run_dir=tmp_path) as cluster:
-        load = Load(url=cluster.url, grpc_address=cluster.grpc_address, concurrency=CONCURRENCY)
-        faults = [
-            killing(cluster, "decode-0", "agent_pid", signal.SIGKILL),
-            killing(cluster, "prefill-0", "agent_pid", signal.SIGKILL),
-            killing(cluster, "decode-1", "pid", signal.SIGKILL),
-            killing(cluster, "prefill-1", "pid", signal.SIGKILL),
-        ]
-        outcome = asyncio.run(_with_faults(load, 300, faults))
-        assert outcome.wrong == [], f"{len(outcome.wrong)} wrong, the first: {outcome.wrong[0]}"
-        assert outcome.errors == []  # each was placed anew, and none of them in vain
-        document = cluster.settled()
-        incarnations = {worker["id"]: worker["incarnation"] for worker in document["workers"]}
-        assert incarnations == {"decode-0": 1, "decode-1": 2, "prefill-0": 1, "prefill-1": 2}
-        assert any(request["num_replacements"] for request in document["requests"])
 
 
 @pytest.mark.long
