@@ -198,6 +198,13 @@ class _Peer:
                 reason = "it does not answer"
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
+            except asyncio.InvalidStateError:
+                reason = "the stream ended under a message"
+            except Exception as error:  # our own mistake, such as a message that has no encoding: it must not go again
+                logger.exception("stream to worker %s", self._address.worker_id)
+                self._give_up(f"{type(error).__name__}: {error}")
+                losses = 0
+                continue
             losses = 1 if self._alive else losses + 1
             if losses >= MAX_LOSSES:
                 self._give_up(reason)

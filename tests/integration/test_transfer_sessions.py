@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -211,6 +214,55 @@ def test_a_peer_that_is_stopped_is_gone_within_the_bound() -> None:
         finally:
             process.kill()
             process.communicate()
+
+    run(scenario)
+
+
+class Fickle(pb_grpc.TransferServicer):
+    """Ends its first streams at once, well and without a word more than a sign of life; then it is `of`'s sessions."""
+
+    def __init__(self, of: Worker, num: int) -> None:
+        self._of, self._num = of, num
+
+    async def Exchange(
+        self,
+        request_iterator: AsyncIterator[pb.TransferMessage],
+        context: grpc.aio.ServicerContext[pb.TransferMessage, pb.TransferMessage],
+    ) -> None:
+        if self._num:
+            self._num -= 1
+            await context.write(pb.TransferMessage())
+            return
+        await self._of.sessions.Exchange(request_iterator, context)
+
+
+def test_a_stream_that_ends_well_under_a_message_is_opened_again() -> None:
+    async def scenario(a: Worker, b: Worker) -> None:
+        server = grpc.aio.server()
+        pb_grpc.add_TransferServicer_to_server(Fickle(b, 5), server)  # type: ignore[no-untyped-call]
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            peer = WorkerAddress(worker_id=WorkerId("b"), incarnation=2, control=f"127.0.0.1:{port}", endpoint="")
+            while not b.messages:  # each may have been written to a stream that ended before it was read
+                a.sessions.send(peer, message(1))
+                with contextlib.suppress(TimeoutError):
+                    await b.until(lambda: len(b.messages) > 0, 0.2)
+                assert asyncio.get_running_loop().time() < deadline_s
+        finally:
+            await server.stop(0)
+
+    deadline_s = time.monotonic() + BOUND_S
+    run(scenario)
+
+
+def test_a_message_that_has_no_encoding_costs_itself_and_not_the_peer() -> None:
+    async def scenario(a: Worker, b: Worker) -> None:
+        bad = message(1)
+        a.sessions.send(b.address, replace(bad, header=replace(bad.header, epoch=1 << 70)))
+        await a.until(lambda: a.gone == [(WorkerId("b"), 2)])
+        a.sessions.send(b.address, message(2))
+        await b.until(lambda: b.messages == [message(2)])
 
     run(scenario)
 
