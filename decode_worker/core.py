@@ -471,10 +471,12 @@ class DecodeCore:
         )
 
     def _num_promised(self) -> int:
-        """Blocks that prompts under way have yet to take."""
+        """Blocks that sequences here have yet to take for the tokens they have.
+
+        Those that hold none count too: a request that lost its blocks would else wait for as long as others are let in.
+        """
         size = self._ledger.block_size
-        started = [each for each in self._batch.sequences() if each.started]
-        return sum(max(0, -(-len(each.tokens) // size) - len(each.blocks)) for each in started)
+        return sum(max(0, -(-len(each.tokens) // size) - len(each.blocks)) for each in self._batch.sequences())
 
     def _load(self, request: _Request) -> Load:
         """What the request occupies now and may still write."""

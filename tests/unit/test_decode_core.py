@@ -264,6 +264,15 @@ def test_full_worker_says_wait_and_after_a_while_no() -> None:
     assert (refused.code, refused.retryable) == ("no_room", True)
 
 
+def test_who_waits_here_for_memory_comes_before_who_offers() -> None:
+    bench = Bench(num_blocks=8)
+    bench.handle(assign("long", mode=AssignMode.LOCAL, tokens=tuple(range(24))))  # six blocks, none taken yet
+    bench.handle(assign("b", mode=DECODE))
+    assert said(bench.handle(from_peer(offer(), "b")), Wait)
+    bench.run()
+    assert said(bench.handle(from_peer(offer(), "b")), Grant)
+
+
 @pytest.mark.parametrize(
     ("event", "code"),
     [

@@ -42,7 +42,7 @@ def test_its_neighbours_go_on_and_its_prefix_is_computed_anew() -> None:
     while "broken" not in answers:
         step()
     assert step("broken") == (Failed(request_id=RequestId("broken"), epoch=1, code="not_finite", reason="nan"),)
-    assert "broken" not in batch
+    assert batch.get(RequestId("broken")) is None
     assert ledger.match(block_hashes(b"", PROMPT, BLOCK)) == 0
     batch.add(sequence("later"))
     while len(batch):
