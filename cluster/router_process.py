@@ -114,6 +114,7 @@ class RouterProcess:
             )
             await self.driver.start()
             tasks = [
+                asyncio.create_task(self.driver.crashed()),
                 asyncio.create_task(self.registry.tick()),
                 asyncio.create_task(self.supervisor.listen(self.registry.ended)),
                 asyncio.create_task(self._until_stopped()),

@@ -61,9 +61,10 @@ class WorkerLink:
         self._failed: asyncio.Future[str] | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begins to dial."""
+    def start(self) -> asyncio.Task[None]:
+        """Begins to dial. The task ends by `close`, or by an error that a callback raised."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"link to {self._worker_id}")
+        return self._task
 
     async def close(self) -> None:
         """Ends the stream and all dialling. Says nothing to `on_lost`."""

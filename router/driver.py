@@ -115,6 +115,7 @@ class Driver:
         self._links: dict[_Key, WorkerLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
+        self._crash: asyncio.Future[None] | None = None  # gets the first error that nobody can answer for
         self._stopped = False
 
     async def __aenter__(self) -> Driver:
@@ -128,7 +129,18 @@ class Driver:
 
     async def start(self) -> None:
         """Begins to tick."""
-        self._ticker = asyncio.get_running_loop().create_task(self._tick(), name="router tick")
+        loop = asyncio.get_running_loop()
+        self._crash = loop.create_future()
+        self._ticker = loop.create_task(self._tick(), name="router tick")
+        self._ticker.add_done_callback(self._watch)
+
+    async def crashed(self) -> None:
+        """Waits until the core, its tick or a link has failed by a mistake of ours, and raises that.
+
+        Without a tick no deadline passes, and a dead link looks alive: whoever hosts the driver ends the process then.
+        """
+        assert self._crash is not None, "not started"
+        await asyncio.shield(self._crash)
 
     async def stop(self) -> None:
         """Ends every request with a named error, then every link. Bounded."""
@@ -151,7 +163,7 @@ class Driver:
         stream = RequestStream(request.request_id)
         known = self._streams.get(request.request_id)
         self._streams[request.request_id] = stream
-        for action in self._core.handle(self._now_ms(), Submitted(request=request)):
+        for action in self._handle(Submitted(request=request)):
             if isinstance(action, Refuse):
                 if known is None:
                     del self._streams[request.request_id]
@@ -199,7 +211,7 @@ class Driver:
             on_lost=lost,
         )
         self._links[key] = link
-        link.start()
+        link.start().add_done_callback(self._watch)
 
     def worker_lost(self, worker_id: WorkerId, incarnation: int, reason: str) -> None:
         """The worker incarnation is dead: what it had is placed anew."""
@@ -232,8 +244,26 @@ class Driver:
         self._feed(ReportArrived(report=report))
 
     def _feed(self, event: Event) -> None:
-        for action in self._core.handle(self._now_ms(), event):
+        for action in self._handle(event):
             self._perform(action)
+
+    def _handle(self, event: Event) -> list[Action]:
+        try:
+            return self._core.handle(self._now_ms(), event)
+        except Exception as error:
+            self._crashes(error)
+            raise
+
+    def _watch(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._crashes(error)
+
+    def _crashes(self, error: BaseException) -> None:
+        log.critical("the router is broken", exc_info=error)
+        if self._crash is not None and not self._crash.done():
+            self._crash.set_exception(error)
+            self._crash.exception()  # taken note of, whether or not anybody waits
 
     def _perform(self, action: Action) -> None:
         match action:

@@ -262,7 +262,7 @@ class Answers:
             async for piece in self.answers[0]:
                 yield 0, piece
             return
-        queue: asyncio.Queue[tuple[int, Piece | TandemError | None]] = asyncio.Queue(_MERGE_QUEUE_MAX)
+        queue: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue(_MERGE_QUEUE_MAX)
         tasks = [asyncio.create_task(_pump(number, answer, queue)) for number, answer in enumerate(self.answers)]
         try:
             left = len(tasks)
@@ -270,7 +270,7 @@ class Answers:
                 number, item = await queue.get()
                 if item is None:
                     left -= 1
-                elif isinstance(item, TandemError):
+                elif isinstance(item, Exception):
                     raise item
                 else:
                     yield number, item
@@ -280,12 +280,12 @@ class Answers:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(number: int, answer: Answer, queue: asyncio.Queue[tuple[int, Piece | TandemError | None]]) -> None:
+async def _pump(number: int, answer: Answer, queue: asyncio.Queue[tuple[int, Piece | Exception | None]]) -> None:
     try:
         async for piece in answer:
             await queue.put((number, piece))
         await queue.put((number, None))
-    except TandemError as error:
+    except Exception as error:  # of whatever kind: it is raised where the pieces are read, which would wait for ever
         await queue.put((number, error))
 
 

@@ -53,7 +53,7 @@ class ScriptedDriver:
         self.batch = batch
         self.requests: dict[str, Running] = {}
         self.refuse_with: TandemError | None = None
-        self.fail_with: TandemError | None = None
+        self.fail_with: Exception | None = None
         self.fail_after = 0
         self.hold_after: int | None = None  # deliver so many tokens, then wait to be cancelled
 

@@ -13,7 +13,9 @@ import pytest
 from edge import CONTEXT_TOKENS, MODEL, http_server, saying, service_over, smol
 from scripted_driver import ScriptedDriver
 
-from router.service import Service
+from router.metrics import Api
+from router.service import Ask, Service
+from router.validation import SamplingFields
 from tandem.errors import Overloaded, RequestLost, Unavailable
 from tandem.metrics import METRICS, MetricKind
 
@@ -344,6 +346,22 @@ def test_failure_after_the_first_token_is_an_event() -> None:
     reply = post(service_over(driver), CHAT, {"messages": HI, "stream": True})
     assert reply.status_code == 200
     assert events(reply)[-1]["error"]["message"] == "worker d1 died twice"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_failure_that_nobody_foresaw_ends_the_request_however_many_answers_it_has(n: int) -> None:
+    driver = saying(TEXT)
+    driver.fail_with, driver.fail_after = RuntimeError("planted"), 3
+
+    async def read() -> None:
+        answers = service_over(driver).open(
+            Ask(api=Api.CHAT, request_id="", prompts=[[1]], fields=SamplingFields(), n=n)
+        )
+        async for _ in answers.pieces():
+            pass
+
+    with pytest.raises(RuntimeError, match="planted"):
+        asyncio.run(asyncio.wait_for(read(), 10))
 
 
 def test_health_models_metrics_and_unknown_pages() -> None:

@@ -229,3 +229,16 @@ def test_stopping_ends_every_stream() -> None:
 
     task: Coroutine[Any, Any, None] = main()
     asyncio.run(task)
+
+
+def test_a_core_that_breaks_is_told_to_whoever_hosts_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def case(driver: Driver, worker: CountingWorker) -> None:
+        def broken(now_ms: int, event: object) -> list[object]:
+            raise AssertionError("planted")
+
+        monkeypatch.setattr(driver._core, "handle", broken)
+        with pytest.raises(AssertionError, match="planted"):
+            await asyncio.wait_for(driver.crashed(), 5)
+        monkeypatch.undo()
+
+    run(case)
