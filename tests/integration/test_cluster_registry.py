@@ -34,9 +34,9 @@ class Place:
 
 
 @asynccontextmanager
-async def registry(*, port: int = 0, base_incarnation: int = 0) -> AsyncIterator[Place]:
+async def registry(*, port: int = 0, base_incarnation: int = 0, heartbeat_ms: int = 100) -> AsyncIterator[Place]:
     changes: asyncio.Queue[StateChanged] = asyncio.Queue()
-    membership = Membership(heartbeat_ms=100, base_incarnation=base_incarnation)
+    membership = Membership(heartbeat_ms=heartbeat_ms, base_incarnation=base_incarnation)
     async with Driver() as driver:
         servicer = Registry(membership=membership, driver=driver, on_change=changes.put_nowait)
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
