@@ -327,6 +327,10 @@ class WorkerHost:
             self.end(f"no router connected within {self.settings.router_gone_s} s")
         except RegistrationOver as error:
             self.end(str(error))
+        except Exception as error:
+            # Without heartbeats the worker is dead to the cluster in seconds: better by name than in silence.
+            log.exception("worker=%s the heartbeats failed", self.settings.worker_id)
+            self.end(f"the heartbeats failed: {type(error).__name__}: {error}")
 
     def _pulse(self) -> Pulse:
         agent, engine = self._agent.info, self._engine

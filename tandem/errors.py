@@ -1,16 +1,16 @@
 """The errors that Tandem's users can meet, each with its code, HTTP status and gRPC status.
 
-    TandemError
-      +-- InvalidRequest      a field is wrong; names it, its value and its limit        400  INVALID_ARGUMENT
-      |     +-- UnknownModel                                                             404  NOT_FOUND
-      +-- UnknownRequest      no such request is known                                   404  NOT_FOUND
-      +-- DuplicateRequest    the id is in use                                           409  ALREADY_EXISTS
-      +-- Overloaded          over capacity; says when to come again                     429  RESOURCE_EXHAUSTED
-      +-- Unavailable         no worker can serve this now                               503  UNAVAILABLE
-      +-- DeadlinePassed      the request's own deadline is over                         504  DEADLINE_EXCEEDED
-      +-- RequestLost         placed and re-placed in vain; names the last failure       502  ABORTED
-      +-- NotFinite           the model's logits for it are NaN or infinite              500  INTERNAL
-      +-- Cancelled           ended by its client or an operator                         499  CANCELLED
+TandemError
+  +-- InvalidRequest      a field is wrong; names it, its value and its limit        400  INVALID_ARGUMENT
+  |     +-- UnknownModel                                                             404  NOT_FOUND
+  +-- UnknownRequest      no such request is known                                   404  NOT_FOUND
+  +-- DuplicateRequest    the id is in use                                           409  ALREADY_EXISTS
+  +-- Overloaded          over capacity; says when to come again                     429  RESOURCE_EXHAUSTED
+  +-- Unavailable         no worker can serve this now                               503  UNAVAILABLE
+  +-- DeadlinePassed      the request's own deadline is over                         504  DEADLINE_EXCEEDED
+  +-- RequestLost         placed and re-placed in vain; names the last failure       502  ABORTED
+  +-- NotFinite           the model's logits for it are NaN or infinite              500  INTERNAL
+  +-- Cancelled           ended by its client or an operator                         499  CANCELLED
 """
 
 from __future__ import annotations
