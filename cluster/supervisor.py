@@ -357,7 +357,7 @@ class Supervisor:
             "Ctrl-C or `tandem down` stops it. Try:"
         )
         question = {"role": "user", "content": "What is the capital of France?"}
-        body = json.dumps({"model": self._model, "messages": [question], "max_tokens": 32})
+        body = json.dumps({"model": self._model, "messages": [question], "max_tokens": 32, "temperature": 0})
         self._say(f"  curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
 
     # ---- signals -----------------------------------------------------------------------------------------------------
