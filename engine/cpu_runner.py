@@ -79,6 +79,7 @@ class CpuRunner:
             num_blocks = blocks_in(kv_bytes, layout.block_bytes)
         assert num_blocks is not None
         pool = KVPool(num_blocks=num_blocks, block_bytes=layout.block_bytes, inheritable=inheritable)
+        pool.populate()
         runner = cls(
             files=files, arch=arch, decoder=Decoder(arch, weights, num_threads=threads), pool=pool, layout=layout
         )

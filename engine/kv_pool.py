@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SPARE_BYTES = 256 << 20  # of available memory that a new pool leaves to others
+MADV_POPULATE_WRITE = 23  # <linux/mman.h>; the module mmap does not name it
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -76,6 +77,12 @@ class KVPool:
         with contextlib.suppress(OSError):
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._memory)
+
+    def populate(self) -> None:
+        """Takes all of its memory now: else the first step over blocks that an agent wrote pays a fault a page."""
+        # Kernels before 5.14 do not know it; then the faults come one by one.
+        with contextlib.suppress(OSError):
+            self._memory.madvise(MADV_POPULATE_WRITE)
 
     @property
     def num_bytes(self) -> int:

@@ -42,15 +42,16 @@ class AgentContext:
         self.nonce = secrets.token_bytes(shm.NONCE_BYTES)
         self.nonce_fd = shm.nonce_memory(self.nonce)
         self.copy_frame: CopyFrame = copy_then_hash
-        # Beside the rest: the kernels may have to be built first.
-        threading.Thread(target=self._load_kernel, name="kernel", daemon=True).start()
+        # Beside the rest: mapping a pool takes a moment, and the kernels may have to be built first.
+        threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
         self.incarnation = secrets.randbits(63)
         self.token = secrets.token_bytes(16)
         self.events: queue.SimpleQueue[AgentEvent | Ping] = queue.SimpleQueue()
         self._attempts = Attempts()
         self._changed = threading.Condition()
 
-    def _load_kernel(self) -> None:
+    def _warm_up(self) -> None:
+        self.pool.populate()
         self.copy_frame = load_copy_frame()
 
     @property

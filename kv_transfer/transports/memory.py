@@ -13,6 +13,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_MADV_POPULATE_WRITE = 23  # <linux/mman.h>
 # What the C kernel takes: blocks of whole stripes, and more than the short inputs that XXH3 treats apart.
 KERNEL_STRIPE_BYTES = 64
 KERNEL_LEAST_BYTES = 240
@@ -39,6 +41,10 @@ class MappedPool:
         self.block_bytes = block_bytes
         self._base: int | None = address
         self._size = size
+
+    def populate(self) -> None:
+        """Maps all pages that are there already, so that frames do not pay a fault a page; any thread."""
+        _libc.madvise(self.base, self._size, _MADV_POPULATE_WRITE)  # kernels before 5.14 refuse: faults come later
 
     @property
     def base(self) -> int:
