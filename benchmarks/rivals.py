@@ -44,7 +44,7 @@ class Vllm:
         }
         self._log = (FOLDER / f"vllm-{dtype}.log").open("w")
         self._process = subprocess.Popen(
-            [str(PYTHON), str(ROOT / "benchmarks" / "rival_vllm.py"), str(folder), dtype],
+            [str(PYTHON), "-P", str(ROOT / "benchmarks" / "rival_vllm.py"), str(folder), dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
