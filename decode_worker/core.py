@@ -17,7 +17,7 @@ from engine.layout import KVLayout
 from engine.prefix_cache import BlockHash, block_hashes
 from engine.sequence import Sequence
 from engine.step import Batch, StepOutcome, StepPlan
-from kv_transfer.actions import Action, AgentLost, FromRouter, Piece, Registered, Report, SendTransfer
+from kv_transfer.actions import Action, AgentLost, FromRouter, Piece, Registered, Report, SendTransfer, request_failed
 from kv_transfer.handoff import (
     AcceptBlocks,
     AskCommit,
@@ -56,7 +56,6 @@ from tandem.messages import (
     CancelAssigned,
     CommitAsk,
     OwnerIs,
-    RequestFailed,
     TransferStats,
     WorkerAddress,
 )
@@ -204,7 +203,7 @@ class DecodeCore:
             actions += self._stop(now_ms, before, f"assigned anew at epoch {assign.epoch}")
 
         def refuse(code: str, message: str, *, retryable: bool) -> list[Action]:
-            failed = _failed(assign.request_id, assign.epoch, code, message, retryable=retryable)
+            failed = request_failed(assign.request_id, assign.epoch, code, message, retryable=retryable)
             return [*actions, Report(session=session, piece=failed)]
 
         local = assign.mode is AssignMode.LOCAL
@@ -309,7 +308,7 @@ class DecodeCore:
         if (owner.worker_id, owner.incarnation, owner.epoch) != ours:
             return []
         message = "the target had given the attempt up"
-        failed = _failed(owner.request_id, owner.epoch, "handoff_failed", message, retryable=True)
+        failed = request_failed(owner.request_id, owner.epoch, "handoff_failed", message, retryable=True)
         return [Report(session=ended.session, piece=failed)]
 
     def _forget_early(self, now_ms: int) -> None:
@@ -348,7 +347,7 @@ class DecodeCore:
         for failed in outcome.failed:
             request = self._requests.get(failed.request_id)
             if request is not None and request.sequence is not None:
-                piece = _failed(failed.request_id, request.epoch, failed.code, failed.reason, retryable=False)
+                piece = request_failed(failed.request_id, request.epoch, failed.code, failed.reason, retryable=False)
                 actions.append(Report(session=request.session, piece=piece))
                 self._leave(request)
         return actions
@@ -431,7 +430,7 @@ class DecodeCore:
             case EndQuarantine():
                 self._ledger.end_quarantine(transfer)
             case Failed(code=code, reason=reason, retryable=retryable):
-                failed = _failed(attempt.request_id, machine.epoch, code, reason, retryable=retryable)
+                failed = request_failed(attempt.request_id, machine.epoch, code, reason, retryable=retryable)
                 return [self._report(request, failed)]
             case Closed():
                 self._close(request, machine)
@@ -503,7 +502,7 @@ class DecodeCore:
         too_large = self._batch.refusal(num_tokens=len(tokens), request_id=assign.request_id)
         if too_large is not None:
             self._leave(request)
-            failed = _failed(assign.request_id, accept.epoch, "invalid_request", too_large, retryable=False)
+            failed = request_failed(assign.request_id, accept.epoch, "invalid_request", too_large, retryable=False)
             return [self._report(request, failed)]
         blocks = list(self._ledger.blocks_of(request.owner))
         self._run(request, tokens=tokens, num_computed=len(assign.tokens), blocks=blocks)
@@ -544,7 +543,3 @@ class DecodeCore:
 def _epoch(request: _Request) -> int:
     """The newest epoch that the request is known here under, that of a commit whose agent is not quiet yet included."""
     return request.epoch if request.machine is None else max(request.epoch, request.machine.epoch)
-
-
-def _failed(request_id: RequestId, epoch: int, code: str, message: str, *, retryable: bool) -> RequestFailed:
-    return RequestFailed(request_id=request_id, epoch=epoch, code=code, message=message, retryable=retryable)

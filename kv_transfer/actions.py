@@ -19,7 +19,7 @@ from tandem.messages import (
     WorkerAddress,
     WorkerLoad,
 )
-from tandem.request import Token
+from tandem.request import RequestId, Token
 
 # ---- events ------------------------------------------------------------------------------------------------------
 
@@ -78,3 +78,8 @@ class SendTransfer:
 
 
 Action = Report | SendTransfer | SendFrame | ExpectFrames | EndTransfer
+
+
+def request_failed(request_id: RequestId, epoch: int, code: str, message: str, *, retryable: bool) -> RequestFailed:
+    """What either role tells the router when it gives a request up."""
+    return RequestFailed(request_id=request_id, epoch=epoch, code=code, message=message, retryable=retryable)

@@ -14,7 +14,7 @@ from engine.layout import KVLayout
 from engine.prefix_cache import block_hashes
 from engine.sequence import Sequence
 from engine.step import Batch, StepOutcome, StepPlan
-from kv_transfer.actions import Action, AgentLost, FromRouter, Piece, Registered, Report, SendTransfer
+from kv_transfer.actions import Action, AgentLost, FromRouter, Piece, Registered, Report, SendTransfer, request_failed
 from kv_transfer.handoff import (
     AskOwner,
     Attempt,
@@ -51,7 +51,6 @@ from tandem.messages import (
     CancelAssigned,
     OwnerIs,
     OwnerQuery,
-    RequestFailed,
     TransferStats,
     WorkerAddress,
 )
@@ -181,7 +180,7 @@ class PrefillCore:
             actions += self._stop(now_ms, before, f"assigned anew at epoch {assign.epoch}")
 
         def refuse(code: str, message: str, *, retryable: bool) -> list[Action]:
-            failed = _failed(assign.request_id, assign.epoch, code, message, retryable=retryable)
+            failed = request_failed(assign.request_id, assign.epoch, code, message, retryable=retryable)
             return [*actions, Report(session=session, piece=failed)]
 
         peer = assign.peer
@@ -303,7 +302,7 @@ class PrefillCore:
             elif failed is None:
                 actions += self._note_ready(now_ms, request)
             if failed is not None:
-                piece = _failed(failed.request_id, failed.epoch, failed.code, failed.reason, retryable=False)
+                piece = request_failed(failed.request_id, failed.epoch, failed.code, failed.reason, retryable=False)
                 actions += [Report(session=request.session, piece=piece)]
                 actions += self._stop(now_ms, request, failed.reason)
         return [*actions, *self._offer_next(now_ms)]
@@ -392,7 +391,7 @@ class PrefillCore:
                 self._release(request)
             case Failed(code=code, reason=reason, retryable=retryable):
                 self._release(request)
-                failed = _failed(attempt.request_id, attempt.epoch, code, reason, retryable=retryable)
+                failed = request_failed(attempt.request_id, attempt.epoch, code, reason, retryable=retryable)
                 return [self._report(request, failed)]
             case Closed():
                 del self._attempts[transfer]
@@ -442,7 +441,3 @@ class PrefillCore:
         self._ledger.release(request.sequence.owner)
         if self._requests.get(request_id) is request:
             del self._requests[request_id]
-
-
-def _failed(request_id: RequestId, epoch: int, code: str, message: str, *, retryable: bool) -> RequestFailed:
-    return RequestFailed(request_id=request_id, epoch=epoch, code=code, message=message, retryable=retryable)
