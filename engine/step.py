@@ -63,9 +63,13 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Undrawn:
-    """No token can be drawn, since what the model says of this row is not finite; `reason` is for people."""
+    """The row came to nothing, and its sequence ends: `code` says what kind of failure it was, `reason` is for people.
+
+    Unless a runner says otherwise, what the model says of this row is not finite.
+    """
 
     reason: str
+    code: str = NotFinite.code
 
 
 Drawn = Sampled | Undrawn
@@ -100,7 +104,7 @@ class BatchConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """A sequence that cannot go on here, nor would elsewhere: `code` is out_of_blocks, or NotFinite's."""
+    """A sequence that cannot go on here, nor would elsewhere: `code` is out_of_blocks, or Undrawn's."""
 
     request_id: RequestId
     epoch: int
@@ -391,7 +395,7 @@ class Batch:
                 continue
             computed[row.request_id] = row.position
             if isinstance(drawn, Undrawn):
-                failed.append(_failed(sequence, NotFinite.code, drawn.reason))
+                failed.append(_failed(sequence, drawn.code, drawn.reason))
                 del self._sequences[row.request_id]
                 self.ledger.discard(sequence.owner)
                 continue
