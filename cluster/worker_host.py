@@ -1,6 +1,6 @@
 """Everything of one worker process without Ray: model, pool, agent, cores, engine thread, gRPC services, registration.
 
-The engine thread decides and computes; an asyncio loop on a thread of its own speaks with router and peers; the
+One engine thread decides, another computes; an asyncio loop on a thread of its own speaks with router and peers; the
 agent's threads post what it says. Any of them may end the worker, with a reason. Whoever hosts it then ends the
 process, since a worker that has lost a part has no honest way on.
 """
@@ -30,10 +30,11 @@ from cluster.worker_reports import ReportBuilder
 from cluster.worker_service import WorkerService
 from cluster.worker_settings import WorkerSettings
 from engine.blocks import BlockLedger
-from engine.events import PeerGone
+from engine.events import PeerGone, RouterGone
+from engine.isolation import IsolatingRunner
 from engine.loop import EngineLoop, InboxFull
 from engine.step import Batch, BatchConfig
-from kv_transfer.actions import AgentLost, Registered, Report, SendTransfer
+from kv_transfer.actions import AgentLost, Registered, Report, RouterJoined, SendTransfer
 from kv_transfer.agent_client import AgentClient, AgentInfo
 from kv_transfer.agent_settings import AgentSettings, TransportChoice
 from kv_transfer.endpoint import layout_digest
@@ -84,6 +85,7 @@ class WorkerHost:
         self._cleanup = ExitStack()  # what was started, ended in reverse
         self._loop = asyncio.new_event_loop()
         self._connected = asyncio.Event()
+        self._router_sessions: set[int] = set()  # those whose stream is open
         self._engine: EngineLoop | None = None  # None: not yet
         self._stuck = False
         self._timings_ms: dict[str, int] = {}
@@ -221,7 +223,11 @@ class WorkerHost:
         )
         self._reports = ReportBuilder(worker_id=self._me.worker_id, incarnation=self._me.incarnation)
         engine = EngineLoop(
-            core=core, runner=model.runner, perform=self._perform, on_crash=self._crashed, name="engine"
+            core=core,
+            runner=model.runner,
+            perform=self._perform,
+            on_crash=self._crashed,
+            name="engine",
         )
         engine.start()
         self._engine = engine
@@ -231,7 +237,7 @@ class WorkerHost:
 
         self._cleanup.callback(stop)
 
-    # ---- on the engine thread, and on the agent's --------------------------------------------------------------------
+    # ---- on the deciding thread, and on the agent's -------------------------------------------------------------------
 
     def _perform(self, actions: list[object]) -> None:
         reports: list[Report] = []
@@ -247,6 +253,7 @@ class WorkerHost:
                     raise TypeError(f"{type(action).__name__} is no action of a worker's core")
         if reports:
             self._loop.call_soon_threadsafe(self._service.report, self._reports.merge(reports))
+            self._reports.keep(self._router_sessions)
 
     def _crashed(self, error: BaseException, story: str) -> None:
         log.critical("worker=%s the engine crashed; its story:\n%s", self._me.worker_id, story, exc_info=error)
@@ -304,7 +311,7 @@ class WorkerHost:
 
     async def _serve(self) -> None:
         """Begins to take calls: only now, since each goes to the engine. Heartbeats follow the router's first call."""
-        self._service = WorkerService(post=self._post, on_session=self._connected.set)
+        self._service = WorkerService(post=self._from_router, on_session=self._connected.set)
         self._sessions = TransferSessions(
             worker_id=self._me.worker_id,
             incarnation=self._me.incarnation,
@@ -315,6 +322,14 @@ class WorkerHost:
         worker_pb2_grpc.add_TransferServicer_to_server(self._sessions, self._server)  # type: ignore[no-untyped-call]
         await self._server.start()
         self._beating = asyncio.create_task(self._beat(), name="heartbeats")
+
+    def _from_router(self, event: object) -> None:
+        match event:
+            case RouterJoined(session=session):
+                self._router_sessions.add(session)  # before the core can speak to it
+            case RouterGone(session=session):
+                self._router_sessions.discard(session)
+        self._post(event)
 
     def _peer_gone(self, worker_id: WorkerId, incarnation: int) -> None:
         self._post(PeerGone(worker_id=worker_id, incarnation=incarnation))
@@ -336,9 +351,7 @@ class WorkerHost:
         agent, engine = self._agent.info, self._engine
         assert engine is not None, "heartbeats begin after the engine"
         busy = engine.step_began_ms is not None or engine.num_inbox_events > 0
-        return Pulse(
-            progress=engine.num_steps + engine.num_turns, runnable=busy, agent_pid=agent.pid if agent is not None else 0
-        )
+        return Pulse(progress=engine.progress, runnable=busy, agent_pid=agent.pid if agent is not None else 0)
 
     async def _hang_up(self) -> None:
         self._beating.cancel()

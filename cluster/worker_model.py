@@ -51,6 +51,11 @@ class PacedRunner:
         """How the pool lies in memory."""
         return self._runner.layout
 
+    @property
+    def progress(self) -> int:
+        """Of the runner."""
+        return self._runner.progress
+
     def run(self, plan: StepPlan) -> Sequence[Drawn | None]:
         """Runs the step, then waits for its time to be over."""
         over_s = time.monotonic() + self._step_s

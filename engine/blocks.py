@@ -44,6 +44,8 @@ class BlockLedger:
         self._exported: dict[str, dict[int, None]] = {}
         self._granted: dict[str, list[int]] = {}
         self._quarantined: dict[str, list[int]] = {}
+        self._stepping: frozenset[str] = frozenset()  # owners whose blocks the step under way reads and writes
+        self._leaving: dict[str, None] = {}  # of those, the ones to be released when it ends
 
     # ---- what is so --------------------------------------------------------------------------------------------------
 
@@ -99,6 +101,7 @@ class BlockLedger:
 
     def acquire(self, owner: str, hashes: Sequence[BlockHash]) -> list[int]:
         """Shares the leading blocks that are here with the owner and returns them, in order. They are read-only."""
+        assert owner not in self._leaving, f"{owner} has been released"
         taken = []
         mine = self._owned.setdefault(owner, {})
         for block_hash in hashes:
@@ -119,6 +122,7 @@ class BlockLedger:
 
         None, and nothing taken, when there are not enough.
         """
+        assert owner not in self._leaving, f"{owner} has been released"
         blocks = self._take(num)
         if blocks:
             mine = self._owned.setdefault(owner, {})
@@ -140,8 +144,12 @@ class BlockLedger:
     def release(self, owner: str) -> None:
         """Ends the owner. Its blocks go tail first, so that of a prefix the end is evicted before the start.
 
-        Blocks that somebody else owns or reads stay as they are. An unknown owner has nothing to release.
+        Blocks that somebody else owns or reads stay as they are. An unknown owner has nothing to release. An owner in
+        the step under way is released at that step's end, since its blocks are still being written.
         """
+        if owner in self._stepping:
+            self._leaving[owner] = None
+            return
         for block in reversed(self._owned.pop(owner, {})):
             self._num_owners[block] -= 1
             self._settle(block)
@@ -154,6 +162,20 @@ class BlockLedger:
         for block in self._owned.get(owner, {}):
             self._cache.drop(block)
         self.release(owner)
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def begin_step(self, owners: Iterable[str]) -> None:
+        """A step begins that reads and writes these owners' blocks, until `end_step`."""
+        assert not self._stepping, "a step is under way"
+        self._stepping = frozenset(owners)
+
+    def end_step(self) -> None:
+        """The step is over: owners that were released meanwhile end now. No step: no effect."""
+        self._stepping = frozenset()
+        leaving, self._leaving = self._leaving, {}
+        for owner in leaving:
+            self.release(owner)
 
     # ---- readers from outside ----------------------------------------------------------------------------------------
 
@@ -204,6 +226,7 @@ class BlockLedger:
     def accept(self, transfer: str, owner: str) -> list[int]:
         """What the transfer wrote is whole: its GRANTED blocks are appended, in order, to the owner's."""
         assert transfer in self._granted, f"transfer {transfer} has no grant"
+        assert owner not in self._leaving, f"{owner} has been released"
         blocks = self._granted.pop(transfer)
         if blocks:
             mine = self._owned.setdefault(owner, {})

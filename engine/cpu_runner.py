@@ -93,6 +93,11 @@ class CpuRunner:
         """How the pool lies in memory."""
         return self._layout
 
+    @property
+    def progress(self) -> int:
+        """Layers begun."""
+        return self._decoder.num_layers_begun
+
     def run(self, plan: StepPlan) -> list[Drawn | None]:
         """Runs the step; one result per row, None where the row is not sampled, Undrawn where it is not finite."""
         logits = self._decoder.forward(self._tensors(plan), self._tensor).float()

@@ -100,15 +100,22 @@ class FakeRunner:
         self.block_size = block_size
         self.vocab_size = vocab_size
         self._steps = np.arange(0, dtype=np.uint64)
+        self._num_rows = 0
 
     @property
     def layout(self) -> KVLayout:
         """How the pool lies in memory."""
         return self._layout
 
+    @property
+    def progress(self) -> int:
+        """Rows begun."""
+        return self._num_rows
+
     def run(self, plan: StepPlan) -> list[Sampled | None]:
         """Writes the slots of all rows, then draws; one result a row, None where it does not sample."""
         for row in plan.rows:
+            self._num_rows += 1
             self._write(row)
         return [self._sample(row) if row.sample else None for row in plan.rows]
 

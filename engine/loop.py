@@ -1,11 +1,13 @@
-"""The one thread of an engine: it carries events to a core, its actions to the shell, and its plans to a runner."""
+"""The two threads of an engine: one carries events to a core and its actions out, one runs the core's steps."""
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from engine.events import Tick
@@ -16,14 +18,17 @@ IDLE_WAIT_MS = 1000  # the longest sleep, whatever the core's deadline; a guard,
 
 
 class Core(Protocol):
-    """What decides on a worker: plain and synchronous, with the time in every call (milliseconds, monotonic)."""
+    """What decides on a worker: plain and synchronous, with the time in every call (milliseconds, monotonic).
+
+    Between `next_plan` and `step_done` the step runs, and `handle` is called for what happens meanwhile.
+    """
 
     def handle(self, now_ms: int, event: object) -> list[object]:
         """Takes an event in; returns what is to be done."""
         ...
 
     def next_plan(self, now_ms: int) -> StepPlan | None:
-        """The next step, or None when there is nothing to run."""
+        """The next step, or None when there is nothing to run. Not called while a step runs."""
         ...
 
     def step_done(self, now_ms: int, plan: StepPlan, sampled: Sequence[Drawn | None]) -> list[object]:
@@ -48,12 +53,25 @@ class InboxFull(RuntimeError):
     """The engine did not keep up with its events; whoever posted must drop its connection or wait."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ran:
+    """What became of a step."""
+
+    plan: StepPlan
+    sampled: Sequence[Drawn | None]
+    step_ms: float
+    error: BaseException | None = None
+
+
 class EngineLoop:
-    """Runs a core and a runner on one thread, from `start` until `stop` or the first error.
+    """Runs a core on one thread and a runner on another, from `start` until `stop` or the first error.
+
+    The core goes on hearing events while a step runs: a commit that arrives need not wait for somebody else's chunk
+    of prefill. Only one step runs at a time, and only the core's thread calls the core.
 
     `perform` gets the core's actions, and `on_crash` the error that ended the loop and the core's story; both are
-    called on the engine thread and must not block. `post` may be called from any thread. Counters are written by the
-    engine thread alone and may be read from anywhere.
+    called on the core's thread and must not block. `post` may be called from any thread. Counters are written by the
+    core's thread alone and may be read from anywhere.
     """
 
     def __init__(
@@ -73,27 +91,39 @@ class EngineLoop:
         self._inbox: deque[object] = deque()
         self._inbox_events_max = inbox_events_max
         self._wake = threading.Condition()
+        self._ran: _Ran | None = None  # a step that has run and is not booked
+        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
         self._stopping = False
         self._ticked = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._step_thread = threading.Thread(target=self._run_steps, name=f"{name}-step", daemon=True)
+        self._num_idle_turns = 0
         self.num_steps = 0
-        self.num_turns = 0
         self.last_step_ms = 0.0
-        self.step_began_ms: int | None = None  # of the step under way: a health check sees one that hangs
+        self.step_began_ms: int | None = None  # of the step under way
 
     def start(self) -> None:
-        """Starts the thread. Once only."""
+        """Starts the threads. Once only."""
+        self._step_thread.start()
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs: False before `start`, after `stop` and after a crash."""
+        """Whether the core's thread runs: False before `start`, after `stop` and after a crash."""
         return self._thread.is_alive()
 
     @property
     def num_inbox_events(self) -> int:
         """Events that wait."""
         return len(self._inbox)
+
+    @property
+    def progress(self) -> int:
+        """Rises while the loop gets on: with what the runner does of a step, and with turns that find none under way.
+
+        So it stands still when a step hangs, although events are still heard, and when the core does.
+        """
+        return self.num_steps + self._runner.progress + self._num_idle_turns
 
     def post(self, event: object) -> None:
         """Hands the core an event, from any thread. InboxFull when too many wait already; the event is not taken."""
@@ -106,32 +136,49 @@ class EngineLoop:
     def stop(self, *, deadline_ms: int) -> bool:
         """Ends the loop after the step under way; events that still wait are dropped.
 
-        False when the thread has not ended within `deadline_ms`. Not to be called on the engine thread.
+        False when the threads have not ended within `deadline_ms`. Not to be called on one of them.
         """
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        if self._thread.ident is not None:
-            self._thread.join(deadline_ms / 1000)
-        return not self._thread.is_alive()
+        due = time.monotonic() + deadline_ms / 1000
+        threads = [each for each in (self._thread, self._step_thread) if each.ident is not None]
+        for thread in threads:
+            thread.join(max(0.0, due - time.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
 
-    # ---- on the engine thread ----------------------------------------------------------------------------------------
+    # ---- on the runner's thread --------------------------------------------------------------------------------------
+
+    def _run_steps(self) -> None:
+        while (plan := self._plans.get()) is not None:
+            began = time.perf_counter()
+            sampled: Sequence[Drawn | None] = ()
+            error = None
+            try:
+                sampled = self._runner.run(plan)
+            except BaseException as raised:  # told to the core's thread, which ends the loop with it
+                error = raised
+            step_ms = (time.perf_counter() - began) * 1000
+            with self._wake:
+                self._ran = _Ran(plan=plan, sampled=sampled, step_ms=step_ms, error=error)
+                self._wake.notify()
+
+    # ---- on the core's thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            ran = False
-            while True:
-                events = self._await_events(wait=not ran)
-                if events is None:
-                    return
-                self._handle(events)
-                ran = self._step()
-                self.num_turns += 1
+            wait = False
+            while self._await(wait=wait):
+                self._book()
+                self._handle()
+                wait = self.step_began_ms is not None or not self._begin()
         except BaseException as error:
             self._on_crash(error, self._story())
+        finally:
+            self._plans.put(None)
 
-    def _await_events(self, *, wait: bool) -> list[object] | None:
-        """All events that are here, after waiting for one or for the core's deadline; None: stop."""
+    def _await(self, *, wait: bool) -> bool:
+        """Waits, if it has to, for an event, the step's end or the core's deadline; False: stop."""
         wait_ms = 0
         if wait:
             deadline_ms = self._core.next_deadline_ms()
@@ -139,15 +186,27 @@ class EngineLoop:
             if self._ticked:
                 wait_ms = max(wait_ms, 1)  # a core whose deadline stays in the past costs a turn a millisecond, no more
         with self._wake:
-            if wait_ms > 0 and not self._inbox and not self._stopping:
+            if wait_ms > 0 and not self._inbox and self._ran is None and not self._stopping:
                 self._wake.wait(wait_ms / 1000)
-            if self._stopping:
-                return None
+            return not self._stopping
+
+    def _book(self) -> None:
+        """Tells the core of the step that has run, if one has."""
+        with self._wake:
+            ran, self._ran = self._ran, None
+        if ran is None:
+            return
+        if ran.error is not None:
+            raise ran.error
+        self.step_began_ms = None
+        self.last_step_ms = ran.step_ms
+        self.num_steps += 1
+        self._do(self._core.step_done(now_ms(), ran.plan, ran.sampled))
+
+    def _handle(self) -> None:
+        with self._wake:
             events = list(self._inbox)
             self._inbox.clear()
-        return events
-
-    def _handle(self, events: list[object]) -> None:
         for event in events:
             self._do(self._core.handle(now_ms(), event))
         deadline_ms = self._core.next_deadline_ms()
@@ -155,19 +214,15 @@ class EngineLoop:
         if self._ticked:
             self._do(self._core.handle(now_ms(), Tick()))
 
-    def _step(self) -> bool:
-        """Runs one step; False when the core has nothing to run."""
+    def _begin(self) -> bool:
+        """Has the next step run; False when the core has nothing to run."""
+        self._num_idle_turns += 1
         began_ms = now_ms()
         plan = self._core.next_plan(began_ms)
         if plan is None:
             return False
         self.step_began_ms = began_ms
-        began = time.perf_counter()
-        sampled = self._runner.run(plan)
-        self.last_step_ms = (time.perf_counter() - began) * 1000
-        self.step_began_ms = None
-        self.num_steps += 1
-        self._do(self._core.step_done(now_ms(), plan, sampled))
+        self._plans.put(plan)
         return True
 
     def _do(self, actions: list[object]) -> None:

@@ -67,6 +67,7 @@ class Decoder:
         self._cos, self._sin = rope_tables(arch, min(arch.context_tokens, ROPE_TABLE_TOKENS), self.dtype)
         self._space = Workspace(arch, self.dtype, FIRST_WORKSPACE_TOKENS)
         self._logits = torch.empty((0, arch.vocab_size), dtype=self.dtype)
+        self.num_layers_begun = 0  # in all steps so far: tells a slow step from one that hangs
 
     @torch.inference_mode()
     def forward(self, step: StepTensors, pool: Tensor) -> Tensor:
@@ -81,6 +82,7 @@ class Decoder:
         residual = self._embed(step.tokens)
         hidden = rms_norm(residual, layers[0].input_norm, eps)
         for index, layer in enumerate(layers):
+            self.num_layers_begun += 1
             mixed = self._attention(hidden, layer, index, step, pool, cos, sin)
             if index == len(layers) - 1:
                 # Past the last attention nothing but the sampled rows is of use to anyone.

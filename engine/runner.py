@@ -18,6 +18,11 @@ class Runner(Protocol):
         """How its pool lies in memory."""
         ...
 
+    @property
+    def progress(self) -> int:
+        """Rises while a step gets on, so that a slow step can be told from one that hangs; any thread may look."""
+        ...
+
     def run(self, plan: StepPlan) -> Sequence[Drawn | None]:
         """Runs the step; one result per row in the plan's order, None where the row's `sample` is False.
 

@@ -143,6 +143,7 @@ class Batch:
         self._num_added = 0
         self._num_steps = 0
         self._preempted: list[RequestId] = []
+        self._running: dict[RequestId, Sequence] = {}  # the rows of the step under way
 
     # ---- what is here ------------------------------------------------------------------------------------------------
 
@@ -236,12 +237,21 @@ class Batch:
     # ---- composing a step --------------------------------------------------------------------------------------------
 
     def compose(self) -> StepPlan | None:
-        """The next step, or None when nothing can run now. Blocks for its tokens are allocated already."""
+        """The next step, or None when nothing can run now. Blocks for its tokens are allocated already.
+
+        From here until `apply` the step is under way: sequences may come and go meanwhile, but what the step reads and
+        writes stays where it is.
+        """
+        assert not self._running, "a step is under way"
         self._num_steps += 1
         rows: dict[RequestId, StepRow] = {}
         self._add_decodes(rows)
         self._add_prefills(rows)
-        return StepPlan(rows=tuple(rows.values())) if rows else None
+        if not rows:
+            return None
+        self._running = {request_id: self._sequences[request_id] for request_id in rows}
+        self.ledger.begin_step(sequence.owner for sequence in self._running.values())
+        return StepPlan(rows=tuple(rows.values()))
 
     def _add_decodes(self, rows: dict[RequestId, StepRow]) -> None:
         ready = [s for s in self._sequences.values() if s.decoding and not s.held]
@@ -379,25 +389,31 @@ class Batch:
     # ---- after a step ------------------------------------------------------------------------------------------------
 
     def apply(self, plan: StepPlan, sampled: Seq[Drawn | None]) -> StepOutcome:
-        """Books a step that has run: advances its sequences, publishes full blocks, ends what is finished.
+        """Books the step that has run: advances its sequences, publishes full blocks, ends what is finished.
 
-        A row whose sequence has left since, or is not where the row began, has no effect. A sequence whose row is not
-        finite ends alone, and nobody shares what it read or wrote any more: the blocks may be what is broken.
+        A row whose sequence has left since has no effect, also when another one has come under its name. A sequence
+        whose row is not finite ends alone, and nobody shares what it read or wrote any more: the blocks may be what is
+        broken.
         """
+        assert [row.request_id for row in plan.rows] == list(self._running), "the step under way is another one"
         assert len(sampled) == len(plan.rows), f"{len(sampled)} results for {len(plan.rows)} rows"
+        ran, self._running = self._running, {}
+        for row, drawn in zip(plan.rows, sampled, strict=True):
+            if isinstance(drawn, Undrawn):
+                self.ledger.discard(ran[row.request_id].owner)
+        self.ledger.end_step()
         tokens: list[Token] = []
         computed: dict[RequestId, int] = {}
         finished: list[RequestId] = []
         failed: list[Failed] = []
         for row, drawn in zip(plan.rows, sampled, strict=True):
-            sequence = self._sequences.get(row.request_id)
-            if sequence is None or sequence.num_computed != row.start or len(sequence.tokens) < row.position:
+            sequence = ran[row.request_id]
+            if self._sequences.get(row.request_id) is not sequence:
                 continue
             computed[row.request_id] = row.position
             if isinstance(drawn, Undrawn):
                 failed.append(_failed(sequence, drawn.code, drawn.reason))
                 del self._sequences[row.request_id]
-                self.ledger.discard(sequence.owner)
                 continue
             sequence.num_computed = row.position
             self._publish(sequence)

@@ -20,7 +20,7 @@ from tandem.request import WorkerId
 
 
 class VirtualWorker:
-    """One incarnation. Events queue up while a step runs or the worker stands still, as they do on an engine thread.
+    """One incarnation. Events are heard while a step runs, and queue up while the worker stands still.
 
     `to_router(worker, session, report)` and `to_peer(worker, address, message)` put words on the way.
     """
@@ -97,13 +97,13 @@ class VirtualWorker:
     # ---- the engine loop, as engine/loop.py has it -----------------------------------------------------------------
 
     def _turn(self, delay_ms: int) -> None:
-        if not self._turn_due and not self._stepping:
+        if not self._turn_due:
             self._turn_due = True
             self._schedule.after(delay_ms, self._take_turn)
 
     def _take_turn(self) -> None:
         self._turn_due = False
-        if not self.alive or self._stepping:
+        if not self.alive:
             return
         now_ms = self._schedule.now_ms
         if now_ms < self.paused_until_ms:
@@ -115,10 +115,9 @@ class VirtualWorker:
         due_ms = self.core.next_deadline_ms()
         if due_ms is not None and due_ms <= now_ms:
             self._perform(self.core.handle(now_ms, Tick()))
-        plan = self.core.next_plan(now_ms)
+        plan = None if self._stepping else self.core.next_plan(now_ms)
         if plan is not None:
             self._begin(plan)
-            return
         self._sleep()
 
     def _sleep(self) -> None:
@@ -146,6 +145,9 @@ class VirtualWorker:
     def _end(self, plan: StepPlan, sampled: list[Sampled | None] | None) -> None:
         """The memory was read and written at the start of the step or at its end: nobody else may care which."""
         if not self.alive:
+            return
+        if (stands_ms := self.paused_until_ms - self._schedule.now_ms) > 0:
+            self._schedule.after(stands_ms, lambda: self._end(plan, sampled))
             return
         if sampled is None:
             sampled = self.runner.run(plan)

@@ -111,7 +111,7 @@ def draw_options(choices: Choices) -> Options:
         num_requests=3 + choices.choose(12),
         faulty_ms=1_000 + 1_000 * choices.choose(4),
         delay_max_ms=1 + choices.choose(30),
-        step_max_ms=1 + choices.choose(20),
+        step_max_ms=(1 + choices.choose(20)) * (1 + 24 * (choices.choose(3) // 2)),
         link_breaks=sometimes(300),
         peer_breaks=sometimes(400),
         crashes=sometimes(200),

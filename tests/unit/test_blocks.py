@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -37,6 +37,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.quarantined: dict[str, list[int]] = {}
         self.index: dict[bytes, int] = {}
         self.lru: list[int] = []  # cached blocks, next to go first
+        self.stepping: set[str] = set()
+        self.leaving: list[str] = []
         self.handed_out_at: dict[int, int] = {}  # block -> generation when it was last handed out
         self.heard: set[bytes] = set()
 
@@ -85,7 +87,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(owner=st.sampled_from(OWNERS), chain=st.integers(0, 2), num=st.integers(0, 6))
     def acquire(self, owner: str, chain: int, num: int) -> None:
-        if owner in self.owned:
+        if owner in self.owned or owner in self.leaving:
             return
         expected = []
         for block_hash in CHAINS[chain][:num]:
@@ -101,6 +103,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(owner=st.sampled_from(OWNERS), chain=st.integers(0, 2), num=st.integers(0, 5))
     def allocate(self, owner: str, chain: int, num: int) -> None:
+        if owner in self.leaving:
+            return
         blocks = self.ledger.allocate(owner, num)
         self.handed_out(blocks, num)
         if blocks:
@@ -119,6 +123,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def prefill(self, owner: str, chain: int, num: int) -> None:
         """What a sequence does: share what is there, allocate the rest, publish all."""
         self.release(owner)
+        if owner in self.leaving:
+            return
         self.acquire(owner, chain, num)
         self.allocate(owner, chain, num - len(self.owned.get(owner, [])))
         for number in range(num):
@@ -127,9 +133,28 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(owner=st.sampled_from(OWNERS))
     def release(self, owner: str) -> None:
         self.ledger.release(owner)
+        if owner in self.stepping:
+            self.leaving += [owner] if owner not in self.leaving else []
+            return
         blocks = self.owned.pop(owner, [])
         self.chain_of.pop(owner, None)
         self.unpinned(blocks[::-1])
+
+    @rule(owners=st.sets(st.sampled_from(OWNERS), min_size=1))
+    def begin_step(self, owners: set[str]) -> None:
+        if not self.stepping:
+            self.ledger.begin_step(owners)
+            self.stepping = set(owners)
+
+    @rule()
+    def end_step(self) -> None:
+        self.ledger.end_step()
+        self.stepping = set()
+        for owner in self.leaving:
+            blocks = self.owned.pop(owner, [])
+            self.chain_of.pop(owner, None)
+            self.unpinned(blocks[::-1])
+        self.leaving = []
 
     @rule(transfer=st.sampled_from(TRANSFERS), owner=st.sampled_from(OWNERS), num=st.integers(0, 6))
     def export(self, transfer: str, owner: str, num: int) -> None:
@@ -171,6 +196,8 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), owner=st.sampled_from(OWNERS), chain=st.integers(0, 2))
     def accept(self, data: st.DataObject, owner: str, chain: int) -> None:
         transfer = data.draw(st.sampled_from(sorted(self.granted)))
+        if owner in self.leaving:
+            return
         blocks = self.ledger.accept(transfer, owner)
         assert blocks == self.granted.pop(transfer)
         if blocks:
@@ -217,6 +244,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.audit() == []
 
     def teardown(self) -> None:
+        self.ledger.end_step()
         for name in (*OWNERS, *TRANSFERS):
             self.ledger.release(name)
             self.ledger.end_export(name)
@@ -243,6 +271,17 @@ class FreesWhileShared(BlockLedger):
         for block in reversed(self._owned.pop(owner, {})):
             self._num_owners[block] = 0
             self._settle(block)
+
+
+class FreesUnderAStep(BlockLedger):
+    def begin_step(self, owners: Iterable[str]) -> None:
+        pass
+
+
+class ForgetsWhoLeftInAStep(BlockLedger):
+    def end_step(self) -> None:
+        self._leaving.clear()
+        super().end_step()
 
 
 class FreesWhileExported(BlockLedger):
@@ -311,7 +350,8 @@ class ForgetsToTellRemoval(BlockLedger):
 @pytest.mark.parametrize(
     "broken",
     [
-        FreesWhileShared, FreesWhileExported, KeepsStaleHash, AllocatesTooMuch, ForgetsGenerationOnFree,
+        FreesWhileShared, FreesUnderAStep, ForgetsWhoLeftInAStep,
+        FreesWhileExported, KeepsStaleHash, AllocatesTooMuch, ForgetsGenerationOnFree,
         ForgetsGenerationOnEviction, FreesGrantWithoutQuarantine, EvictsHeadFirst, LosesAGrantedBlock,
         ForgetsToTellRemoval,
     ],

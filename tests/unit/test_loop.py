@@ -14,7 +14,7 @@ from engine.events import Tick
 from engine.fake_runner import FakeRunner, expected_tokens
 from engine.loop import EngineLoop, InboxFull, now_ms
 from engine.sequence import Sequence as EngineSequence
-from engine.step import Batch, BatchConfig, Drawn, StepPlan
+from engine.step import Batch, BatchConfig, Drawn, Sampled, StepPlan
 from tandem.request import RequestId, Sampling, Token
 
 VOCAB = 1000
@@ -74,16 +74,33 @@ class PlainCore:
         return self.seen
 
 
+class GatedRunner(FakeRunner):
+    """Runs a step when the gate is open, and not before."""
+
+    def __init__(self) -> None:
+        super().__init__(num_blocks=64, block_size=4, vocab_size=VOCAB)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.waiting = threading.Event()
+
+    def run(self, plan: StepPlan) -> list[Sampled | None]:
+        if not self.gate.is_set():
+            self.waiting.set()
+            assert self.gate.wait(WAIT_S)
+        return super().run(plan)
+
+
 class Shell:
     """Collects what the loop tells."""
 
     def __init__(self, *, inbox_events_max: int = 1000) -> None:
+        self.runner = GatedRunner()
         self.core = PlainCore()
         self.actions: queue.Queue[object] = queue.Queue()
         self.crashes: queue.Queue[tuple[BaseException, str]] = queue.Queue()
         self.loop = EngineLoop(
             core=self.core,
-            runner=FakeRunner(num_blocks=64, block_size=4, vocab_size=VOCAB),
+            runner=self.runner,
             perform=self.perform,
             on_crash=lambda error, story: self.crashes.put((error, story)),
             inbox_events_max=inbox_events_max,
@@ -102,6 +119,7 @@ class Shell:
 def shell() -> Iterator[Shell]:
     shell = Shell()
     yield shell
+    shell.runner.gate.set()
     assert shell.loop.stop(deadline_ms=WAIT_S * 1000)
 
 
@@ -139,6 +157,47 @@ def test_wakes_from_idleness_by_an_event(shell: Shell) -> None:
     shell.loop.post(Ask(request_id=RequestId("b"), prompt=(1, 2), num=1))
     shell.tokens(1)
     assert now_ms() - began < 900
+
+
+def test_events_are_heard_and_deadlines_kept_while_a_step_runs(shell: Shell) -> None:
+    shell.loop.start()
+    shell.runner.gate.clear()
+    shell.loop.post(Ask(request_id=RequestId("a"), prompt=(1, 2), num=2))
+    assert shell.runner.waiting.wait(WAIT_S)
+    assert shell.loop.step_began_ms is not None
+    shell.loop.post(20)
+    assert shell.actions.get(timeout=WAIT_S) == "ticked"
+    assert shell.loop.num_steps == 0
+    shell.runner.gate.set()
+    assert [token.token_id for token in shell.tokens(2)] == expected_tokens((1, 2), Sampling(), 2, VOCAB)
+
+
+def test_progress_stands_still_when_a_step_hangs_though_events_are_heard(shell: Shell) -> None:
+    shell.loop.start()
+    shell.runner.gate.clear()
+    shell.loop.post(Ask(request_id=RequestId("a"), prompt=(1, 2), num=1))
+    assert shell.runner.waiting.wait(WAIT_S)
+    before = shell.loop.progress
+    for _ in range(5):
+        shell.loop.post(1)
+        assert shell.actions.get(timeout=WAIT_S) == "ticked"
+    assert shell.loop.progress == before
+    shell.runner.gate.set()
+    shell.tokens(1)
+    shell.loop.post(1)
+    shell.actions.get(timeout=WAIT_S)
+    assert shell.loop.progress > before
+
+
+def test_stop_says_when_the_step_under_way_does_not_end() -> None:
+    shell = Shell()
+    shell.loop.start()
+    shell.runner.gate.clear()
+    shell.loop.post(Ask(request_id=RequestId("a"), prompt=(1, 2), num=1))
+    assert shell.runner.waiting.wait(WAIT_S)
+    assert not shell.loop.stop(deadline_ms=50)
+    shell.runner.gate.set()
+    assert shell.loop.stop(deadline_ms=WAIT_S * 1000)
 
 
 def test_inbox_is_bounded() -> None:

@@ -17,7 +17,7 @@ from cluster.worker_core import WorkerCore, WorkerCoreConfig
 from engine.blocks import BlockLedger, BlockState
 from engine.events import PeerGone, RouterGone, Tick
 from engine.fake_runner import FakeRunner, expected_tokens
-from engine.step import Batch, BatchConfig
+from engine.step import Batch, BatchConfig, StepPlan
 from kv_transfer.actions import AgentLost, FromRouter, Report, RouterJoined, SendTransfer
 from kv_transfer.messages import (
     AgentEvent,
@@ -189,6 +189,7 @@ class Worker:
         batch = BatchConfig(max_tokens_per_step=16, chunk_tokens=8, context_tokens=256, max_rows=8)
         self.batch = Batch(self.ledger, batch)
         self.runner = FakeRunner(num_blocks=num_blocks, block_size=BLOCK, vocab_size=VOCAB)
+        self.plan: StepPlan | None = None  # of the step under way
         self.core = WorkerCore(
             me=self.address, layout=self.runner.layout, ledger=self.ledger, batch=self.batch, config=config
         )
@@ -312,19 +313,22 @@ class World:
         return True
 
     def _runnable(self, worker: Worker) -> bool:
-        return any(not each.held for each in worker.batch.sequences())
+        return worker.plan is not None or any(not each.held for each in worker.batch.sequences())
 
     def _run(self, worker: Worker) -> None:
-        plan = worker.core.next_plan(self.now_ms)
-        if plan is not None:
-            sampled = worker.runner.run(plan)
-            self.now_ms += 1
-            self.log.append(
-                f"{self.now_ms} {worker.name} ran {[(r.request_id, r.start, len(r.tokens)) for r in plan.rows]}"
-            )
-            self._perform(worker, worker.core.step_done(self.now_ms, plan, sampled))
-        else:
-            self.now_ms += 5
+        """Begins a step, or ends the one that is under way; anything may happen between."""
+        plan = worker.plan
+        if plan is None:
+            worker.plan = worker.core.next_plan(self.now_ms)
+            self.now_ms += 5 * (worker.plan is None)
+            return
+        worker.plan = None
+        sampled = worker.runner.run(plan)
+        self.now_ms += 1
+        self.log.append(
+            f"{self.now_ms} {worker.name} ran {[(r.request_id, r.start, len(r.tokens)) for r in plan.rows]}"
+        )
+        self._perform(worker, worker.core.step_done(self.now_ms, plan, sampled))
 
     def _tick(self) -> None:
         for worker in list(self.workers.values()):

@@ -30,15 +30,16 @@ def run_seed(seed: int) -> World:
         overtake=random.random() < 0.7,
         fail_frame=random.choice((0.0, 0.1, 0.3)),
         kill=random.choice((0.0, 0.2)),
-        cancel=random.choice((0.0, 0.2)),
-        agent=random.choice((0.0, 0.2)),
+        cancel=random.choice((0.0, 0.2, 0.6)),
+        agent=random.choice((0.0, 0.2, 0.5)),
         leave_cancels=random.random() < 0.5,
     )
     shared = tuple(random.randrange(97) for _ in range(24))
-    left = random.randrange(2, 7)
+    left = random.randrange(2, 12)
     num_asked = 0
+    arrivals = random.choice((0.05, 0.3))  # at 0.3 all are there at once, and what one gives up the next one takes
     for _ in range(60_000):
-        if left and random.random() < 0.05:
+        if left and random.random() < arrivals:
             left -= 1
             num_asked += 1
             cut = random.randrange(0, 25)
@@ -149,7 +150,7 @@ def test_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monke
     plant(monkeypatch)
 
     def search() -> None:
-        for seed in range(400):
+        for seed in range(1500):
             run_seed(seed)
 
     with pytest.raises(AssertionError):

@@ -9,6 +9,7 @@ import pytest
 
 import router.commit
 from decode_worker.core import DecodeCore
+from engine.blocks import BlockLedger
 from kv_transfer.handoff import Quarantine, Silence
 from kv_transfer.handoff_target import TargetHandoff, TargetState
 from kv_transfer.plan import SendWindow
@@ -18,7 +19,7 @@ from simulator.choices import Choices
 from simulator.run import main, run_seed, run_seeds, run_world, show, shrink
 
 SEEDS = 300
-SEEDS_TO_FIND = 500
+SEEDS_TO_FIND = 1000
 STORED_SEEDS = Path(__file__).parent.parent / "testdata" / "seeds.txt"
 
 
@@ -139,7 +140,13 @@ def agent_believes_every_frame(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(VirtualAgent, "_is_whole", lambda agent, payload, checksum: True)
 
 
+def blocks_are_freed_under_a_step(patch: pytest.MonkeyPatch) -> None:
+    """A request that is cancelled while its step runs gives its blocks away at once."""
+    patch.setattr(BlockLedger, "begin_step", lambda ledger, owners: None)
+
+
 BUGS = [
+    blocks_are_freed_under_a_step,
     source_frees_before_the_answer,
     router_accepts_a_stale_epoch,
     router_hears_stale_owners,
