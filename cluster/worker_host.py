@@ -224,7 +224,7 @@ class WorkerHost:
         self._reports = ReportBuilder(worker_id=self._me.worker_id, incarnation=self._me.incarnation)
         engine = EngineLoop(
             core=core,
-            runner=model.runner,
+            runner=IsolatingRunner(model.runner),
             perform=self._perform,
             on_crash=self._crashed,
             name="engine",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import assert_never
 
 from kv_transfer.actions import Piece, Report
@@ -27,15 +27,27 @@ class ReportBuilder:
         self._sequences: dict[int, int] = {}
 
     def merge(self, reports: Iterable[Report]) -> list[tuple[int, WorkerReport]]:
-        """One WorkerReport for each session that `reports` speak to."""
-        pieces: dict[int, list[Piece]] = {}
-        for report in reports:
-            pieces.setdefault(report.session, []).append(report.piece)
-        return [(session, self._build(session, told)) for session, told in pieces.items()]
+        """One WorkerReport for each session that `reports` speak to, and one more for each further BlockEvents.
 
-    def forget(self, session: int) -> None:
-        """The session is over."""
-        self._sequences.pop(session, None)
+        Those are numbered, and a router that misses a number forgets what it knew: so two never become one.
+        """
+        told: dict[int, list[list[Piece]]] = {}
+        for report in reports:
+            parts = told.setdefault(report.session, [[]])
+            if isinstance(report.piece, BlockEvents) and any(isinstance(each, BlockEvents) for each in parts[-1]):
+                parts.append([])
+            parts[-1].append(report.piece)
+        return [(session, self._build(session, pieces)) for session, parts in told.items() for pieces in parts]
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions whose reports are counted."""
+        return len(self._sequences)
+
+    def keep(self, sessions: Container[int]) -> None:
+        """Forgets all sessions but these. A core may speak to one that is over, while a transfer outlives it."""
+        for session in [each for each in self._sequences if each not in sessions]:
+            del self._sequences[session]
 
     def _build(self, session: int, pieces: list[Piece]) -> WorkerReport:
         tokens: list[Token] = []
@@ -58,7 +70,6 @@ class ReportBuilder:
                 case TransferStats():
                     transfers.append(piece)
                 case BlockEvents():
-                    assert blocks is None, "two block events in one step"
                     blocks = piece
                 case WorkerLoad():
                     load = piece

@@ -23,6 +23,7 @@ from cluster.served_model import describe
 from cluster.worker_reports import ReportBuilder
 from cluster.worker_settings import WorkerSettings, worker_environment, workers_of
 from kv_transfer.actions import Piece, Report
+from router.prefix_index import PrefixIndex
 from tandem.messages import (
     BlockCounts,
     BlockEvents,
@@ -169,8 +170,28 @@ def test_pieces_of_one_step_become_one_report_a_session() -> None:
     assert (report.blocks, report.load) == (blocks, load_)
     again = builder.merge([Report(session=7, piece=token), Report(session=7, piece=token)])
     assert [(session, each.sequence, each.tokens) for session, each in again] == [(7, 2, (token, token))]
-    builder.forget(7)
-    assert builder.merge([Report(session=7, piece=token)])[0][1].sequence == 1
+    builder.keep({8})
+    assert builder.num_sessions == 1
+    sequences = {s: each.sequence for s, each in builder.merge([Report(session=s, piece=token) for s in (7, 8)])}
+    assert sequences == {7: 1, 8: 2}
+
+
+def test_each_block_event_has_a_report_of_its_own_and_nothing_changes_its_place() -> None:
+    builder = ReportBuilder(worker_id=WorkerId("w"), incarnation=3)
+    tokens = [Token(request_id=RID, epoch=1, index=index, token_id=5) for index in range(3)]
+    stored = [BlockEvents(sequence=sequence, stored=(bytes([sequence]),)) for sequence in (1, 2, 3)]
+    pieces: list[Piece] = [tokens[0], stored[0], tokens[1], stored[1], stored[2], tokens[2]]
+    merged = builder.merge([Report(session=session, piece=piece) for piece in pieces for session in (7, 8)])
+    assert [session for session, _ in merged] == [7, 7, 7, 8, 8, 8]
+    assert [report.sequence for _, report in merged] == [1, 2, 3] * 2
+    assert [report.blocks for _, report in merged] == stored * 2
+    assert [report.tokens for _, report in merged] == [(tokens[0], tokens[1]), (), (tokens[2],)] * 2
+    index = PrefixIndex()
+    index.join(0, 3)
+    for _, report in merged[:3]:
+        assert report.blocks is not None
+        index.apply(0, 3, report.blocks)
+    assert (index.num_blocks(0), index.num_gaps) == (3, 0)
 
 
 def test_workers_are_named_by_role_and_number() -> None:
