@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 
 import uvicorn
 from fastapi import FastAPI
 
+from router.http_connection import HttpConnection, HttpLimits
+
 _START_TIMEOUT_S = 20.0
 _BACKLOG = 1024
+# A client that vanished without a word is given up after 50 s: when nothing is on its way to it, by probes that it does
+# not answer (20 s + 3 * 10 s); when something is, by the time that this stays unacknowledged. The second also ends a
+# client that reads nothing for so long.
+_VANISHED_MS = 50_000
+_KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _VANISHED_MS),
+)
 
 
 class _Server(uvicorn.Server):
@@ -37,7 +51,9 @@ class HttpServer:
         await self._task
 
 
-async def serve_http(app: FastAPI, *, host: str, port: int, grace_s: float = 5.0) -> HttpServer:
+async def serve_http(
+    app: FastAPI, *, host: str, port: int, grace_s: float = 5.0, limits: HttpLimits | None = None
+) -> HttpServer:
     """Starts serving `app`; port 0 takes a free one. `grace_s` bounds how long a stop waits for running replies.
 
     Raises:
@@ -48,14 +64,22 @@ async def serve_http(app: FastAPI, *, host: str, port: int, grace_s: float = 5.0
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for level, option, value in _KEEPALIVE:  # connections inherit them
+            bound.setsockopt(level, option, value)
         bound.bind((host, port))
         bound.listen(_BACKLOG)
     except OSError:
         bound.close()
         raise
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=max(1, round(grace_s))
-    )  # fmt: skip
+        app,
+        http=functools.partial(HttpConnection, limits=limits or HttpLimits()),  # type: ignore[arg-type]
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=max(1, round(grace_s)),
+    )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[bound]))
     deadline = asyncio.get_running_loop().time() + _START_TIMEOUT_S

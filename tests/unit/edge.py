@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from scripted_driver import ScriptedDriver
 
 from engine.model_files import DEFAULT_MODEL, find_model
+from router.http_connection import HttpLimits
 from router.http_server import serve_http
 from router.metrics import EdgeMetrics
 from router.openai_api import build_app
@@ -40,9 +41,9 @@ def service_over(driver: ScriptedDriver, *, not_ready: str = "") -> Service:
 
 
 @asynccontextmanager
-async def http_server(service: Service) -> AsyncIterator[str]:
+async def http_server(service: Service, limits: HttpLimits | None = None) -> AsyncIterator[str]:
     """A real server on a free port; gives its address."""
-    server = await serve_http(build_app(service), host="127.0.0.1", port=0, grace_s=1)
+    server = await serve_http(build_app(service), host="127.0.0.1", port=0, grace_s=1, limits=limits)
     try:
         yield f"http://127.0.0.1:{server.port}"
     finally:
