@@ -177,7 +177,7 @@ class Supervisor:
             self._tell_reaper()
             now_s = time.monotonic()
             if not self._is_ready and now_s > deadline_s:
-                missing = ", ".join(sorted(set(self._roles) - self._ready))
+                missing = ", ".join(sorted(set(self._roles) - (self._ready & set(self._running))))
                 raise StartFailed(f"not ready within start_timeout_s, {self.config.start_timeout_s} s: {missing}")
             until_s = min(now_s + 1.0, self._due[0][0] if self._due else now_s + 1.0)
             try:
@@ -198,6 +198,7 @@ class Supervisor:
                     self._running[event.worker_id] = event.incarnation
                     parts = ", ".join(f"{part} {ms / 1000:.1f} s" for part, ms in event.timings_ms.items())
                     self._progress(f"{event.worker_id} up, pid {event.pid} ({parts})")
+                    self._announce_once()
                 case WorkerDown():
                     self._worker_down(event)
                 case KernelsBuilt(missing_reason=reason):
@@ -297,9 +298,7 @@ class Supervisor:
                 self._pools.kill(worker_id)  # it may only be stopped or stuck: WorkerDown follows
         else:
             self._say(f"{worker_id} is {state}: {fields['reason']}")
-        if not self._is_ready and self._ready == set(self._roles):
-            self._is_ready = True
-            self._announce()
+        self._announce_once()
 
     def _worker_down(self, down: WorkerDown) -> None:
         assert self._router is not None
@@ -348,7 +347,14 @@ class Supervisor:
             self._warned.add(reason)
             self._say(f"warning: exact mode does not hold on this machine: {reason}")
 
-    def _announce(self) -> None:
+    def _announce_once(self) -> None:
+        """Tells that the cluster is ready, once Ray says of all workers that they run, and the router that it has them.
+
+        A worker's heartbeat to the router may be heard before Ray's word that it has started.
+        """
+        if self._is_ready or not self._ready == set(self._roles) == set(self._running):
+            return
+        self._is_ready = True
         config = self.config
         url = f"http://{reachable(config.host)}:{config.port}"
         grpc = f"{reachable(config.host)}:{config.grpc_port}"
