@@ -198,6 +198,26 @@ def test_over_the_loop_of_a_worker_the_neighbours_go_on_and_the_router_hears_why
     assert not ledger.audit()
 
 
+def test_over_the_loop_an_engine_that_fails_everything_ends() -> None:
+    ledger, batch, _ = parts()
+    core = WorkerCore(me=ME, layout=LAYOUT, ledger=ledger, batch=batch, config=WorkerCoreConfig())
+    acted: queue.Queue[list[object]] = queue.Queue()
+    crashed: queue.Queue[BaseException] = queue.Queue()
+    loop = EngineLoop(
+        core=core,
+        runner=IsolatingRunner(Brittle()),
+        perform=acted.put,
+        on_crash=lambda error, story: crashed.put(error),
+    )
+    for number in range(5):
+        loop.post(assign(f"r{number}", mode=AssignMode.LOCAL, tokens=(POISON, 2, 3, 4, 5, number)))
+    loop.start()
+    assert isinstance(crashed.get(timeout=WAIT_S), IndexError)
+    assert loop.stop(deadline_ms=WAIT_S * 1000)
+    failed = [each for actions in list(acted.queue) for each in told(actions, RequestFailed)]
+    assert len(failed) < FAILURES_MAX, "the rest are placed elsewhere"
+
+
 def test_a_real_model_answers_the_neighbours_of_a_token_that_it_does_not_have(tmp_path: Path) -> None:
     tiny_models.build("llama-tied", tmp_path)
     cpu = CpuRunner.load(str(tmp_path), num_blocks=64, block_size=8)
