@@ -24,10 +24,15 @@ log = logging.getLogger(__name__)
 
 INFERENCE = "tandem.v1.Inference"
 _HEALTH_PERIOD_S = 0.2
+_KEEPALIVE_S = 20.0  # a client that vanished is given up after twice this
+_HANDSHAKE_TIMEOUT_S = 10.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", BODY_BYTES_MAX),
     ("grpc.max_send_message_length", BODY_BYTES_MAX),
     ("grpc.so_reuseport", 0),  # two servers on one port is a mistake, not a feature
+    ("grpc.keepalive_permit_without_calls", 1),  # of both ends
+    ("grpc.http2.max_pings_without_data", 0),  # a request may wait long for its first token
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # sooner, a client's pings are an attack
 ]
 
 if TYPE_CHECKING:
@@ -190,9 +195,25 @@ class GrpcServer:
             await self._health.set(name, status)
 
 
-def build_grpc_server(service: Service, *, extra: Sequence[AddService] = ()) -> GrpcServer:
-    """The server, not started yet. `extra` add their services to it and are seen by reflection."""
-    server = grpc.aio.server(options=_OPTIONS)
+def build_grpc_server(
+    service: Service,
+    *,
+    extra: Sequence[AddService] = (),
+    keepalive_s: float = _KEEPALIVE_S,
+    handshake_timeout_s: float = _HANDSHAKE_TIMEOUT_S,
+) -> GrpcServer:
+    """The server, not started yet. `extra` add their services to it and are seen by reflection.
+
+    A client is pinged every `keepalive_s` and is gone when it does not answer within as long; a connection that has
+    not said within `handshake_timeout_s` that it speaks HTTP/2 is closed.
+    """
+    times = [
+        ("grpc.keepalive_time_ms", round(keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", round(keepalive_s * 1000)),
+        ("grpc.http2.ping_timeout_ms", round(keepalive_s * 1000)),  # else a ping has a minute
+        ("grpc.server_handshake_timeout_ms", round(handshake_timeout_s * 1000)),
+    ]
+    server = grpc.aio.server(options=[*_OPTIONS, *times])
     inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), server)  # type: ignore[no-untyped-call]
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

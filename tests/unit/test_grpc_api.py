@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -39,9 +40,9 @@ DEADLINE_S = 20
 
 
 @asynccontextmanager
-async def grpc_server(service: Service) -> AsyncIterator[str]:
+async def grpc_server(service: Service, **times_s: float) -> AsyncIterator[str]:
     """A real server on a free port; gives its address."""
-    server = build_grpc_server(service)
+    server = build_grpc_server(service, **times_s)  # type: ignore[arg-type]
     port = await server.start("127.0.0.1", 0)
     try:
         yield f"127.0.0.1:{port}"
@@ -202,6 +203,43 @@ def test_client_that_leaves_cancels_and_cancel_by_id() -> None:
         await until(lambda: b"tandem_router_running_requests 0.0" in service.metrics.page())
 
     with_client(service, use)
+
+
+def test_client_that_vanishes_cancels() -> None:
+    """A client that is stopped says no more than one whose cable was cut; its connection stands."""
+    driver = saying(TEXT)
+    driver.hold_after = 2
+    service = service_over(driver)
+    streams = "import sys, tandem; c = tandem.Client(sys.argv[1]); list(c.stream('x', request_id='gone'))"
+
+    async def main() -> None:
+        async with grpc_server(service, keepalive_s=0.3) as target:
+            client = await asyncio.create_subprocess_exec(sys.executable, "-c", streams, target)
+            try:
+                await until(lambda: "gone" in driver.requests and driver.requests["gone"].delivered == 2)
+                await asyncio.sleep(1.5)  # held beyond any ping's time: a client that answers is kept
+                assert not driver.requests["gone"].cancelled
+                client.send_signal(signal.SIGSTOP)
+                await until(lambda: driver.requests["gone"].cancelled == "the client disconnected")
+            finally:
+                client.kill()
+                await client.wait()
+
+    asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
+
+
+@pytest.mark.parametrize("said", [b"", b"PRI * HTTP/2.0\r\n"])
+def test_connection_that_says_nothing_is_closed(said: bytes) -> None:
+    async def main() -> None:
+        async with grpc_server(service_over(saying(TEXT)), handshake_timeout_s=0.3) as target:
+            host, port = target.split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(said)
+            async with asyncio.timeout(5):
+                await reader.read()
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
 
 
 def test_attach_says_what_it_needs() -> None:

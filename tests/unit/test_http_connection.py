@@ -77,9 +77,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-@pytest.mark.parametrize(
-    ("said", "status"), [(b"", b""), (b"GET /li", b"HTTP/1.1 408"), (LIVE[:-2], b"HTTP/1.1 408")]
-)
+@pytest.mark.parametrize(("said", "status"), [(b"", b""), (b"GET /li", b"HTTP/1.1 408"), (LIVE[:-2], b"HTTP/1.1 408")])
 def test_a_head_that_does_not_come_ends_the_connection(said: bytes, status: bytes) -> None:
     async def use(connect: Connect) -> None:
         began_s = time.monotonic()
