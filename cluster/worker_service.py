@@ -20,6 +20,7 @@ from tandem.v1 import worker_pb2_grpc
 log = logging.getLogger(__name__)
 
 REPORTS_MAX = 4096  # that wait for one router; with more it is cut off and places its requests anew
+HELLO_TIMEOUT_S = 5.0  # for the first message of a stream: a router sends it at once
 LAST_WRITE_S = 5.0  # for the report under way when a stream ends; a router that reads nothing holds it up
 
 
@@ -58,7 +59,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         context: grpc.aio.ServicerContext[pb.RouterMessage, pb.WorkerReport],
     ) -> None:
         """Serves one router session from its hello to its end."""
-        hello = await anext(aiter(request_iterator), None)
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                hello = await anext(aiter(request_iterator), None)
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no hello came within {HELLO_TIMEOUT_S:g} s")
         if hello is None or hello.WhichOneof("kind") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be hello")
         session = hello.hello.session
