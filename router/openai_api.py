@@ -11,12 +11,13 @@ from contextlib import aclosing
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from router.metrics import CONTENT_TYPE, Api
+from router.openai_page import page_of
 from router.openai_schema import ChatRequest, CommonRequest, CompletionRequest, parse
 from router.openai_stream import DONE, EventWriter, ReplyForm, error_body, whole_reply
 from router.service import Answers, Ask, Piece, Service
@@ -29,6 +30,7 @@ REQUEST_ID = "x-request-id"
 _DROPPED_BYTES_MAX = 8 * BODY_BYTES_MAX
 _BODY_TIMEOUT_S = 30.0
 _DISCONNECTED = "the client disconnected"
+_DESCRIPTION = "OpenAI-compatible API of a Tandem cluster."
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -57,10 +59,16 @@ class _NoSuchPage(TandemError):
 
 def build_app(service: Service) -> FastAPI:
     """The application; others may add routers and pages to it."""
-    app = FastAPI(title="Tandem", description="OpenAI-compatible API of a Tandem cluster.", version="1")
+    # FastAPI's own pages load their script from a CDN.
+    app = FastAPI(title="Tandem", description=_DESCRIPTION, version="1", docs_url=None, redoc_url=None)
     _add_completions(app, service)
     _add_models(app, service)
     _add_health(app, service)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        """The schema for people."""
+        return HTMLResponse(page_of(app.openapi()))
 
     @app.exception_handler(TandemError)
     async def on_error(request: Request, error: TandemError) -> Response:
@@ -275,7 +283,7 @@ def _error_response(error: TandemError, request_id: str) -> Response:
 
 
 def _schema(kind: type[CommonRequest]) -> dict[str, object]:
-    """The body's schema for /docs: handlers read the body themselves."""
+    """The body's schema for /openapi.json and /docs: handlers read the body themselves."""
     content = {"application/json": {"schema": kind.model_json_schema()}}
     return {"requestBody": {"required": True, "content": content}}
 

@@ -14,6 +14,7 @@ from router.events import NewRequest, Usage
 from router.metrics import Api, EdgeMetrics
 from router.tokenizer import Tokenizer
 from router.validation import (
+    ANSWER_MARK,
     Limits,
     SamplingFields,
     check_num_choices,
@@ -360,7 +361,7 @@ class Service:
     def open(self, ask: Ask) -> Answers:
         """Checks and submits all answers that `ask` asks for.
 
-        With more than one answer, each is a request of its own: id-0, id-1, ...
+        With more than one answer, each is a request of its own: id#0, id#1, ...
 
         Raises:
             TandemError: nothing runs then. InvalidRequest, DuplicateRequest, Overloaded, Unavailable.
@@ -401,7 +402,7 @@ class Service:
             name = "prompt" if len(ask.prompts) == 1 else f"prompt.{number}"
             tokens = check_prompt(prompt, self.limits, ask.names.get("prompt", name))
             for choice in range(ask.n):
-                own_id = f"{request_id}-{number * ask.n + choice}" if many else request_id
+                own_id = f"{request_id}{ANSWER_MARK}{number * ask.n + choice}" if many else request_id
                 sampling = check_sampling(
                     ask.fields,
                     limits=self.limits,

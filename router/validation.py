@@ -25,6 +25,7 @@ REQUEST_ID_CHARACTERS_MAX = 128
 TEMPERATURE_LEAST = 1e-5  # logits divided by less leave float32; 0 is greedy
 COMPLETION_MAX_TOKENS = 16  # what /v1/completions gives when nothing is asked
 
+ANSWER_MARK = "#"  # between the id of a request with several answers and an answer's number; no client's id has it
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]*")
 _SEED_MASK = (1 << 64) - 1
 _SHOWN_CHARACTERS_MAX = 60

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from edge import CONTEXT_TOKENS, MODEL, http_server, saying, service_over, smol
 from scripted_driver import ScriptedDriver
 
 from router.metrics import Api
+from router.openai_schema import ChatRequest, CompletionRequest
 from router.service import Ask, Service
 from router.validation import SamplingFields
 from tandem.errors import Overloaded, RequestLost, Unavailable
@@ -183,7 +185,7 @@ def test_request_id_is_echoed_names_children_and_may_not_be_doubled() -> None:
         body = {"messages": HI, "n": 2, "stream": True}
         async with client.stream("POST", CHAT, json=body, headers=headers) as reply:
             assert reply.headers["x-request-id"] == "mine:1"
-            assert set(driver.requests) == {"mine:1-0", "mine:1-1"}
+            assert set(driver.requests) == {"mine:1#0", "mine:1#1"}
             again = await client.post(CHAT, json=body, headers=headers)
             assert again.status_code == 409
             assert again.json()["error"]["code"] == "duplicate_request"
@@ -194,6 +196,30 @@ def test_request_id_is_echoed_names_children_and_may_not_be_doubled() -> None:
         bad = await client.post(CHAT, json={"messages": HI}, headers={"x-request-id": "a b"})
         assert bad.status_code == 400
         assert bad.json()["error"]["param"] == "x-request-id"
+
+    with_server(service, use)
+
+
+def test_no_client_can_name_its_request_as_an_answer_of_another_is_named() -> None:
+    driver = saying(TEXT)
+    driver.hold_after = 2
+    service = service_over(driver)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        body = {"messages": HI, "stream": True}
+        async with (
+            client.stream("POST", CHAT, json=body, headers={"x-request-id": "mine-0"}) as first,
+            client.stream("POST", CHAT, json={**body, "n": 2}, headers={"x-request-id": "mine"}) as second,
+        ):
+            assert (first.status_code, second.status_code) == (200, 200)
+            answers = set(driver.requests) - {"mine-0"}
+            assert len(answers) == 2
+            for name in answers:
+                taken = await client.post(CHAT, json=body, headers={"x-request-id": name})
+                assert taken.status_code == 400
+                assert taken.json()["error"]["param"] == "x-request-id"
+            assert service.cancel("mine", "an operator")  # the client's own id names all of its answers
+            assert {name for name, running in driver.requests.items() if running.cancelled} == answers
 
     with_server(service, use)
 
@@ -373,7 +399,6 @@ def test_health_models_metrics_and_unknown_pages() -> None:
         assert (await client.get("/v1/models/a/b")).json()["error"]["code"] == "model_not_found"
         assert (await client.get("/nowhere")).json()["error"]["code"] == "not_found"
         assert (await client.get(CHAT)).status_code == 405
-        assert (await client.get("/docs")).status_code == 200
         assert "ChatRequest" in (await client.get("/openapi.json")).text
         await client.post(CHAT, json={"messages": HI})
         page = (await client.get("/metrics")).text
@@ -388,6 +413,24 @@ def test_health_models_metrics_and_unknown_pages() -> None:
         assert f"tandem_router_itl_seconds_count {num_tokens - 1}.0" in page
 
     with_server(service_over(saying(TEXT), not_ready="no decode worker"), use)
+
+
+def test_docs_can_be_read_offline_and_name_every_endpoint_and_field() -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        reply = await client.get("/docs")
+        assert (reply.status_code, reply.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        assert re.findall(r"<script|<link|<img|src=|@import|url\(|https?:", reply.text) == []
+        document = (await client.get("/openapi.json")).json()
+        assert {CHAT, COMPLETIONS, "/v1/models", "/metrics"} <= set(document["paths"])
+        for path in document["paths"]:
+            assert f" {path}</code>" in reply.text
+        for kind in (ChatRequest, CompletionRequest):
+            for name in kind.model_json_schema()["properties"]:
+                assert f"<code>{name}</code>" in reply.text
+        assert "<td>string or array of string</td>" in reply.text
+        assert (await client.get("/redoc")).status_code == 404
+
+    with_server(service_over(saying(TEXT)), use)
 
 
 def test_seed_is_the_requests_own_and_choices_differ() -> None:

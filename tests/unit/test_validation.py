@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.validation import (
+    ANSWER_MARK,
     Limits,
     SamplingFields,
     check_num_choices,
@@ -119,7 +120,7 @@ def test_stops_choices_and_ids() -> None:
         with pytest.raises(InvalidRequest):
             check_num_choices(n, prompts)
     assert check_request_id("a" * 128) == "a" * 128
-    for bad in ("", "a" * 129, "a b", "a/b", "é", "-a", "a\n", "a\x00"):
+    for bad in ("", "a" * 129, "a b", "a/b", "é", "-a", "a\n", "a\x00", f"a{ANSWER_MARK}0"):
         with pytest.raises(InvalidRequest, match="request_id"):
             check_request_id(bad)
 
