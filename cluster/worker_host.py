@@ -237,7 +237,7 @@ class WorkerHost:
 
         self._cleanup.callback(stop)
 
-    # ---- on the deciding thread, and on the agent's -------------------------------------------------------------------
+    # ---- on the deciding thread, and on the agent's ------------------------------------------------------------------
 
     def _perform(self, actions: list[object]) -> None:
         reports: list[Report] = []

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from engine.layout import KVLayout
 from engine.runner import Runner
 from engine.step import Drawn, StepPlan, StepRow, Undrawn
+from tandem.errors import StepFailed
 
 log = logging.getLogger(__name__)
 
-STEP_FAILED = "step_failed"  # the code of a request whose row broke by itself
+
 FAILURES_MAX = 3  # rows that may break one after another; more is not the requests' doing
 MESSAGE_CHARS_MAX = 200
 
@@ -68,7 +69,7 @@ class IsolatingRunner:
                 num_failed += 1
                 if self._num_failures >= self._failures_max or num_failed == len(rows) > 1:
                     raise
-                drawn = Undrawn(code=STEP_FAILED, reason=_described(error))
+                drawn = Undrawn(code=StepFailed.code, reason=_described(error))
                 log.error("request=%s fails alone at position %d: %s", row.request_id, row.start, drawn.reason)
             else:
                 self._num_failures = 0

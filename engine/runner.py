@@ -26,6 +26,7 @@ class Runner(Protocol):
     def run(self, plan: StepPlan) -> Sequence[Drawn | None]:
         """Runs the step; one result per row in the plan's order, None where the row's `sample` is False.
 
-        A row whose logits are not finite is answered with Undrawn; an exception is the end of the whole engine.
+        A row whose logits are not finite is answered with Undrawn. An exception says that the step as a whole did not
+        run; engine/isolation.py finds out for whom it would.
         """
         ...

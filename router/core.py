@@ -48,6 +48,7 @@ from router.prefix_index import PrefixIndex
 from router.request import Request, RequestState, StatusSnapshot, snapshot, worker_snapshot
 from router.store import EmbeddedOwners, OwnerRecord, OwnerStore
 from tandem.errors import (
+    ERRORS,
     Cancelled,
     DeadlinePassed,
     DuplicateRequest,
@@ -55,6 +56,7 @@ from tandem.errors import (
     NotFinite,
     Overloaded,
     RequestLost,
+    StepFailed,
     TandemError,
     Unavailable,
 )
@@ -424,8 +426,8 @@ class RouterCore:
             self._step(request, worker, AttemptLost(why, tuple(each.key for each in others or [worker])))
         elif failed.code == InvalidRequest.code:
             self._fail(request, InvalidRequest("request", failed.message))
-        elif failed.code == NotFinite.code:
-            self._fail(request, NotFinite(why))
+        elif failed.code in (NotFinite.code, StepFailed.code):
+            self._fail(request, ERRORS[failed.code](why))
         else:
             self._fail(request, RequestLost(why))
 

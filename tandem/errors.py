@@ -9,6 +9,7 @@ TandemError
   +-- Unavailable         no worker can serve this now                               503  UNAVAILABLE
   +-- DeadlinePassed      the request's own deadline is over                         504  DEADLINE_EXCEEDED
   +-- RequestLost         placed and re-placed in vain; names the last failure       502  ABORTED
+  +-- StepFailed          the engine fails to run its steps, and its alone           500  INTERNAL
   +-- NotFinite           the model's logits for it are NaN or infinite              500  INTERNAL
   +-- Cancelled           ended by its client or an operator                         499  CANCELLED
 """
@@ -113,6 +114,12 @@ class NotFinite(TandemError):
     code = "not_finite"
 
 
+class StepFailed(TandemError):
+    """The engine cannot run this request's next step, while it runs others': not to be tried again."""
+
+    code = "step_failed"
+
+
 class Cancelled(TandemError):
     """The request was ended by its client or an operator."""
 
@@ -134,6 +141,7 @@ ERRORS: dict[str, type[TandemError]] = {
         DeadlinePassed,
         RequestLost,
         NotFinite,
+        StepFailed,
         Cancelled,
     )
 }

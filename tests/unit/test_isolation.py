@@ -14,11 +14,12 @@ from tiny_models import ledger_of
 from cluster.worker_core import WorkerCore, WorkerCoreConfig
 from engine.cpu_runner import CpuRunner
 from engine.fake_runner import FakeRunner, expected_tokens
-from engine.isolation import FAILURES_MAX, STEP_FAILED, IsolatingRunner
+from engine.isolation import FAILURES_MAX, IsolatingRunner
 from engine.layout import KVLayout
 from engine.loop import EngineLoop
 from engine.sequence import Sequence as Running
 from engine.step import Batch, BatchConfig, Drawn, Sampled, StepPlan, StepRow, Undrawn
+from tandem.errors import StepFailed
 from tandem.messages import AssignMode, RequestFailed
 from tandem.request import RequestId, Sampling, Token
 
@@ -86,7 +87,7 @@ def test_only_rows_that_break_by_themselves_come_to_nothing(pattern: str) -> Non
     for number, (letter, result) in enumerate(zip(pattern, drawn, strict=True)):
         if letter == "x":
             assert isinstance(result, Undrawn)
-            assert result.code == STEP_FAILED == "step_failed"
+            assert result.code == StepFailed.code == "step_failed"
             assert result.reason == "IndexError: index 9 is out of range (in Brittle.run)"
         else:
             assert result == Sampled(token_id=expected_tokens((20 + number,), Sampling(), 1, VOCAB)[0])
@@ -193,7 +194,7 @@ def test_over_the_loop_of_a_worker_the_neighbours_go_on_and_the_router_hears_why
         assert answers.pop(name) == expected_tokens(prompt, Sampling(), 20, VOCAB)
     assert not answers, "a poisoned request was answered"
     assert sorted(each.request_id for each in failed) == ["bad-a", "bad-b", "bad-c"]
-    assert {(each.code, each.retryable) for each in failed} == {(STEP_FAILED, False)}
+    assert {(each.code, each.retryable) for each in failed} == {(StepFailed.code, False)}
     assert all("IndexError: index 9 is out of range" in each.message for each in failed)
     assert not ledger.audit()
 
@@ -252,5 +253,5 @@ def test_a_real_model_answers_the_neighbours_of_a_token_that_it_does_not_have(tm
         "r1": prompts["r1"],
         "r2": prompts["r2"],
     }
-    assert answers(poisoned) == (alone, [("bad", STEP_FAILED)])
+    assert answers(poisoned) == (alone, [("bad", StepFailed.code)])
     cpu.close()

@@ -167,7 +167,7 @@ def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], mon
 def test_a_broken_world_is_made_calmer(monkeypatch: pytest.MonkeyPatch) -> None:
     agent_believes_every_frame(monkeypatch)
     (*_, broken) = run_seeds(range(SEEDS_TO_FIND), stop=lambda outcome: bool(outcome.problem))
-    calmer = shrink(broken, runs_max=60)
+    calmer = shrink(broken, runs_max=120)
     assert calmer.problem
     assert sum(map(bool, calmer.taken)) < sum(map(bool, broken.taken)) / 2
 
