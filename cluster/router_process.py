@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -31,6 +32,7 @@ from cluster.served_model import describe
 from router.config import RouterConfig
 from router.driver import Driver
 from router.grpc_api import build_grpc_server
+from router.http_connection import HttpLimits
 from router.http_server import serve_http
 from router.metrics import EdgeMetrics
 from router.openai_api import build_app
@@ -40,6 +42,7 @@ from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+OPEN_FILES = 16_384  # asked for; many a shell gives 1024
 GRACE_S = 3.0  # for running replies, once every request has ended with a named error
 
 
@@ -100,7 +103,13 @@ class RouterProcess:
 
     async def run(self) -> None:
         """Serves until it is told to stop, then ends requests, streams and servers, each within a bound."""
-        http = await serve_http(build_app(self.service), host=self.config.host, port=self.config.port, grace_s=GRACE_S)
+        http = await serve_http(
+            build_app(self.service),
+            host=self.config.host,
+            port=self.config.port,
+            grace_s=GRACE_S,
+            limits=limits_within(raise_open_files()),
+        )
         grpc_server = build_grpc_server(self.service, extra=(self._add_registry, self._add_admin))
         tasks: list[asyncio.Task[None]] = []
         try:
@@ -159,6 +168,20 @@ class RouterProcess:
         )
         exact = self.config.exact and all(each.info.exact for each in self.membership.alive())
         self.service.model = dataclasses.replace(self.model, exact=exact)
+
+
+def raise_open_files() -> int:
+    """Raises this process's limit on open files towards OPEN_FILES, as far as it may; returns the limit in force."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(soft, OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
+
+
+def limits_within(open_files: int) -> HttpLimits:
+    """HTTP may hold half of the process's open files at most: clients that hold many must not cut off the workers."""
+    usual = HttpLimits()
+    return dataclasses.replace(usual, connections_max=min(usual.connections_max, open_files // 2))
 
 
 async def serve(config: ClusterConfig, base_incarnation: int) -> None:
