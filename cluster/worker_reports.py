@@ -9,6 +9,7 @@ from kv_transfer.actions import Piece, Report
 from tandem.messages import (
     BlockEvents,
     CommitAsk,
+    MoveFailed,
     OwnerQuery,
     RequestFailed,
     TransferStats,
@@ -54,6 +55,7 @@ class ReportBuilder:
         failed: list[RequestFailed] = []
         asks: list[CommitAsk] = []
         queries: list[OwnerQuery] = []
+        moves_failed: list[MoveFailed] = []
         transfers: list[TransferStats] = []
         blocks: BlockEvents | None = None
         load: WorkerLoad | None = None
@@ -67,6 +69,8 @@ class ReportBuilder:
                     asks.append(piece)
                 case OwnerQuery():
                     queries.append(piece)
+                case MoveFailed():
+                    moves_failed.append(piece)
                 case TransferStats():
                     transfers.append(piece)
                 case BlockEvents():
@@ -84,6 +88,7 @@ class ReportBuilder:
             failed=tuple(failed),
             commit_asks=tuple(asks),
             owner_queries=tuple(queries),
+            moves_failed=tuple(moves_failed),
             transfers=tuple(transfers),
             blocks=blocks,
             load=load,

@@ -12,6 +12,7 @@ from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame, TransferM
 from tandem.messages import (
     BlockEvents,
     CommitAsk,
+    MoveFailed,
     OwnerQuery,
     RequestFailed,
     RouterMessage,
@@ -58,7 +59,7 @@ class Registered:
 
 # ---- actions -----------------------------------------------------------------------------------------------------
 
-Piece = Token | RequestFailed | CommitAsk | OwnerQuery | TransferStats | BlockEvents | WorkerLoad
+Piece = Token | RequestFailed | CommitAsk | OwnerQuery | MoveFailed | TransferStats | BlockEvents | WorkerLoad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,8 @@ from router.events import (
     Finish,
     LinkLost,
     LinkUp,
+    MoveEnded,
+    MoveRefused,
     NewRequest,
     Refuse,
     ReportArrived,
@@ -278,8 +280,8 @@ class Driver:
             case Fail(request_id=request_id, error=error):
                 log.info("request=%s failed: %s", request_id, error)
                 self._end(request_id, None, error)
-            case Refuse():
-                raise AssertionError(f"{action} outside submit")
+            case Refuse() | MoveRefused() | MoveEnded():
+                raise AssertionError(f"{action} answers nothing that was asked")
             case _:
                 assert_never(action)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from router.move import MoveReason, MoveRecord
 from tandem.errors import TandemError
 from tandem.messages import CommitAsk, RequestFailed, RouterMessage, WorkerInfo, WorkerReport
 from tandem.request import FinishReason, RequestId, Sampling, Token, WorkerId
@@ -49,10 +50,25 @@ class WorkerJoined:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerDraining:
-    """The worker finishes what it has and gets nothing new."""
+    """The worker gets nothing new, nor any request moved to it; `draining` False: it gets work again."""
 
     worker_id: WorkerId
     incarnation: int
+    draining: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveRequested:
+    """An operator or the rebalancer wants a running request moved. Answered by MoveRefused or, in time, MoveEnded.
+
+    `to` None: the router chooses. `ticket` names the answer; it is the asker's.
+    """
+
+    request_id: RequestId
+    to: WorkerId | None
+    reason: MoveReason
+    why: str
+    ticket: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +138,7 @@ Event = (
     | LinkLost
     | ClientGone
     | StopRequested
+    | MoveRequested
     | Tick
 )
 
@@ -204,4 +221,21 @@ class Refuse:
     error: TandemError
 
 
-Action = SendToWorker | Deliver | Finish | Fail | Refuse
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveRefused:
+    """Nothing was moved, nor will be: the request, if there is one, runs on."""
+
+    request_id: RequestId
+    ticket: int
+    error: TandemError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveEnded:
+    """The move that this ticket asked for is over; its record says how."""
+
+    ticket: int
+    record: MoveRecord
+
+
+Action = SendToWorker | Deliver | Finish | Fail | Refuse | MoveRefused | MoveEnded

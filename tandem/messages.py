@@ -52,7 +52,8 @@ class Assign:
     sampling: Sampling
     transfer_id: TransferId  # empty with LOCAL
     peer: WorkerAddress | None  # None with LOCAL
-    deadline_ms: int  # until the handoff is committed
+    deadline_ms: int  # until the handoff or migration is committed
+    move: bool = False  # DECODE: the peer decodes it already, and goes on until it is fenced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +66,34 @@ class CancelAssigned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Migrate:
+    """Move this running request to the peer, which expects it with its first `num_tokens` tokens; run it until then."""
+
+    request_id: RequestId
+    epoch: int
+    transfer_id: TransferId
+    peer: WorkerAddress
+    num_tokens: int  # prompt and answer tokens that the peer has been told
+    deadline_ms: int  # until the migration is committed
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopMove:
+    """The migration is over and cannot be committed any more: go on with the request here."""
+
+    request_id: RequestId
+    epoch: int
+    transfer_id: TransferId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OwnerIs:
     """What the owner record says. Answers CommitAsk (target) and OwnerQuery (source); told unasked to the source.
 
     `worker_id` None: the request is over. `refused` says why a CommitAsk was refused; empty when it was accepted.
+    `over`: no commit of this transfer can succeed any more; unless the record names its target, it has failed.
     """
 
     request_id: RequestId
@@ -77,9 +102,10 @@ class OwnerIs:
     worker_id: WorkerId | None
     incarnation: int
     refused: str = ""
+    over: bool = False
 
 
-RouterMessage = Assign | CancelAssigned | OwnerIs
+RouterMessage = Assign | CancelAssigned | Migrate | StopMove | OwnerIs
 
 
 # ---- worker to router --------------------------------------------------------------------------------------------
@@ -113,16 +139,31 @@ class CommitAsk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnerQuery:
-    """The source asks the owner record, since it may not guess how a commit ended."""
+    """The source asks the owner record, since it may not guess how a commit ended.
+
+    `revoke`: a migration that is not committed yet shall be over, so that the source may run the request again.
+    """
 
     request_id: RequestId
     transfer_id: TransferId
     epoch: int
+    revoke: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveFailed:
+    """The source gives a migration up. The request is unharmed and runs on where it was."""
+
+    request_id: RequestId
+    transfer_id: TransferId
+    epoch: int
+    code: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferStats:
-    """What a transfer did, told by its target when it commits, and by its source for the times."""
+    """What a transfer did, told by its target (at the commit, after its first step) and by its source (its times)."""
 
     request_id: RequestId
     transfer_id: TransferId
@@ -136,6 +177,10 @@ class TransferStats:
     last_chunk_start_ms: int = 0  # source: since the assignment
     committed_ms: int = 0  # target: since the assignment
     tokens_cached: int = 0  # source: found in its prefix cache
+    first_step_ms: float = 0.0  # target: how long the first step with the request took
+    rounds: int = 0  # source of a migration: of copying while the request ran
+    precopy_ms: int = 0  # source of a migration: from the grant to the fence
+    fence_ms: int = 0  # source of a migration: from the fence to the word that the target owns the request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +230,7 @@ class WorkerReport:
     failed: tuple[RequestFailed, ...] = ()
     commit_asks: tuple[CommitAsk, ...] = ()
     owner_queries: tuple[OwnerQuery, ...] = ()
+    moves_failed: tuple[MoveFailed, ...] = ()
     transfers: tuple[TransferStats, ...] = ()
     blocks: BlockEvents | None = None
     load: WorkerLoad | None = None

@@ -16,11 +16,14 @@ from tandem.messages import (
     BlockEvents,
     CancelAssigned,
     CommitAsk,
+    Migrate,
+    MoveFailed,
     OwnerIs,
     OwnerQuery,
     RequestFailed,
     Role,
     RouterMessage,
+    StopMove,
     TransferStats,
     WorkerAddress,
     WorkerInfo,
@@ -199,6 +202,28 @@ def encode_router_message(message: RouterMessage) -> pb.RouterMessage:
                     worker_id="" if message.worker_id is None else message.worker_id,
                     incarnation=message.incarnation,
                     refused=message.refused,
+                    over=message.over,
+                )
+            )
+        case Migrate():
+            return pb.RouterMessage(
+                migrate=pb.Migrate(
+                    request_id=message.request_id,
+                    epoch=message.epoch,
+                    transfer_id=message.transfer_id,
+                    peer=encode_address(message.peer),
+                    num_tokens=message.num_tokens,
+                    deadline_ms=message.deadline_ms,
+                    reason=message.reason,
+                )
+            )
+        case StopMove():
+            return pb.RouterMessage(
+                stop_move=pb.StopMove(
+                    request_id=message.request_id,
+                    epoch=message.epoch,
+                    transfer_id=message.transfer_id,
+                    reason=message.reason,
                 )
             )
 
@@ -223,9 +248,34 @@ def decode_router_message(message: pb.RouterMessage) -> RouterMessage:
                 worker_id=WorkerId(owner.worker_id) if owner.worker_id else None,
                 incarnation=owner.incarnation,
                 refused=owner.refused,
+                over=owner.over,
+            )
+        case "migrate":
+            return _decode_migrate(message.migrate)
+        case "stop_move":
+            return StopMove(
+                request_id=RequestId(named("stop_move.request_id", message.stop_move.request_id)),
+                epoch=message.stop_move.epoch,
+                transfer_id=TransferId(named("stop_move.transfer_id", message.stop_move.transfer_id)),
+                reason=message.stop_move.reason,
             )
         case kind:
-            raise ValueError(f"kind: is {kind!r}, must be assign, cancel or owner_is")
+            raise ValueError(f"kind: is {kind!r}, must be assign, cancel, owner_is, migrate or stop_move")
+
+
+def _decode_migrate(message: pb.Migrate) -> Migrate:
+    if not message.HasField("peer"):
+        raise ValueError("migrate.peer: is missing")
+    within("migrate.num_tokens", message.num_tokens, 1, 1 << 31)
+    return Migrate(
+        request_id=RequestId(named("migrate.request_id", message.request_id)),
+        epoch=message.epoch,
+        transfer_id=TransferId(named("migrate.transfer_id", message.transfer_id)),
+        peer=decode_address(message.peer),
+        num_tokens=message.num_tokens,
+        deadline_ms=message.deadline_ms,
+        reason=message.reason,
+    )
 
 
 def _encode_assign(assign: Assign) -> pb.Assign:
@@ -239,6 +289,7 @@ def _encode_assign(assign: Assign) -> pb.Assign:
         transfer_id=assign.transfer_id,
         peer=None if assign.peer is None else encode_address(assign.peer),
         deadline_ms=assign.deadline_ms,
+        move=assign.move,
     )
 
 
@@ -252,6 +303,8 @@ def _decode_assign(message: pb.Assign) -> Assign:
         raise ValueError("assign.transfer_id, assign.peer: are set, must be empty when the mode is local")
     if mode is not AssignMode.LOCAL and not (message.transfer_id and message.HasField("peer")):
         raise ValueError(f"assign.transfer_id, assign.peer: are missing, the mode {mode.value} needs both")
+    if message.move and mode is not AssignMode.DECODE:
+        raise ValueError(f"assign.move: is set, must not be when the mode is {mode.value}")
     within("assign.num_prompt_tokens", message.num_prompt_tokens, 1, len(message.tokens))
     return Assign(
         request_id=RequestId(named("assign.request_id", message.request_id)),
@@ -263,6 +316,7 @@ def _decode_assign(message: pb.Assign) -> Assign:
         transfer_id=TransferId(message.transfer_id),
         peer=decode_address(message.peer) if message.HasField("peer") else None,
         deadline_ms=message.deadline_ms,
+        move=message.move,
     )
 
 
@@ -297,8 +351,20 @@ def encode_report(report: WorkerReport) -> pb.WorkerReport:
             for ask in report.commit_asks
         ],
         owner_queries=[
-            pb.OwnerQuery(request_id=query.request_id, transfer_id=query.transfer_id, epoch=query.epoch)
+            pb.OwnerQuery(
+                request_id=query.request_id, transfer_id=query.transfer_id, epoch=query.epoch, revoke=query.revoke
+            )
             for query in report.owner_queries
+        ],
+        moves_failed=[
+            pb.MoveFailed(
+                request_id=failed.request_id,
+                transfer_id=failed.transfer_id,
+                epoch=failed.epoch,
+                code=failed.code,
+                message=failed.message,
+            )
+            for failed in report.moves_failed
         ],
         transfers=[_encode_stats(stats) for stats in report.transfers],
         blocks=None if report.blocks is None else _encode_block_events(report.blocks),
@@ -338,8 +404,19 @@ def decode_report(message: pb.WorkerReport) -> WorkerReport:
                 request_id=RequestId(named("owner_queries.request_id", query.request_id)),
                 transfer_id=TransferId(named("owner_queries.transfer_id", query.transfer_id)),
                 epoch=query.epoch,
+                revoke=query.revoke,
             )
             for query in message.owner_queries
+        ),
+        moves_failed=tuple(
+            MoveFailed(
+                request_id=RequestId(named("moves_failed.request_id", failed.request_id)),
+                transfer_id=TransferId(named("moves_failed.transfer_id", failed.transfer_id)),
+                epoch=failed.epoch,
+                code=failed.code,
+                message=failed.message,
+            )
+            for failed in message.moves_failed
         ),
         transfers=tuple(_decode_stats(stats) for stats in message.transfers),
         blocks=_decode_block_events(message.blocks) if message.HasField("blocks") else None,
@@ -361,6 +438,10 @@ def _encode_stats(stats: TransferStats) -> pb.TransferStats:
         last_chunk_start_ms=stats.last_chunk_start_ms,
         committed_ms=stats.committed_ms,
         tokens_cached=stats.tokens_cached,
+        first_step_ms=stats.first_step_ms,
+        rounds=stats.rounds,
+        precopy_ms=stats.precopy_ms,
+        fence_ms=stats.fence_ms,
     )
 
 
@@ -378,6 +459,10 @@ def _decode_stats(message: pb.TransferStats) -> TransferStats:
         last_chunk_start_ms=message.last_chunk_start_ms,
         committed_ms=message.committed_ms,
         tokens_cached=message.tokens_cached,
+        first_step_ms=finite("transfers.first_step_ms", message.first_step_ms),
+        rounds=message.rounds,
+        precopy_ms=message.precopy_ms,
+        fence_ms=message.fence_ms,
     )
 
 

@@ -65,16 +65,20 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., bias_token_ids: _Optional[_Iterable[int]] = ..., bias_values: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "assign", "cancel", "owner_is")
+    __slots__ = ("hello", "assign", "cancel", "owner_is", "migrate", "stop_move")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ASSIGN_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     OWNER_IS_FIELD_NUMBER: _ClassVar[int]
+    MIGRATE_FIELD_NUMBER: _ClassVar[int]
+    STOP_MOVE_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     assign: Assign
     cancel: CancelAssigned
     owner_is: OwnerIs
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., cancel: _Optional[_Union[CancelAssigned, _Mapping]] = ..., owner_is: _Optional[_Union[OwnerIs, _Mapping]] = ...) -> None: ...
+    migrate: Migrate
+    stop_move: StopMove
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., cancel: _Optional[_Union[CancelAssigned, _Mapping]] = ..., owner_is: _Optional[_Union[OwnerIs, _Mapping]] = ..., migrate: _Optional[_Union[Migrate, _Mapping]] = ..., stop_move: _Optional[_Union[StopMove, _Mapping]] = ...) -> None: ...
 
 class RouterHello(_message.Message):
     __slots__ = ("router_id", "session")
@@ -85,7 +89,7 @@ class RouterHello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., session: _Optional[int] = ...) -> None: ...
 
 class Assign(_message.Message):
-    __slots__ = ("request_id", "epoch", "mode", "tokens", "num_prompt_tokens", "sampling", "transfer_id", "peer", "deadline_ms")
+    __slots__ = ("request_id", "epoch", "mode", "tokens", "num_prompt_tokens", "sampling", "transfer_id", "peer", "deadline_ms", "move")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +99,7 @@ class Assign(_message.Message):
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    MOVE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     mode: AssignMode
@@ -104,7 +109,8 @@ class Assign(_message.Message):
     transfer_id: str
     peer: WorkerAddress
     deadline_ms: int
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., mode: _Optional[_Union[AssignMode, str]] = ..., tokens: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., transfer_id: _Optional[str] = ..., peer: _Optional[_Union[WorkerAddress, _Mapping]] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    move: bool
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., mode: _Optional[_Union[AssignMode, str]] = ..., tokens: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., transfer_id: _Optional[str] = ..., peer: _Optional[_Union[WorkerAddress, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., move: _Optional[bool] = ...) -> None: ...
 
 class CancelAssigned(_message.Message):
     __slots__ = ("request_id", "epoch", "reason")
@@ -116,21 +122,53 @@ class CancelAssigned(_message.Message):
     reason: str
     def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class Migrate(_message.Message):
+    __slots__ = ("request_id", "epoch", "transfer_id", "peer", "num_tokens", "deadline_ms", "reason")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    epoch: int
+    transfer_id: str
+    peer: WorkerAddress
+    num_tokens: int
+    deadline_ms: int
+    reason: str
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., transfer_id: _Optional[str] = ..., peer: _Optional[_Union[WorkerAddress, _Mapping]] = ..., num_tokens: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class StopMove(_message.Message):
+    __slots__ = ("request_id", "epoch", "transfer_id", "reason")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    epoch: int
+    transfer_id: str
+    reason: str
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., transfer_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class OwnerIs(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "epoch", "worker_id", "incarnation", "refused")
+    __slots__ = ("request_id", "transfer_id", "epoch", "worker_id", "incarnation", "refused", "over")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    OVER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: str
     epoch: int
     worker_id: str
     incarnation: int
     refused: str
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., refused: _Optional[str] = ...) -> None: ...
+    over: bool
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., refused: _Optional[str] = ..., over: _Optional[bool] = ...) -> None: ...
 
 class TopLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")
@@ -187,17 +225,33 @@ class CommitAsk(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., from_epoch: _Optional[int] = ..., next_index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ...) -> None: ...
 
 class OwnerQuery(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "epoch")
+    __slots__ = ("request_id", "transfer_id", "epoch", "revoke")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REVOKE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: str
     epoch: int
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    revoke: bool
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., revoke: _Optional[bool] = ...) -> None: ...
+
+class MoveFailed(_message.Message):
+    __slots__ = ("request_id", "transfer_id", "epoch", "code", "message")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    transfer_id: str
+    epoch: int
+    code: str
+    message: str
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class TransferStats(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "blocks_granted", "blocks_moved", "blocks_reused", "bytes", "frames", "tokens_recomputed", "first_frame_ms", "last_chunk_start_ms", "committed_ms", "tokens_cached")
+    __slots__ = ("request_id", "transfer_id", "blocks_granted", "blocks_moved", "blocks_reused", "bytes", "frames", "tokens_recomputed", "first_frame_ms", "last_chunk_start_ms", "committed_ms", "tokens_cached", "first_step_ms", "rounds", "precopy_ms", "fence_ms")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_GRANTED_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +264,10 @@ class TransferStats(_message.Message):
     LAST_CHUNK_START_MS_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_MS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_CACHED_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    PRECOPY_MS_FIELD_NUMBER: _ClassVar[int]
+    FENCE_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: str
     blocks_granted: int
@@ -222,7 +280,11 @@ class TransferStats(_message.Message):
     last_chunk_start_ms: int
     committed_ms: int
     tokens_cached: int
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., blocks_granted: _Optional[int] = ..., blocks_moved: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., bytes: _Optional[int] = ..., frames: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., first_frame_ms: _Optional[int] = ..., last_chunk_start_ms: _Optional[int] = ..., committed_ms: _Optional[int] = ..., tokens_cached: _Optional[int] = ...) -> None: ...
+    first_step_ms: float
+    rounds: int
+    precopy_ms: int
+    fence_ms: int
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., blocks_granted: _Optional[int] = ..., blocks_moved: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., bytes: _Optional[int] = ..., frames: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., first_frame_ms: _Optional[int] = ..., last_chunk_start_ms: _Optional[int] = ..., committed_ms: _Optional[int] = ..., tokens_cached: _Optional[int] = ..., first_step_ms: _Optional[float] = ..., rounds: _Optional[int] = ..., precopy_ms: _Optional[int] = ..., fence_ms: _Optional[int] = ...) -> None: ...
 
 class BlockEvents(_message.Message):
     __slots__ = ("sequence", "stored", "removed", "cleared")
@@ -273,7 +335,7 @@ class WorkerLoad(_message.Message):
     def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., prefill_backlog_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ..., audit: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "sequence", "tokens", "failed", "commit_asks", "owner_queries", "transfers", "blocks", "load")
+    __slots__ = ("worker_id", "incarnation", "sequence", "tokens", "failed", "commit_asks", "owner_queries", "transfers", "blocks", "load", "moves_failed")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -284,6 +346,7 @@ class WorkerReport(_message.Message):
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FAILED_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     sequence: int
@@ -294,7 +357,8 @@ class WorkerReport(_message.Message):
     transfers: _containers.RepeatedCompositeFieldContainer[TransferStats]
     blocks: BlockEvents
     load: WorkerLoad
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[RequestFailed, _Mapping]]] = ..., commit_asks: _Optional[_Iterable[_Union[CommitAsk, _Mapping]]] = ..., owner_queries: _Optional[_Iterable[_Union[OwnerQuery, _Mapping]]] = ..., transfers: _Optional[_Iterable[_Union[TransferStats, _Mapping]]] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
+    moves_failed: _containers.RepeatedCompositeFieldContainer[MoveFailed]
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[RequestFailed, _Mapping]]] = ..., commit_asks: _Optional[_Iterable[_Union[CommitAsk, _Mapping]]] = ..., owner_queries: _Optional[_Iterable[_Union[OwnerQuery, _Mapping]]] = ..., transfers: _Optional[_Iterable[_Union[TransferStats, _Mapping]]] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., moves_failed: _Optional[_Iterable[_Union[MoveFailed, _Mapping]]] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
     __slots__ = ("worker_id", "role", "control", "endpoint", "pid", "agent_pid", "model", "namespace", "fingerprint", "exact", "dtype", "block_size", "total_blocks", "context_tokens", "block_bytes", "labels", "incarnation")

@@ -67,6 +67,7 @@ def assigns(draw: st.DrawFn) -> m.Assign:
         transfer_id=TransferId("") if local else draw(transfer_ids),
         peer=None if local else draw(addresses),
         deadline_ms=draw(u32),
+        move=mode is m.AssignMode.DECODE and draw(st.booleans()),
     )
 
 
@@ -75,8 +76,13 @@ router_messages = (
     | st.builds(m.CancelAssigned, request_id=request_ids, epoch=u64, reason=text)
     | st.builds(
         m.OwnerIs, request_id=request_ids, transfer_id=text.map(TransferId), epoch=u64,
-        worker_id=st.none() | worker_ids, incarnation=u64, refused=text,
+        worker_id=st.none() | worker_ids, incarnation=u64, refused=text, over=st.booleans(),
     )
+    | st.builds(
+        m.Migrate, request_id=request_ids, epoch=u64, transfer_id=transfer_ids, peer=addresses,
+        num_tokens=st.integers(1, 2**31), deadline_ms=u32, reason=text,
+    )
+    | st.builds(m.StopMove, request_id=request_ids, epoch=u64, transfer_id=transfer_ids, reason=text)
 )  # fmt: skip
 
 counts = st.builds(
@@ -96,12 +102,18 @@ reports = st.builds(
             tokens=several(tokens),
         )
     ),
-    owner_queries=several(st.builds(m.OwnerQuery, request_id=request_ids, transfer_id=transfer_ids, epoch=u64)),
+    owner_queries=several(
+        st.builds(m.OwnerQuery, request_id=request_ids, transfer_id=transfer_ids, epoch=u64, revoke=st.booleans())
+    ),
+    moves_failed=several(
+        st.builds(m.MoveFailed, request_id=request_ids, transfer_id=transfer_ids, epoch=u64, code=text, message=text)
+    ),
     transfers=several(
         st.builds(
             m.TransferStats, request_id=request_ids, transfer_id=text.map(TransferId), blocks_granted=u32,
             blocks_moved=u32, blocks_reused=u32, bytes=u64, frames=u32, tokens_recomputed=u32, first_frame_ms=u32,
-            last_chunk_start_ms=u32, committed_ms=u32, tokens_cached=u32,
+            last_chunk_start_ms=u32, committed_ms=u32, tokens_cached=u32, first_step_ms=number, rounds=u32,
+            precopy_ms=u32, fence_ms=u32,
         )
     ),
     blocks=st.none()
