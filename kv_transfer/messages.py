@@ -26,7 +26,11 @@ class Header:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """Source to target: these tokens will come; reserve blocks for what you do not hold."""
+    """Source to target: these tokens will come; reserve blocks for what you do not hold.
+
+    `move`: the request runs at the source meanwhile, so `num_tokens` is how far it may grow before it stands still,
+    and `hashes` are of the blocks that are full by now.
+    """
 
     layout: KVLayout
     num_tokens: int
@@ -34,6 +38,7 @@ class Offer:
     lease_ms: int
     exact: bool
     endpoint: str  # the source agent's
+    move: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,10 +138,11 @@ class FrameHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendFrame:
-    """Worker to its agent: move this frame to the agent at `endpoint`."""
+    """Worker to its agent: move this frame to the agent at `endpoint`; of those that wait, lower `priority` first."""
 
     header: FrameHeader
     endpoint: str
+    priority: int = 0  # 0: somebody stands still for it; 1: a migration's, while its request runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
