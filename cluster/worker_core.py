@@ -75,13 +75,16 @@ class WorkerCore:
         self._told_load_ms = 0
         self._load_due_ms: int | None = None  # the load has changed and is told at this time
         self._audit: tuple[str, ...] = ()
-        self._audit_ms: int | None = None
+        self._audited_ms: int | None = None  # None: not since the first event
+        self._touched = False  # since then something has changed
 
     # ---- what the loop calls -----------------------------------------------------------------------------------------
 
     def handle(self, now_ms: int, event: object) -> list[object]:
         """Takes an event in; returns what is to be done, in order. TypeError for what is no event of a worker."""
         self._tell(now_ms, event)
+        if not isinstance(event, Tick):
+            self._touch(now_ms)
         actions: list[Action] = []
         match event:
             case RouterJoined(session=session):
@@ -94,6 +97,9 @@ class WorkerCore:
                 actions += self._both(now_ms, event)
             case TransferMessage():
                 actions += self._from_peer(now_ms, event)
+            case Tick():
+                self._recount(now_ms)
+                actions += self._both(now_ms, event)
             case _:
                 actions += self._both(now_ms, event)
         self._report_state(now_ms, actions)
@@ -111,6 +117,7 @@ class WorkerCore:
     def step_done(self, now_ms: int, plan: StepPlan, sampled: Sequence[Drawn | None]) -> list[object]:
         """The step has run; returns what is to be done, in order."""
         outcome = self.batch.apply(plan, sampled)
+        self._touch(now_ms)
         self._num_steps += 1
         self._last_step_ms = float(now_ms - self._planned_ms)
         for request_id in self.batch.take_preempted():
@@ -119,9 +126,14 @@ class WorkerCore:
         self._report_state(now_ms, actions)
         return [*actions]
 
+    @property
+    def expecting(self) -> bool:
+        """Whether somebody is about to hand a request over."""
+        return self.decode.num_expected > 0
+
     def next_deadline_ms(self) -> int | None:
         """When a Tick is wanted at the latest; None: not at all."""
-        due = (self.prefill.next_deadline_ms(), self.decode.next_deadline_ms(), self._load_due_ms)
+        due = (self.prefill.next_deadline_ms(), self.decode.next_deadline_ms(), self._load_due_ms, self._audit_due_ms())
         return min((at for at in due if at is not None), default=None)
 
     def story(self) -> list[str]:
@@ -188,12 +200,24 @@ class WorkerCore:
         self._told_load, self._told_load_ms = load, now_ms
         actions += [Report(session=each, piece=load) for each in self._sessions]
 
-    def _load(self, now_ms: int) -> WorkerLoad:
-        busy = self.batch.num_running > 0
-        every_ms = self._config.audit_ms * (10 if busy else 1)
-        if self._audit_ms is None or now_ms - self._audit_ms >= every_ms:
-            self._audit_ms = now_ms
+    def _touch(self, now_ms: int) -> None:
+        self._touched = True
+        if self._audited_ms is None:
+            self._audited_ms = now_ms
+
+    def _audit_due_ms(self) -> int | None:
+        """Recounting takes milliseconds, so it waits for a Tick: never on the way of a commit or a step."""
+        if self._audited_ms is None or not (self._touched or self.decode.num_attempts):
+            return None
+        return self._audited_ms + self._config.audit_ms * (10 if self.batch.num_running else 1)
+
+    def _recount(self, now_ms: int) -> None:
+        due_ms = self._audit_due_ms()
+        if due_ms is not None and now_ms >= due_ms:
+            self._audited_ms, self._touched = now_ms, False
             self._audit = (*self.ledger.audit(), *self.decode.audit(now_ms))
+
+    def _load(self, now_ms: int) -> WorkerLoad:
         return WorkerLoad(
             running=self.batch.num_running,
             waiting=self.batch.num_waiting + self.decode.num_expected,

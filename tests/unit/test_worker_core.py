@@ -6,6 +6,7 @@ import pytest
 from role_cores import LAYOUT, ME, PROMPT, VOCAB, assign, cancel, from_peer, offer, other_session, parts, said, told
 
 from cluster.worker_core import WorkerCore, WorkerCoreConfig
+from engine.blocks import BlockState
 from engine.events import RouterGone, Tick
 from engine.fake_runner import FakeRunner, expected_tokens
 from engine.loop import Core, Storyteller
@@ -165,3 +166,26 @@ def test_story_names_events_and_open_attempts() -> None:
     assert "Assign a epoch 1 of session 1" in story
     assert "source a:1: offered" in story
     assert "target b:1: none" in story
+
+
+def test_blocks_are_recounted_on_a_tick_once_after_something_happened() -> None:
+    bench = Bench()
+    bench.handle(assign("a", mode=LOCAL))
+    bench.run()
+    due_ms = bench.core.next_deadline_ms()
+    assert due_ms is not None
+    bench.core.ledger._num_in[BlockState.FREE] += 1
+    assert not any(load.audit for load in loads(bench.handle(assign("b", mode=DECODE)))), "not on the way of work"
+    bench.handle(cancel("b"))
+    bench.now_ms = max(due_ms, 20_000)
+    assert any("are said to be free" in line for load in loads(bench.handle(Tick())) for line in load.audit)
+    assert bench.core.next_deadline_ms() is None, "nothing has changed since"
+
+
+def test_it_expects_work_from_the_assignment_to_the_handoff() -> None:
+    bench = Bench()
+    seen = [bench.core.expecting]
+    for event in (assign("b", mode=DECODE), cancel("b")):
+        bench.handle(event)
+        seen.append(bench.core.expecting)
+    assert seen == [False, True, False]
