@@ -161,6 +161,11 @@ class Batch:
         """All sequences, oldest first."""
         return tuple(self._sequences.values())
 
+    def is_running(self, request_id: RequestId) -> bool:
+        """Whether the step under way runs the sequence that is here under this name."""
+        running = self._running.get(request_id)
+        return running is not None and running is self._sequences.get(request_id)
+
     @property
     def num_running(self) -> int:
         """Sequences that hold blocks."""
@@ -319,7 +324,7 @@ class Batch:
         self._know_hashes(sequence, matchable)
         found = self.ledger.acquire(sequence.owner, sequence.hashes[:matchable])
         promised = sum(
-            self._blocks_for(len(s.tokens)) - len(s.blocks)
+            max(0, self._blocks_for(len(s.tokens)) - len(s.blocks))  # a migrated one comes with room to grow
             for s in self._sequences.values()
             if s.started and not s.held
         )

@@ -125,6 +125,7 @@ def _encode_offer(offer: Offer) -> pb.Offer:
         lease_ms=offer.lease_ms,
         exact=offer.exact,
         endpoint=offer.endpoint,
+        move=offer.move,
     )
 
 
@@ -166,6 +167,7 @@ def _decode_offer(message: pb.TransferMessage) -> Offer:
         lease_ms=offer.lease_ms,
         exact=offer.exact,
         endpoint=offer.endpoint,
+        move=offer.move,
     )
 
 

@@ -505,20 +505,22 @@ class KVLayout(_message.Message):
     def __init__(self, namespace: _Optional[str] = ..., fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_size: _Optional[int] = ..., dtype: _Optional[str] = ..., order: _Optional[str] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., block_bytes: _Optional[int] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("layout", "num_tokens", "hashes", "lease_ms", "exact", "endpoint")
+    __slots__ = ("layout", "num_tokens", "hashes", "lease_ms", "exact", "endpoint", "move")
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     EXACT_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    MOVE_FIELD_NUMBER: _ClassVar[int]
     layout: KVLayout
     num_tokens: int
     hashes: _containers.RepeatedScalarFieldContainer[bytes]
     lease_ms: int
     exact: bool
     endpoint: str
-    def __init__(self, layout: _Optional[_Union[KVLayout, _Mapping]] = ..., num_tokens: _Optional[int] = ..., hashes: _Optional[_Iterable[bytes]] = ..., lease_ms: _Optional[int] = ..., exact: _Optional[bool] = ..., endpoint: _Optional[str] = ...) -> None: ...
+    move: bool
+    def __init__(self, layout: _Optional[_Union[KVLayout, _Mapping]] = ..., num_tokens: _Optional[int] = ..., hashes: _Optional[_Iterable[bytes]] = ..., lease_ms: _Optional[int] = ..., exact: _Optional[bool] = ..., endpoint: _Optional[str] = ..., move: _Optional[bool] = ...) -> None: ...
 
 class Grant(_message.Message):
     __slots__ = ("num_reused", "blocks", "generations", "credits", "lease_ms", "endpoint")

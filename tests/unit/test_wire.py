@@ -153,6 +153,7 @@ def offers(draw: st.DrawFn) -> kv.Offer:
         lease_ms=draw(u32),
         exact=draw(st.booleans()),
         endpoint=draw(text),
+        move=draw(st.booleans()),
     )
 
 
