@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import grpc
@@ -130,8 +131,12 @@ class TransferSessions(pb_grpc.TransferServicer):
         try:
             malformed = await self._listen(request_iterator)
         finally:
-            async with writing:  # gRPC sends no status while a message is on its way
-                beats.cancel()
+            # gRPC sends no status while a message is on its way. A peer that reads nothing may hold one for ever: it
+            # gets none.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WRITE_TIMEOUT_S), writing:
+                    beats.cancel()
+            beats.cancel()
         if malformed is not None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, malformed)
 

@@ -275,3 +275,57 @@ def test_a_peer_that_takes_nothing_is_given_up_when_its_queue_is_full() -> None:
         await a.until(lambda: len(a.gone) >= 1)
 
     run(scenario)
+
+
+class Watched(pb_grpc.TransferServicer):
+    """`of`'s sessions, and how many streams of theirs have ended."""
+
+    def __init__(self, of: Worker) -> None:
+        self._of, self.num_ended = of, 0
+
+    async def Exchange(
+        self,
+        request_iterator: AsyncIterator[pb.TransferMessage],
+        context: grpc.aio.ServicerContext[pb.TransferMessage, pb.TransferMessage],
+    ) -> None:
+        try:
+            await self._of.sessions.Exchange(request_iterator, context)
+        finally:
+            self.num_ended += 1
+
+
+async def _heavy_beat(
+    context: grpc.aio.ServicerContext[pb.TransferMessage, pb.TransferMessage], writing: asyncio.Lock
+) -> None:
+    """More than the window of a peer that does not read."""
+    while True:
+        async with writing:
+            await context.write(pb.TransferMessage(cancel=pb.TransferCancel(reason="x" * 1_000_000)))
+
+
+def test_a_peer_that_ends_its_stream_and_reads_nothing_holds_it_for_a_bounded_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "_beat", _heavy_beat)
+    monkeypatch.setattr(session, "WRITE_TIMEOUT_S", 0.5)
+
+    async def scenario(a: Worker, b: Worker) -> None:
+        server, watched = grpc.aio.server(), Watched(b)
+        pb_grpc.add_TransferServicer_to_server(watched, server)  # type: ignore[no-untyped-call]
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                stub = pb_grpc.TransferStub(channel)  # type: ignore[no-untyped-call]
+                call = stub.Exchange(metadata=((session.INCARNATION_KEY, "2"),))
+                await call.initial_metadata()
+                await asyncio.sleep(0.5)  # the beats have come to a halt
+                await call.done_writing()
+                async with asyncio.timeout(5):
+                    while not watched.num_ended:
+                        await asyncio.sleep(0.05)
+                call.cancel()
+        finally:
+            await server.stop(0)
+
+    run(scenario)
