@@ -52,7 +52,9 @@ PURE = {
     "kv_transfer/endpoint.py",
     "kv_transfer/layout.py",
     "kv_transfer/messages.py",
+    "kv_transfer/migration_source.py",
     "kv_transfer/plan.py",
+    "kv_transfer/source_end.py",
     "prefill_worker/config.py",
     "prefill_worker/core.py",
     "prefill_worker/queue.py",
@@ -76,6 +78,8 @@ PURE = {
     "router/store.py",
     "cluster/memory.py",
     "cluster/membership.py",
+    "cluster/outlook.py",
+    "cluster/rebalancer.py",
     "cluster/worker_core.py",
 }
 IMPURE_MODULES = {
