@@ -6,10 +6,11 @@ The owner record is compared on (epoch, transfer); then the tokens that the sour
 from __future__ import annotations
 
 from router.fleet import Worker
+from router.placement import WorkerKey
 from router.request import Request
 from router.store import OwnerRecord
 from tandem.messages import CommitAsk
-from tandem.request import Token
+from tandem.request import Token, TransferId
 
 
 def is_owner(owner: OwnerRecord | None, worker: Worker, epoch: int) -> bool:
@@ -26,18 +27,41 @@ def is_repeated(owner: OwnerRecord | None, worker: Worker, ask: CommitAsk) -> bo
     return is_owner(owner, worker, ask.from_epoch + 1)
 
 
+def live_transfer(request: Request) -> tuple[TransferId, WorkerKey] | None:
+    """The one transfer of the request that may still be committed, and its target; None when there is none."""
+    owner, placement, move = request.owner, request.placement, request.move
+    if move is not None:
+        return move.transfer_id, move.target.key
+    if owner is None or placement is None or owner.committed or not owner.transfer_id:
+        return None
+    return owner.transfer_id, (placement.decode_worker.worker_id, placement.decode_worker.incarnation)
+
+
+def is_over(request: Request | None, transfer_id: TransferId) -> bool:
+    """Whether no commit of this transfer can be accepted any more; a doubled one of the newest commit can be."""
+    if request is None or request.owner is None:
+        return True
+    if request.owner.committed and request.owner.transfer_id == transfer_id:
+        return False
+    live = live_transfer(request)
+    return live is None or live[0] != transfer_id
+
+
 def refusal(request: Request, worker: Worker, ask: CommitAsk) -> str:
     """Why the compare-and-swap fails; empty when the owner record is the one that the ask goes on from."""
-    owner, placement = request.owner, request.placement
-    if owner is None or placement is None:
+    owner = request.owner
+    if owner is None:
         return "the request is being placed anew"
     if ask.from_epoch != owner.epoch:
         return f"from_epoch is {ask.from_epoch}, the owner record has {owner.epoch}"
-    if ask.transfer_id != owner.transfer_id or not ask.transfer_id:
-        return f"transfer_id is {ask.transfer_id!r}, the owner record has {owner.transfer_id!r}"
-    target = placement.decode_worker
-    if worker.key != (target.worker_id, target.incarnation):
-        return f"the target is {target.worker_id} (incarnation {target.incarnation})"
+    live = live_transfer(request)
+    if live is None:
+        return f"transfer_id is {ask.transfer_id!r}, and no transfer is under way"
+    transfer_id, target = live
+    if ask.transfer_id != transfer_id:
+        return f"transfer_id is {ask.transfer_id!r}, the transfer under way is {transfer_id!r}"
+    if worker.key != target:
+        return f"the target is {target[0]} (incarnation {target[1]})"
     return ""
 
 

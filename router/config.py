@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+GRACE_MS = 1_000  # the router waits so much longer than it told the workers to
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
@@ -30,11 +32,18 @@ class RouterConfig:
     transfer_bytes_per_ms: int = 1_000_000
     report_lag_ms: int = 20  # own dispatches younger than this are not yet in a worker's report
     tie_percent: float = 5.0
-    # What is remembered of requests that ended.
+    # Moves of running requests.
+    move_deadline_ms: int = 10_000  # to the commit
+    move_dwell_ms: int = 5_000  # between two moves of a request, but for operators and drains
+    orphan_commit_ms: int = 300  # a target may commit so long after its source was lost
+    # What is remembered of requests and moves that ended.
     history_ms: int = 300_000
     history_max: int = 1000
+    move_history_ms: int = 600_000
+    move_history_max: int = 1000
     # Shells.
     tick_ms: int = 50
+    move_askers_max: int = 256  # who wait for the end of a move
     stream_tokens_max: int = 8192  # a client that lags by more is cut off
     send_queue_max: int = 4096  # messages towards one worker
     dial_timeout_ms: int = 5_000
@@ -44,7 +53,7 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         may_be_zero = {"local_prefill_tokens", "decode_reserve_tokens", "replacements_max", "report_lag_ms"}
-        may_be_zero |= {"tie_percent", "replace_backoff_ms"}
+        may_be_zero |= {"tie_percent", "replace_backoff_ms", "move_dwell_ms"}
         if not self.router_id:
             raise ValueError("router_id: must not be empty")
         for each in fields(self):

@@ -9,33 +9,33 @@ of an earlier attempt, or of an earlier request of the same id, can be taken for
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from itertools import islice
 
 from kv_transfer.handoff_source import FAILED_CODE as HANDOFF_FAILED
 from router import admission, commit
+from router.attempts import Attempts
 from router.config import RouterConfig
 from router.events import (
     INTERNAL,
     Action,
     AttemptLost,
     ClientGone,
-    Deliver,
     Event,
     Fail,
     Finish,
     LinkLost,
     LinkUp,
+    MoveLost,
+    MoveRequested,
     Refuse,
     ReportArrived,
     RequestDue,
     RequestEvent,
-    SendToWorker,
     StageDue,
     StopRequested,
     Submitted,
     Tick,
     WorkerDraining,
+    WorkerGone,
     WorkerJoined,
     WorkerLost,
     WorkerSuspected,
@@ -43,10 +43,13 @@ from router.events import (
 from router.fleet import Fleet, Worker, WorkerState
 from router.history import History
 from router.line import Line
-from router.placement import Ask, NoPlacement, Placement, Placer, Why
+from router.moves import Moves
+from router.outbox import Outbox
+from router.owners import Owners
+from router.placement import NoPlacement, Placer, Why
 from router.prefix_index import PrefixIndex
 from router.request import Request, RequestState, StatusSnapshot, snapshot, worker_snapshot
-from router.store import EmbeddedOwners, OwnerRecord, OwnerStore
+from router.store import EmbeddedOwners, OwnerStore
 from tandem.errors import (
     ERRORS,
     Cancelled,
@@ -61,21 +64,15 @@ from tandem.errors import (
     Unavailable,
 )
 from tandem.messages import (
-    Assign,
     AssignMode,
-    CancelAssigned,
     CommitAsk,
-    OwnerIs,
+    MoveFailed,
     OwnerQuery,
     RequestFailed,
-    RouterMessage,
     TransferStats,
-    WorkerAddress,
     WorkerReport,
 )
 from tandem.request import FinishReason, RequestId, Token, TransferId
-
-GRACE_MS = 1_000  # the router waits so much longer than it told the workers to
 
 
 class RouterCore:
@@ -83,16 +80,19 @@ class RouterCore:
 
     def __init__(self, config: RouterConfig, *, first_epoch: int = 1, owners: OwnerStore | None = None) -> None:
         self._config = config
-        self._owners: OwnerStore = EmbeddedOwners() if owners is None else owners
+        self._outbox = Outbox()
+        self._owners = Owners(EmbeddedOwners() if owners is None else owners, self._outbox)
         self.fleet = self._fleet = Fleet(report_lag_ms=config.report_lag_ms)  # for others to read only
         self.index = self._index = PrefixIndex()  # likewise
         self._placer = Placer(self._fleet, self._index, config)
+        self._moves = Moves(config, self._fleet, self._placer, self._outbox)
+        self._attempts = Attempts(
+            config, self._fleet, self._placer, self._owners, self._moves, self._outbox, first_epoch=first_epoch
+        )
         self._requests: dict[RequestId, Request] = {}
         self._line = Line(config)
         self._history = History(keep_ms=config.history_ms, num_max=config.history_max)
         self._queued_tokens = 0
-        self._next_epoch = first_epoch
-        self._actions: list[Action] = []
         self._now_ms = 0
         self._look_again = False
         self.num_stale_tokens = 0
@@ -105,7 +105,6 @@ class RouterCore:
     def handle(self, now_ms: int, event: Event) -> list[Action]:
         """The one entry: an event in, the actions that follow from it out, in order."""
         self._now_ms = now_ms
-        self._actions = []
         match event:
             case Submitted():
                 self._submit(event)
@@ -119,12 +118,15 @@ class RouterCore:
                 request = self._requests.get(request_id)
                 if request is not None:
                     self._step(request, None, event)
+            case MoveRequested(request_id=request_id):
+                ended = self._history.state_of(request_id)
+                self._moves.ask(now_ms, event, self._requests.get(request_id), ended)
             case Tick():
                 self._tick()
         if self._look_again:
             self._line.advance(now_ms, self._place)
         self._look_again = False
-        return self._actions
+        return self._outbox.take()
 
     # ---- requests come in ------------------------------------------------------------------------------------------
 
@@ -132,7 +134,7 @@ class RouterCore:
         new = event.request
         error = self._submit_error(event)
         if error is not None:
-            self._actions.append(Refuse(request_id=new.request_id, error=error))
+            self._outbox.add(Refuse(request_id=new.request_id, error=error))
             return
         bound_ms = min(new.deadline_ms or self._config.request_deadline_ms, self._config.request_deadline_ms)
         request = Request(
@@ -162,82 +164,11 @@ class RouterCore:
         )
 
     def _place(self, request: Request) -> NoPlacement | None:
-        found = self._placer.place(self._now_ms, self._ask(request))
-        if isinstance(found, Placement):
-            self._assign(request, found)
-        elif found.why is Why.NEVER_FITS:
+        found = self._attempts.begin(self._now_ms, request)
+        if found is not None and found.why is Why.NEVER_FITS:
             self._fail(request, InvalidRequest("prompt", found.reason))
-        else:
-            return found
-        return None
-
-    def _due_ms(self, request: Request) -> int:
-        """When the request, or the state that it is in, has lasted too long."""
-        waits = request.state is RequestState.ADMITTED
-        return min(request.deadline_ms, self._line.due_ms(request) if waits else request.stage_deadline_ms)
-
-    def _ask(self, request: Request) -> Ask:
-        for first in islice(self._fleet, 1):  # all workers of a fleet serve one model
-            request.hash_blocks(first.info.namespace, first.info.block_size)
-        return Ask(
-            num_tokens=request.num_tokens,
-            num_more=max(1, request.new.sampling.max_tokens - len(request.answer)),
-            hashes=request.hashes,
-            avoid=frozenset(request.avoid),
-        )
-
-    def _assign(self, request: Request, placement: Placement) -> None:
-        """Gives the request to its workers under a fresh epoch; the next epoch is kept for the commit."""
-        epoch = self._next_epoch
-        self._next_epoch += 2
-        source, target = self._at(placement.prefill_worker), self._at(placement.decode_worker)
-        local = placement.mode is AssignMode.LOCAL
-        transfer_id = TransferId("" if local else f"{request.request_id}.{epoch}")
-        owner = OwnerRecord(
-            request_id=request.request_id,
-            epoch=epoch,
-            worker_id=source.worker_id,
-            incarnation=source.incarnation,
-            transfer_id=transfer_id,
-        )
-        swapped = self._owners.swap(request.request_id, None, owner)
-        assert swapped, f"{request.request_id} had an owner when it was placed: {list(request.story)}"
-        ask = self._ask(request)
-        left_ms = request.deadline_ms - self._now_ms
-        deadline_ms = max(1, min(left_ms, self._config.handoff_deadline_ms + 3 * round(placement.predicted_ms)))
-        request.owner, request.placement = owner, placement
-        request.involved = [source] if local else [source, target]
-        request.state = RequestState.PREFILLING
-        request.stage_deadline_ms = self._now_ms + deadline_ms + GRACE_MS
-        request.placed_ms = self._now_ms
-        request.attempt_has_token = False
-        where = source.worker_id if local else f"{source.worker_id} -> {target.worker_id}"
-        request.tell(self._now_ms, f"placed on {where} at epoch {epoch}: {placement.reason}")
-        self._fleet.charge_prefill(
-            source,
-            request.request_id,
-            now_ms=self._now_ms,
-            predicted_ms=placement.prefill_ms,
-            num_uncached=request.num_tokens - placement.num_cached_tokens,
-            num_tokens=request.num_tokens,
-        )
-        self._placer.charge(self._now_ms, placement.prefill_ms)
-        self._fleet.reserve(target, request.request_id, self._placer.num_blocks(ask, target))
-        # The target first: it should know of the request when the source's offer comes.
-        roles = ((target, AssignMode.DECODE, source), (source, AssignMode.PREFILL, target))
-        for worker, mode, peer in ((source, AssignMode.LOCAL, None),) if local else roles:
-            message = Assign(
-                request_id=request.request_id,
-                epoch=epoch,
-                mode=mode,
-                tokens=request.tokens,
-                num_prompt_tokens=len(request.new.tokens),
-                sampling=request.new.sampling,
-                transfer_id=transfer_id,
-                peer=None if peer is None else peer.address,
-                deadline_ms=deadline_ms,
-            )
-            self._send(worker, message, placement.reason)
+            return None
+        return found
 
     # ---- workers ---------------------------------------------------------------------------------------------------
 
@@ -260,13 +191,22 @@ class RouterCore:
                 self._index.join(worker.slot, worker.incarnation)  # it begins with all that it holds
             case WorkerSuspected(suspected=suspected):
                 self._fleet.suspected(worker, suspected)
-            case WorkerDraining():
-                self._fleet.drain(worker)
+            case WorkerDraining(draining=draining):
+                self._fleet.drain(worker, draining)
+                if draining:
+                    self._drop_moves_to(worker)
             case LinkLost(reason=reason):
                 self._unlink(worker, reason)
             case WorkerLost(reason=reason):
                 self._remove_worker(worker, reason)
         self._look_again = True
+
+    def _drop_moves_to(self, worker: Worker) -> None:
+        """Whoever is emptied should not be filled; but who has lost its source has nothing else to go on from."""
+        for request in list(self._requests.values()):
+            moves = request.move is not None and request.move.target is worker
+            if moves and request.state is RequestState.DECODING:
+                self._step(request, worker, MoveLost(f"{worker.worker_id} is draining"))
 
     def _unlink(self, worker: Worker, reason: str) -> None:
         """No word to or from the worker any more: it cancels by itself what it was assigned on the broken stream."""
@@ -275,7 +215,7 @@ class RouterCore:
         for request in [each for each in self._requests.values() if worker in each.involved]:
             request.involved = [each for each in request.involved if each is not worker]
             self._fleet.forget(worker, request.request_id)
-            self._step(request, worker, AttemptLost(why))
+            self._step(request, worker, WorkerGone(why))
 
     def _remove_worker(self, worker: Worker, reason: str) -> None:
         self._unlink(worker, reason)
@@ -291,21 +231,23 @@ class RouterCore:
             self._index.apply(worker.slot, worker.incarnation, report.blocks)
         for stats in report.transfers:
             self._transferred(stats)
-        pieces: list[Token | CommitAsk | OwnerQuery | RequestFailed] = []
-        pieces += (*report.tokens, *report.commit_asks, *report.owner_queries, *report.failed)
+        pieces: list[Token | CommitAsk | OwnerQuery | RequestFailed | MoveFailed] = []
+        pieces += (*report.tokens, *report.commit_asks, *report.owner_queries, *report.failed, *report.moves_failed)
         for event in pieces:
             request = self._requests.get(event.request_id)
-            if isinstance(event, OwnerQuery):
-                self._answer(worker, event.request_id, event.transfer_id)
-            elif request is not None:
+            if request is not None:
                 self._step(request, worker, event)
             elif isinstance(event, CommitAsk):
                 self._answer(worker, event.request_id, event.transfer_id, refused="the request is over")
+            if isinstance(event, OwnerQuery):
+                self._answer(worker, event.request_id, event.transfer_id)
         if report.load is not None:
             self._fleet.report(worker, report.load, self._now_ms)
             self._look_again = True
 
     def _transferred(self, stats: TransferStats) -> None:
+        if self._moves.transferred(stats):
+            return
         request = self._requests.get(stats.request_id)
         if request is not None:
             request.transferred = request.transferred.plus(stats)
@@ -315,12 +257,25 @@ class RouterCore:
     # ---- time ------------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        now_ms = self._now_ms
-        due = [each for each in self._requests.values() if now_ms >= self._due_ms(each)]
-        for request in due:
-            self._step(request, None, RequestDue() if now_ms >= request.deadline_ms else StageDue())
-        self._history.expire(now_ms)
+        for request in list(self._requests.values()):
+            event = self._due(request)
+            if event is not None:
+                self._step(request, None, event)
+        self._history.expire(self._now_ms)
+        self._moves.expire(self._now_ms)
         self._look_again = True
+
+    def _due(self, request: Request) -> RequestDue | StageDue | MoveLost | None:
+        """What of the request has lasted too long: itself, the state that it is in, or its move."""
+        waits = request.state is RequestState.ADMITTED
+        if self._now_ms >= request.deadline_ms:
+            return RequestDue()
+        if self._now_ms >= (self._line.due_ms(request) if waits else request.stage_deadline_ms):
+            return StageDue()
+        move = request.move
+        if move is not None and self._now_ms >= move.deadline_ms:
+            return MoveLost(f"no commit {self._now_ms - move.began_ms} ms after it began")
+        return None
 
     # ---- the table -------------------------------------------------------------------------------------------------
 
@@ -361,17 +316,17 @@ class RouterCore:
             request.first_token_ms = self._now_ms
             self._queued_tokens -= len(request.new.tokens)
             request.tell(self._now_ms, "first token")
+        if request.landing is not None:
+            self._moves.landed(self._now_ms, request)
+        request.last_token_ms = self._now_ms
         request.answer.append(token)
-        last = self._actions[-1] if self._actions else None
-        if isinstance(last, Deliver) and last.request_id == request.request_id:
-            self._actions[-1] = Deliver(request_id=request.request_id, tokens=(*last.tokens, token))
-        else:
-            self._actions.append(Deliver(request_id=request.request_id, tokens=(token,)))
+        self._outbox.deliver(request.request_id, token)
         if token.finish is not None:
             self._finish(request, token.finish, worker)
 
     def _on_commit_ask(self, request: Request, worker: Worker | None, ask: RequestEvent) -> None:
-        """The compare-and-swap of a handoff: the target becomes the owner under the next epoch, or is told why not."""
+        """The compare-and-swap of a handoff or a move: the target becomes the owner under the next epoch, or is told
+        why not."""
         assert isinstance(ask, CommitAsk)
         assert worker is not None
         owner = request.owner
@@ -384,8 +339,9 @@ class RouterCore:
             return
         fresh, violation = commit.carried(request, ask)
         if violation:
+            moves = request.move is not None
+            self._step(request, worker, MoveLost(violation) if moves else AttemptLost(violation, (worker.key,)))
             self._answer(worker, request.request_id, ask.transfer_id, refused=violation)
-            self._step(request, worker, AttemptLost(violation, (worker.key,)))
             return
         source = self._fleet.get(owner.worker_id, owner.incarnation) if owner is not None else None
         for token in fresh:
@@ -396,15 +352,11 @@ class RouterCore:
         self._commit(request, worker, source, ask)
 
     def _commit(self, request: Request, target: Worker, source: Worker | None, ask: CommitAsk) -> None:
-        was = request.owner
-        assert was is not None
-        owner = replace(
-            was, epoch=was.epoch + 1, worker_id=target.worker_id, incarnation=target.incarnation, committed=True
-        )
-        swapped = self._owners.swap(request.request_id, was, owner)
-        assert swapped, f"the owner record of {request.request_id} changed under its router: {list(request.story)}"
-        request.owner = owner
+        owner = self._owners.commit(request, target, ask.transfer_id)
         request.involved = [target]
+        self._fleet.arrived(target, request.request_id)
+        if request.move is not None:
+            self._moves.committed(request)
         request.state = RequestState.DECODING
         request.stage_deadline_ms = self._now_ms + self._config.decode_stall_ms
         request.tell(self._now_ms, f"{target.worker_id} owns it at epoch {owner.epoch}")
@@ -420,7 +372,9 @@ class RouterCore:
         if owner is None or failed.epoch != owner.epoch or worker not in request.involved:
             return
         why = f"{worker.worker_id}: {failed.code}: {failed.message}"
-        if failed.retryable:
+        if request.move is not None and worker is request.move.target:
+            self._step(request, worker, MoveLost(why))
+        elif failed.retryable:
             # Of a handoff that failed the other end is to blame, as far as who reports it can see.
             others = [each for each in request.involved if each is not worker and failed.code == HANDOFF_FAILED]
             self._step(request, worker, AttemptLost(why, tuple(each.key for each in others or [worker])))
@@ -431,10 +385,55 @@ class RouterCore:
         else:
             self._fail(request, RequestLost(why))
 
+    # ---- moves -----------------------------------------------------------------------------------------------------
+
+    def _on_worker_gone(self, request: Request, worker: Worker | None, gone: RequestEvent) -> None:
+        """A target that is lost ends its move alone. Behind a lost source the target may hold all of the request."""
+        assert isinstance(gone, WorkerGone)
+        if request.state is not RequestState.DECODING or request.move is None:
+            self._step(request, worker, AttemptLost(gone.reason))
+        elif worker is request.move.target:
+            self._step(request, worker, MoveLost(gone.reason))
+        else:
+            request.state = RequestState.ORPHANED
+            request.stage_deadline_ms = self._now_ms + self._config.orphan_commit_ms
+            request.last_failure = gone.reason
+            request.tell(self._now_ms, f"{gone.reason}; {request.move.target.worker_id} may hold all of it")
+
+    def _on_move_lost(self, request: Request, worker: Worker | None, lost: RequestEvent) -> None:
+        assert isinstance(lost, MoveLost)
+        if request.state is RequestState.ORPHANED:
+            why = f"{request.last_failure}; its move failed, too: {lost.reason}"
+            self._step(request, worker, AttemptLost(why))
+        else:
+            self._drop_move(request, lost.reason, tell_source=True)
+
+    def _on_move_failed(self, request: Request, worker: Worker | None, failed: RequestEvent) -> None:
+        """The source has given the move up and runs on; of a move that is over already it is no news."""
+        assert isinstance(failed, MoveFailed)
+        if self._is_source(request, worker, failed.transfer_id):
+            self._drop_move(request, f"{failed.code}: {failed.message}", tell_source=False)
+
+    def _on_revoke(self, request: Request, worker: Worker | None, query: RequestEvent) -> None:
+        """The source wants the request back: from now on no commit of the move succeeds. The answer says so."""
+        assert isinstance(query, OwnerQuery)
+        if query.revoke and self._is_source(request, worker, query.transfer_id):
+            self._drop_move(request, "the source revoked it", tell_source=False)
+
+    def _is_source(self, request: Request, worker: Worker | None, transfer_id: TransferId) -> bool:
+        move = request.move
+        return move is not None and move.transfer_id == transfer_id and worker is move.source
+
+    def _drop_move(self, request: Request, reason: str, *, tell_source: bool) -> None:
+        self._moves.drop(self._now_ms, request, reason, tell_source=tell_source)
+        self._look_again = True  # there is room at its target again
+
+    # ---- losses ----------------------------------------------------------------------------------------------------
+
     def _on_attempt_lost(self, request: Request, worker: Worker | None, lost: RequestEvent) -> None:
         """Ends the attempt everywhere and lets the request wait for another place, or gives it up."""
         assert isinstance(lost, AttemptLost)
-        self._leave_workers(request, lost.reason)
+        self._attempts.end(self._now_ms, request, lost.reason)
         request.avoid.update(lost.suspects)
         request.last_failure = lost.reason
         request.tell(self._now_ms, f"attempt lost: {lost.reason}")
@@ -465,8 +464,9 @@ class RouterCore:
             RequestState.PREFILLING: f"no first token {after_ms} ms after the placement",
             RequestState.HANDING_OFF: f"no commit {after_ms} ms after the placement",
             RequestState.DECODING: f"no token for {self._config.decode_stall_ms} ms",
+            RequestState.ORPHANED: f"{request.last_failure}; no commit of its move after that",
         }[request.state]
-        suspect = request.involved[0] if request.state is RequestState.PREFILLING else request.involved[-1]
+        suspect = request.involved[-1 if request.state is RequestState.HANDING_OFF else 0]
         self._step(request, worker, AttemptLost(f"{what} ({suspect.worker_id})", (suspect.key,)))
 
     def _on_request_due(self, request: Request, worker: Worker | None, event: RequestEvent) -> None:
@@ -493,61 +493,26 @@ class RouterCore:
             request.involved.remove(by)
             self._fleet.forget(by, request.request_id)
         request.tell(self._now_ms, f"finished: {reason.value}")
-        self._actions.append(Finish(request_id=request.request_id, reason=reason, usage=request.usage()))
+        self._outbox.add(Finish(request_id=request.request_id, reason=reason, usage=request.usage()))
         self._end(request, "")
 
     def _fail(self, request: Request, error: TandemError) -> None:
         request.state = RequestState.FAILED
         request.tell(self._now_ms, f"failed: {error.message}")
-        self._actions.append(Fail(request_id=request.request_id, error=error))
+        self._outbox.add(Fail(request_id=request.request_id, error=error))
         self._end(request, f"{error.code}: {error.message}")
 
     def _end(self, request: Request, error: str) -> None:
         ended = snapshot(request, self._now_ms, error=error)
-        self._leave_workers(request, error or "the request is finished")
+        self._attempts.end(self._now_ms, request, error or "the request is finished")
         if request.first_token_ms is None:
             self._queued_tokens -= len(request.new.tokens)
         del self._requests[request.request_id]
         self._history.add(self._now_ms, ended)
         self._look_again = True
 
-    def _leave_workers(self, request: Request, reason: str) -> None:
-        """Cancels the attempt where it lives and takes the owner record away: a later commit of it fails."""
-        owner = request.owner
-        if owner is None:
-            return
-        for worker in request.involved:
-            self._fleet.forget(worker, request.request_id)
-            if worker.link is WorkerState.READY:
-                message = CancelAssigned(request_id=request.request_id, epoch=owner.epoch, reason=reason)
-                self._send(worker, message, reason)
-        swapped = self._owners.swap(request.request_id, owner, None)
-        assert swapped, f"the owner record of {request.request_id} changed under its router: {list(request.story)}"
-        request.owner = None
-        request.involved = []
-
-    def _send(self, worker: Worker, message: RouterMessage, reason: str) -> None:
-        self._actions.append(
-            SendToWorker(worker_id=worker.worker_id, incarnation=worker.incarnation, message=message, reason=reason)
-        )
-
     def _answer(self, worker: Worker, request_id: RequestId, transfer_id: TransferId, refused: str = "") -> None:
-        """Says what the owner record holds now; of a request that no worker has, that it is over."""
-        owner = self._owners.get(request_id)
-        message = OwnerIs(
-            request_id=request_id,
-            transfer_id=transfer_id,
-            epoch=0 if owner is None else owner.epoch,
-            worker_id=None if owner is None else owner.worker_id,
-            incarnation=0 if owner is None else owner.incarnation,
-            refused=refused,
-        )
-        self._send(worker, message, refused or "the owner record was asked")
-
-    def _at(self, address: WorkerAddress) -> Worker:
-        worker = self._fleet.get(address.worker_id, address.incarnation)
-        assert worker is not None, f"{address} was placed on, and is not in the fleet"
-        return worker
+        self._owners.tell(worker, request_id, self._requests.get(request_id), transfer_id, refused)
 
     # ---- status ----------------------------------------------------------------------------------------------------
 
@@ -560,8 +525,10 @@ class RouterCore:
         waits_for = "" if self._line.blocked is None else self._line.blocked.reason
         running = [snapshot(each, now_ms, waits_for=waits_for) for each in self._requests.values()]
         return StatusSnapshot(
+            now_ms=now_ms,
             workers=tuple(workers),
             requests=(*self._history.snapshots(), *running),
+            moves=self._moves.records(),
             queued_tokens=self._queued_tokens,
             waiting=sum(each.state is RequestState.ADMITTED for each in self._requests.values()),
         )
@@ -570,7 +537,7 @@ class RouterCore:
 _Row = Callable[[RouterCore, Request, Worker | None, RequestEvent], None]
 _S, _C = RequestState, RouterCore
 
-# What a request does with an event while workers have it: the rows know the three states apart where they must.
+# What a request does with an event while workers have it: the rows know the states apart where they must.
 _ASSIGNED: dict[type, _Row] = {
     Token: _C._on_token,
     CommitAsk: _C._on_commit_ask,
@@ -578,6 +545,7 @@ _ASSIGNED: dict[type, _Row] = {
     ClientGone: _C._on_client_gone,
     StopRequested: _C._on_stop,
     AttemptLost: _C._on_attempt_lost,
+    WorkerGone: _C._on_worker_gone,
     StageDue: _C._on_attempt_due,
     RequestDue: _C._on_request_due,
 }
@@ -590,4 +558,13 @@ TABLE: dict[tuple[RequestState, type], _Row] = {
     (_S.ADMITTED, StopRequested): _C._on_stop,
     (_S.ADMITTED, StageDue): _C._on_wait_due,
     (_S.ADMITTED, RequestDue): _C._on_request_due,
-} | {(state, event): row for state in (_S.PREFILLING, _S.HANDING_OFF, _S.DECODING) for event, row in _ASSIGNED.items()}
+    (_S.DECODING, MoveFailed): _C._on_move_failed,
+    (_S.DECODING, OwnerQuery): _C._on_revoke,
+    (_S.DECODING, MoveLost): _C._on_move_lost,
+    (_S.ORPHANED, MoveLost): _C._on_move_lost,
+}
+TABLE |= {
+    (state, event): row for state in (_S.PREFILLING, _S.HANDING_OFF, _S.DECODING) for event, row in _ASSIGNED.items()
+}
+# Who has lost its worker hears no token: the one who wrote them is gone, and the target has not committed.
+TABLE |= {(_S.ORPHANED, event): row for event, row in _ASSIGNED.items() if event is not Token}

@@ -6,12 +6,13 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import assert_never
 
 from router.clients import WorkerLink
-from router.config import RouterConfig
+from router.config import GRACE_MS, RouterConfig
 from router.core import RouterCore
 from router.events import (
     Action,
@@ -24,6 +25,7 @@ from router.events import (
     LinkUp,
     MoveEnded,
     MoveRefused,
+    MoveRequested,
     NewRequest,
     Refuse,
     ReportArrived,
@@ -37,16 +39,27 @@ from router.events import (
     WorkerLost,
     WorkerSuspected,
 )
+from router.move import MoveReason, MoveRecord
 from router.request import StatusSnapshot
-from tandem.errors import Cancelled, TandemError, Unavailable
+from tandem.errors import Cancelled, DeadlinePassed, Overloaded, TandemError, Unavailable
 from tandem.messages import WorkerInfo, WorkerReport
 from tandem.request import RequestId, Token, WorkerId
 
-__all__ = ["Driver", "NewRequest", "RequestStream"]
+__all__ = ["Driver", "NewRequest", "RequestStream", "WantedMove"]
 
 log = logging.getLogger(__name__)
 
 _Key = tuple[WorkerId, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedMove:
+    """A running request should go to another worker; `to` None leaves the choice to the router."""
+
+    request_id: RequestId
+    to: WorkerId | None
+    reason: MoveReason
+    why: str
 
 
 class RequestStream:
@@ -114,6 +127,8 @@ class Driver:
         self._core = RouterCore(self.config, first_epoch=born_us)
         self._sessions = itertools.count(born_us)
         self._streams: dict[RequestId, RequestStream] = {}
+        self._tickets = itertools.count(1)
+        self._moves: dict[int, asyncio.Future[MoveRecord]] = {}  # who waits for the end of a move, by ticket
         self._links: dict[_Key, WorkerLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
@@ -188,6 +203,50 @@ class Driver:
         """The answer ends at token `index`, which is kept: a stop string was found."""
         self._feed(StopRequested(request_id=request_id, index=index))
 
+    # ---- moves -----------------------------------------------------------------------------------------------------
+
+    async def move(self, request_id: RequestId, to: WorkerId | None, reason: MoveReason, why: str) -> MoveRecord:
+        """Moves a running request and waits for the end of that: its record says how it went.
+
+        Raises the TandemError that the move is refused with; DeadlinePassed when its end is not known in time, which
+        the move itself survives.
+        """
+        if self._stopped:
+            raise Unavailable("the router is stopping")
+        if len(self._moves) >= self.config.move_askers_max:
+            limit = self.config.move_askers_max
+            raise Overloaded(
+                f"{limit} callers wait for moves, no more may", retry_after_ms=self.config.move_deadline_ms
+            )
+        # The core ends a move by its deadline, or by the target's first token, whose stall has a deadline, too.
+        bound_ms = self.config.move_deadline_ms + self.config.decode_stall_ms + 2 * GRACE_MS
+        ticket = next(self._tickets)
+        ended = self._moves[ticket] = asyncio.get_running_loop().create_future()
+        try:
+            self._feed(MoveRequested(request_id=request_id, to=to, reason=reason, why=why, ticket=ticket))
+            return await asyncio.wait_for(ended, bound_ms / 1000)
+        except TimeoutError:
+            raise DeadlinePassed(f"the move of {request_id} did not end within {bound_ms} ms") from None
+        finally:
+            self._moves.pop(ticket, None)
+
+    def request_moves(self, wanted: Iterable[WantedMove]) -> list[MoveRefused]:
+        """Begins the moves that can be begun and returns why the others cannot; status shows how the begun ones end."""
+        refused: list[MoveRefused] = []
+        for each in wanted:
+            event = MoveRequested(
+                request_id=each.request_id,
+                to=each.to,
+                reason=each.reason,
+                why=each.why,
+                ticket=next(self._tickets),
+            )
+            for action in self._handle(event):
+                if isinstance(action, MoveRefused):
+                    refused.append(action)
+                self._perform(action)
+        return refused
+
     # ---- workers ---------------------------------------------------------------------------------------------------
 
     def worker_joined(self, info: WorkerInfo, incarnation: int) -> None:
@@ -224,9 +283,9 @@ class Driver:
         """Its heartbeats are missing, or are there again: it gets nothing new meanwhile."""
         self._feed(WorkerSuspected(worker_id=worker_id, incarnation=incarnation, suspected=suspected))
 
-    def worker_draining(self, worker_id: WorkerId, incarnation: int) -> None:
-        """It finishes what it has and gets nothing new."""
-        self._feed(WorkerDraining(worker_id=worker_id, incarnation=incarnation))
+    def worker_draining(self, worker_id: WorkerId, incarnation: int, draining: bool = True) -> None:
+        """It finishes what it has and gets nothing new; or, `draining` False, it gets work again."""
+        self._feed(WorkerDraining(worker_id=worker_id, incarnation=incarnation, draining=draining))
 
     def status(self) -> StatusSnapshot:
         """Workers and requests, also those that ended in the last minutes."""
@@ -280,7 +339,17 @@ class Driver:
             case Fail(request_id=request_id, error=error):
                 log.info("request=%s failed: %s", request_id, error)
                 self._end(request_id, None, error)
-            case Refuse() | MoveRefused() | MoveEnded():
+            case MoveRefused(ticket=ticket, error=error):
+                log.info("request=%s is not moved: %s", action.request_id, error)
+                self._move_ended(ticket, error)
+            case MoveEnded(ticket=ticket, record=record):
+                log.info(
+                    "request=%s %s from=%s to=%s reason=%s pause_ms=%d %s",
+                    *(record.request_id, record.outcome, record.source, record.target, record.reason),
+                    *(record.pause_ms, record.error),
+                )
+                self._move_ended(ticket, record)
+            case Refuse():
                 raise AssertionError(f"{action} answers nothing that was asked")
             case _:
                 assert_never(action)
@@ -300,6 +369,16 @@ class Driver:
         stream = self._streams.pop(request_id, None)
         if stream is not None:
             stream._end(usage, error)
+
+    def _move_ended(self, ticket: int, how: MoveRecord | TandemError) -> None:
+        """Tells whoever waits for it; moves of the rebalancer have nobody waiting."""
+        waiting = self._moves.get(ticket)
+        if waiting is None or waiting.done():
+            return
+        if isinstance(how, MoveRecord):
+            waiting.set_result(how)
+        else:
+            waiting.set_exception(how)
 
     def _close(self, key: _Key) -> None:
         link = self._links.pop(key, None)

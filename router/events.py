@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 from router.move import MoveReason, MoveRecord
 from tandem.errors import TandemError
-from tandem.messages import CommitAsk, RequestFailed, RouterMessage, WorkerInfo, WorkerReport
+from tandem.messages import (
+    CommitAsk,
+    MoveFailed,
+    OwnerQuery,
+    RequestFailed,
+    RouterMessage,
+    WorkerInfo,
+    WorkerReport,
+)
 from tandem.request import FinishReason, RequestId, Sampling, Token, WorkerId
 
 # ---- events ------------------------------------------------------------------------------------------------------
@@ -154,6 +162,20 @@ class AttemptLost:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerGone:
+    """A worker that has a part in the request is out of reach for good: it lets go of what it was told."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MoveLost:
+    """The move under way cannot succeed."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class StageDue:
     """The state's own deadline is over."""
 
@@ -163,8 +185,9 @@ class RequestDue:
     """The request's deadline is over."""
 
 
-INTERNAL = (AttemptLost, StageDue, RequestDue)
-RequestEvent = Token | RequestFailed | CommitAsk | ClientGone | StopRequested | AttemptLost | StageDue | RequestDue
+Internal = AttemptLost | WorkerGone | MoveLost | StageDue | RequestDue
+INTERNAL = (AttemptLost, WorkerGone, MoveLost, StageDue, RequestDue)
+RequestEvent = Token | RequestFailed | CommitAsk | OwnerQuery | MoveFailed | ClientGone | StopRequested | Internal
 
 # ---- actions -----------------------------------------------------------------------------------------------------
 

@@ -53,6 +53,8 @@ class Worker:
     free_at_ms: float = 0.0  # when the prefills it has are predicted to be done
     reserved: dict[RequestId, int] = field(default_factory=dict)  # blocks in this router's account
     num_reserved_blocks: int = 0
+    arriving: dict[RequestId, int] = field(default_factory=dict)  # of them, those whose blocks are yet to come
+    num_arriving_blocks: int = 0
     dispatches: dict[RequestId, _Dispatch] = field(default_factory=dict)
     last_first_token_ms: int = 0
     lost_reason: str = ""
@@ -86,7 +88,9 @@ class Worker:
         """Blocks that a new request may count on: what is neither reported as taken nor promised already."""
         left = self.info.total_blocks - self.num_reserved_blocks
         if self.load is not None:
-            left = min(left, self.load.blocks.free + self.load.blocks.cached)
+            counts = self.load.blocks
+            unseen = max(0, self.num_arriving_blocks - counts.granted)  # promised, and not in its report yet
+            left = min(left, counts.free + counts.cached - unseen)
         return left
 
     def queue_ms(self, now_ms: int) -> float:
@@ -168,9 +172,9 @@ class Fleet:
         worker.suspected = suspected
         self._refresh(worker)
 
-    def drain(self, worker: Worker) -> None:
-        """The worker gets nothing new."""
-        worker.draining = True
+    def drain(self, worker: Worker, draining: bool = True) -> None:
+        """The worker gets nothing new, or gets work again."""
+        worker.draining = draining
         self._refresh(worker)
 
     def _refresh(self, worker: Worker) -> None:
@@ -211,12 +215,22 @@ class Fleet:
         worker.free_at_ms = max(worker.free_at_ms, float(now_ms)) + predicted_ms
         self._list(worker)
 
-    def reserve(self, worker: Worker, request_id: RequestId, num_blocks: int) -> None:
-        """The request counts as one of the worker's, with this much memory."""
+    def reserve(self, worker: Worker, request_id: RequestId, num_blocks: int, *, arriving: bool = False) -> None:
+        """The request counts as one of the worker's, with this much memory. `arriving`: by a transfer, until `arrived`.
+
+        Two placements or moves do not fill the same memory, though the worker's reports know of neither yet.
+        """
         self._unlist(worker)
         worker.num_reserved_blocks += num_blocks - worker.reserved.get(request_id, 0)
         worker.reserved[request_id] = num_blocks
+        if arriving:
+            worker.num_arriving_blocks += num_blocks - worker.arriving.get(request_id, 0)
+            worker.arriving[request_id] = num_blocks
         self._list(worker)
+
+    def arrived(self, worker: Worker, request_id: RequestId) -> None:
+        """The request's blocks are there, and in the worker's own count."""
+        worker.num_arriving_blocks -= worker.arriving.pop(request_id, 0)
 
     def first_token(self, worker: Worker, request_id: RequestId, now_ms: int) -> None:
         """The prefill is done: the cost model learns from it."""
@@ -236,6 +250,7 @@ class Fleet:
         """The request is no longer this worker's."""
         self._unlist(worker)
         worker.num_reserved_blocks -= worker.reserved.pop(request_id, 0)
+        self.arrived(worker, request_id)
         dispatch = worker.dispatches.pop(request_id, None)
         if dispatch is not None:
             worker.free_at_ms -= dispatch.predicted_ms

@@ -149,6 +149,10 @@ class Placer:
         expected = ask.num_tokens + min(ask.num_more, self._config.decode_reserve_tokens)
         return min(-(-expected // worker.info.block_size), worker.info.total_blocks)
 
+    def fits(self, ask: Ask, worker: Worker) -> bool:
+        """Whether the worker has memory for the request, as far as reports and promises tell."""
+        return self.num_blocks(ask, worker) <= worker.num_free_blocks
+
     def shortest_wait_ms(self, now_ms: int) -> float:
         """Predicted wait on the worker that is soonest free to prefill."""
         waits = [each.queue_ms(now_ms) for role in Role for each in islice(self._fleet.soonest_free(role), 1)]
@@ -162,7 +166,7 @@ class Placer:
         decode = self._decode(case, Role.DECODE) or self._decode(case, Role.MIXED)
         fresh = [each for each in options if each.worker.key not in case.ask.avoid]
         alone = self._options(case, Role.MIXED)
-        alone = [each for each in alone if self._fits(case.ask, each.worker) and each.worker.key not in case.ask.avoid]
+        alone = [each for each in alone if self.fits(case.ask, each.worker) and each.worker.key not in case.ask.avoid]
         tried = not fresh or (decode is not None and decode[0].key in case.ask.avoid)
         if tried and not alone:
             roles = (Role.DECODE, Role.MIXED)
@@ -193,7 +197,7 @@ class Placer:
             cached = case.cached(worker)
             if case.depth(worker) <= warmest or case.ask.num_tokens - cached > limit:
                 return None  # the next ones hold no more than this one
-            if worker.key in case.ask.avoid or not self._fits(case.ask, worker):
+            if worker.key in case.ask.avoid or not self.fits(case.ask, worker):
                 continue
             option = self._option(case, worker)
             reason = f"decode worker holds {cached} tokens, more than any prefill worker; the rest is short"
@@ -210,7 +214,7 @@ class Placer:
                 options.append(
                     _Option(each.worker, each.score_ms + batch_ms, each.queue_ms, each.prefill_ms, each.num_cached)
                 )
-        options = [each for each in options if self._fits(case.ask, each.worker)]
+        options = [each for each in options if self.fits(case.ask, each.worker)]
         options = [each for each in options if each.worker.key not in case.ask.avoid] or options
         if not options:
             return NoPlacement(why=Why.NO_MEMORY, reason=f"{why}, and none of the others has memory for it")
@@ -222,8 +226,8 @@ class Placer:
         """The decode worker with memory whose batch and missing blocks cost least; tried ones only when all were."""
         warm = case.warm(role)
         least = islice(self._fleet.fewest_requests(role), SCAN_MAX)
-        few = islice((each for each in least if self._fits(case.ask, each)), LEAST_LOADED)
-        candidates = [each for each in _distinct(warm, few) if self._fits(case.ask, each)]
+        few = islice((each for each in least if self.fits(case.ask, each)), LEAST_LOADED)
+        candidates = [each for each in _distinct(warm, few) if self.fits(case.ask, each)]
         candidates = [each for each in candidates if each.key not in case.ask.avoid] or candidates
         scored = []
         for worker in candidates:
@@ -271,9 +275,6 @@ class Placer:
             reason=reason,
             scores=scores,
         )
-
-    def _fits(self, ask: Ask, worker: Worker) -> bool:
-        return self.num_blocks(ask, worker) <= worker.num_free_blocks
 
     def _never_fits(self, ask: Ask) -> NoPlacement | None:
         """Whether the prompt is larger than the memory of every worker that is known."""

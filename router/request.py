@@ -9,10 +9,11 @@ from enum import StrEnum
 from engine.prefix_cache import block_hashes
 from router.events import NewRequest, Usage
 from router.fleet import Worker
+from router.move import Move, MoveRecord
 from router.placement import Placement, WorkerKey
 from router.store import OwnerRecord
-from tandem.messages import TransferStats, WorkerInfo, WorkerLoad
-from tandem.request import RequestId, Token, WorkerId
+from tandem.messages import Assign, AssignMode, TransferStats, WorkerInfo, WorkerLoad
+from tandem.request import RequestId, Token, TransferId, WorkerId
 
 STORY_MAX = 32
 
@@ -24,16 +25,17 @@ class RequestState(StrEnum):
     PREFILLING = "prefilling"  # assigned; no token of this attempt yet
     HANDING_OFF = "handing_off"  # the source wrote its first token; the commit is awaited
     DECODING = "decoding"  # the worker that owns it writes token after token
+    ORPHANED = "orphaned"  # that worker is lost, and the target of a move may hold all of it: its commit is awaited
     FINISHED = "finished"
     FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transferred:
-    """What transfers did for one request: counts summed over its attempts, times of the last one.
+    """What handoffs did for one request: counts summed over its attempts, times of the last one.
 
     Times are milliseconds since a worker's own assignment: the first two since the source's, the third since the
-    target's.
+    target's. The last one is how long the target's first step with the request took.
     """
 
     blocks_granted: int = 0
@@ -45,6 +47,7 @@ class Transferred:
     first_frame_ms: int = 0
     last_chunk_start_ms: int = 0
     committed_ms: int = 0
+    first_step_ms: float = 0.0
 
     def plus(self, stats: TransferStats) -> Transferred:
         """With what one end of a transfer tells."""
@@ -58,12 +61,16 @@ class Transferred:
             first_frame_ms=stats.first_frame_ms or self.first_frame_ms,
             last_chunk_start_ms=stats.last_chunk_start_ms or self.last_chunk_start_ms,
             committed_ms=stats.committed_ms or self.committed_ms,
+            first_step_ms=stats.first_step_ms or self.first_step_ms,
         )
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """The life of one request. `answer` holds the tokens delivered; `owner` is None while no worker has it."""
+    """The life of one request. `answer` holds the tokens delivered; `owner` is None while no worker has it.
+
+    `involved`: who has a part in it and is in reach, the source before the target.
+    """
 
     new: NewRequest
     submitted_ms: int
@@ -81,7 +88,14 @@ class Request:
     num_replacements: int = 0
     not_before_ms: int = 0
     placed_ms: int = 0
+    last_epoch: int = 0  # of those that its placement may use
+    move: Move | None = None  # under way, and not committed
+    landing: Move | None = None  # committed; the target's first token is awaited
+    num_moves: int = 0  # committed
+    num_moves_begun: int = 0
+    move_ended_ms: int | None = None
     first_token_ms: int | None = None
+    last_token_ms: int = 0
     attempt_has_token: bool = False
     last_failure: str = ""
     transferred: Transferred = field(default_factory=Transferred)
@@ -100,6 +114,29 @@ class Request:
     def tokens(self) -> tuple[int, ...]:
         """Prompt and delivered tokens: what a worker goes on from."""
         return self.new.tokens + tuple(each.token_id for each in self.answer)
+
+    @property
+    def num_more(self) -> int:
+        """Tokens that may still be written; at least one."""
+        return max(1, self.new.sampling.max_tokens - len(self.answer))
+
+    def assign(
+        self, mode: AssignMode, transfer_id: TransferId, peer: Worker | None, deadline_ms: int, *, move: bool = False
+    ) -> Assign:
+        """What a worker is told: to take part, from what is delivered on, under the owner record's epoch."""
+        assert self.owner is not None, f"{self.request_id} has no owner: {list(self.story)}"
+        return Assign(
+            request_id=self.request_id,
+            epoch=self.owner.epoch,
+            mode=mode,
+            tokens=self.tokens,
+            num_prompt_tokens=len(self.new.tokens),
+            sampling=self.new.sampling,
+            transfer_id=transfer_id,
+            peer=None if peer is None else peer.address,
+            deadline_ms=deadline_ms,
+            move=move,
+        )
 
     def hash_blocks(self, namespace: str, block_size: int) -> None:
         """Hashes the full blocks that have none yet, as the workers do."""
@@ -122,7 +159,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestSnapshot:
-    """A request as status shows it. Times are milliseconds since it was submitted."""
+    """A request as status shows it. Times are milliseconds since it was submitted.
+
+    `decode_worker` is where it is decoded now, or will be; `moving_to` the target of a move under way, or empty.
+    """
 
     request_id: RequestId
     state: RequestState
@@ -132,6 +172,9 @@ class RequestSnapshot:
     epoch: int
     prompt_tokens: int
     tokens: int
+    max_tokens: int
+    num_moves: int
+    moving_to: str
     transferred: Transferred
     num_replacements: int
     ttft_ms: int | None
@@ -144,7 +187,10 @@ class RequestSnapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSnapshot:
-    """A worker as status shows it. `load` None: it has not reported yet."""
+    """A worker as status shows it. `load` None: it has not reported yet.
+
+    `num_free_blocks`: what a new request may count on, beside what is reported as taken or promised already.
+    """
 
     worker_id: WorkerId
     incarnation: int
@@ -152,16 +198,22 @@ class WorkerSnapshot:
     info: WorkerInfo
     load: WorkerLoad | None
     num_requests: int
+    num_free_blocks: int
     cached_hashes: int
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatusSnapshot:
-    """Workers, then requests in flight and those that ended a while ago, newest last."""
+    """Workers, requests in flight and those that ended a while ago, moves likewise; newest last.
 
+    `now_ms` is on the clock of the moves' `at_ms`.
+    """
+
+    now_ms: int
     workers: tuple[WorkerSnapshot, ...]
     requests: tuple[RequestSnapshot, ...]
+    moves: tuple[MoveRecord, ...]
     queued_tokens: int
     waiting: int
 
@@ -175,10 +227,13 @@ def snapshot(request: Request, now_ms: int, *, error: str = "", waits_for: str =
         state=request.state,
         mode="" if placement is None else placement.mode.value,
         prefill_worker="" if placement is None else placement.prefill_worker.worker_id,
-        decode_worker="" if placement is None else placement.decode_worker.worker_id,
+        decode_worker=_decode_worker(request),
         epoch=0 if request.owner is None else request.owner.epoch,
         prompt_tokens=len(request.new.tokens),
         tokens=len(request.answer),
+        max_tokens=request.new.sampling.max_tokens,
+        num_moves=request.num_moves,
+        moving_to="" if request.move is None else request.move.target.worker_id,
         transferred=request.transferred,
         num_replacements=request.num_replacements,
         ttft_ms=None if request.first_token_ms is None else request.first_token_ms - request.submitted_ms,
@@ -190,6 +245,12 @@ def snapshot(request: Request, now_ms: int, *, error: str = "", waits_for: str =
     )
 
 
+def _decode_worker(request: Request) -> str:
+    if request.owner is not None and request.owner.committed:
+        return request.owner.worker_id
+    return "" if request.placement is None else request.placement.decode_worker.worker_id
+
+
 def worker_snapshot(worker: Worker, cached_hashes: int) -> WorkerSnapshot:
     """The worker as it is now."""
     return WorkerSnapshot(
@@ -199,6 +260,7 @@ def worker_snapshot(worker: Worker, cached_hashes: int) -> WorkerSnapshot:
         info=worker.info,
         load=worker.load,
         num_requests=worker.num_requests,
+        num_free_blocks=worker.num_free_blocks,
         cached_hashes=cached_hashes,
         reason=worker.lost_reason,
     )

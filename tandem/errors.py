@@ -5,6 +5,7 @@ TandemError
   |     +-- UnknownModel                                                             404  NOT_FOUND
   +-- UnknownRequest      no such request is known                                   404  NOT_FOUND
   +-- DuplicateRequest    the id is in use                                           409  ALREADY_EXISTS
+  +-- MoveImpossible      a running request cannot be moved (so, now); says why        409  FAILED_PRECONDITION
   +-- Overloaded          over capacity; says when to come again                     429  RESOURCE_EXHAUSTED
   +-- Unavailable         no worker can serve this now                               503  UNAVAILABLE
   +-- DeadlinePassed      the request's own deadline is over                         504  DEADLINE_EXCEEDED
@@ -68,6 +69,15 @@ class DuplicateRequest(TandemError):
     code = "duplicate_request"
     http_status = 409
     grpc_status = "ALREADY_EXISTS"
+    openai_type = "invalid_request_error"
+
+
+class MoveImpossible(TandemError):
+    """The request cannot be moved, or not there, or not now. It runs on where it is."""
+
+    code = "move_impossible"
+    http_status = 409
+    grpc_status = "FAILED_PRECONDITION"
     openai_type = "invalid_request_error"
 
 
@@ -136,6 +146,7 @@ ERRORS: dict[str, type[TandemError]] = {
         UnknownModel,
         UnknownRequest,
         DuplicateRequest,
+        MoveImpossible,
         Overloaded,
         Unavailable,
         DeadlinePassed,

@@ -20,6 +20,7 @@ from router.events import (
     Finish,
     LinkLost,
     LinkUp,
+    MoveLost,
     NewRequest,
     Refuse,
     ReportArrived,
@@ -30,6 +31,7 @@ from router.events import (
     Submitted,
     Tick,
     WorkerDraining,
+    WorkerGone,
     WorkerJoined,
     WorkerLost,
 )
@@ -51,6 +53,7 @@ from tandem.messages import (
     BlockEvents,
     CancelAssigned,
     CommitAsk,
+    MoveFailed,
     OwnerIs,
     OwnerQuery,
     RequestFailed,
@@ -515,7 +518,10 @@ def test_the_whole_square() -> None:
     for state in RequestState:
         rows = {event for (of, event) in TABLE if of is state}
         if state in assigned:
-            assert rows == {*outside, *INTERNAL}
+            moves = {MoveLost, MoveFailed, OwnerQuery} if state is RequestState.DECODING else set()
+            assert rows == {*outside, AttemptLost, WorkerGone, StageDue, RequestDue} | moves
+        elif state is RequestState.ORPHANED:
+            assert rows == {*outside, *INTERNAL} - {Token}
         elif state is RequestState.ADMITTED:
             assert rows == {CommitAsk, ClientGone, StopRequested, StageDue, RequestDue}
         else:

@@ -1,0 +1,109 @@
+"""An attempt to serve a request: it is given to its workers under fresh epochs, and taken from them again."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from router.config import GRACE_MS, RouterConfig
+from router.fleet import Fleet, Worker
+from router.move import EPOCHS_PER_PLACEMENT, MOVES_MAX
+from router.moves import Moves
+from router.outbox import Outbox
+from router.owners import Owners
+from router.placement import Ask, NoPlacement, Placement, Placer
+from router.request import Request, RequestState
+from tandem.messages import AssignMode, CancelAssigned, WorkerAddress
+from tandem.request import TransferId
+
+
+class Attempts:
+    """Hands out epochs, which grow over all requests and are never used twice."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        fleet: Fleet,
+        placer: Placer,
+        owners: Owners,
+        moves: Moves,
+        outbox: Outbox,
+        *,
+        first_epoch: int,
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._placer = placer
+        self._owners = owners
+        self._moves = moves
+        self._outbox = outbox
+        self._next_epoch = first_epoch
+
+    def begin(self, now_ms: int, request: Request) -> NoPlacement | None:
+        """Places the request, or says why it cannot be placed now."""
+        ask = self._ask(request)
+        found = self._placer.place(now_ms, ask)
+        if isinstance(found, NoPlacement):
+            return found
+        self._assign(now_ms, request, ask, found)
+        return None
+
+    def end(self, now_ms: int, request: Request, reason: str) -> None:
+        """Cancels the attempt where it lives and takes the owner record away: a later commit of it fails."""
+        if request.owner is None:
+            return
+        self._moves.over(now_ms, request, reason)
+        for worker in request.involved:
+            self._fleet.forget(worker, request.request_id)
+            message = CancelAssigned(request_id=request.request_id, epoch=request.owner.epoch, reason=reason)
+            self._outbox.send(worker, message, reason)
+        self._owners.close(request)
+        request.involved = []
+
+    def _ask(self, request: Request) -> Ask:
+        for first in islice(self._fleet, 1):  # all workers of a fleet serve one model
+            request.hash_blocks(first.info.namespace, first.info.block_size)
+        return Ask(
+            num_tokens=request.num_tokens,
+            num_more=request.num_more,
+            hashes=request.hashes,
+            avoid=frozenset(request.avoid),
+        )
+
+    def _assign(self, now_ms: int, request: Request, ask: Ask, placement: Placement) -> None:
+        """Gives the request to its workers under a fresh epoch; the next ones are kept for its commits."""
+        epoch = self._next_epoch
+        self._next_epoch += EPOCHS_PER_PLACEMENT
+        source, target = self._at(placement.prefill_worker), self._at(placement.decode_worker)
+        local = placement.mode is AssignMode.LOCAL
+        transfer_id = TransferId("" if local else f"{request.request_id}.{epoch}")
+        self._owners.open(request, source, epoch, transfer_id)
+        left_ms = request.deadline_ms - now_ms
+        deadline_ms = max(1, min(left_ms, self._config.handoff_deadline_ms + 3 * round(placement.predicted_ms)))
+        request.placement = placement
+        request.last_epoch = epoch + MOVES_MAX + (0 if local else 1)
+        request.involved = [source] if local else [source, target]
+        request.state = RequestState.PREFILLING
+        request.stage_deadline_ms = now_ms + deadline_ms + GRACE_MS
+        request.placed_ms = now_ms
+        request.attempt_has_token = False
+        where = source.worker_id if local else f"{source.worker_id} -> {target.worker_id}"
+        request.tell(now_ms, f"placed on {where} at epoch {epoch}: {placement.reason}")
+        self._fleet.charge_prefill(
+            source,
+            request.request_id,
+            now_ms=now_ms,
+            predicted_ms=placement.prefill_ms,
+            num_uncached=request.num_tokens - placement.num_cached_tokens,
+            num_tokens=request.num_tokens,
+        )
+        self._placer.charge(now_ms, placement.prefill_ms)
+        self._fleet.reserve(target, request.request_id, self._placer.num_blocks(ask, target), arriving=not local)
+        # The target first: it should know of the request when the source's offer comes.
+        roles = ((target, AssignMode.DECODE, source), (source, AssignMode.PREFILL, target))
+        for worker, mode, peer in ((source, AssignMode.LOCAL, None),) if local else roles:
+            self._outbox.send(worker, request.assign(mode, transfer_id, peer, deadline_ms), placement.reason)
+
+    def _at(self, address: WorkerAddress) -> Worker:
+        worker = self._fleet.get(address.worker_id, address.incarnation)
+        assert worker is not None, f"{address} was placed on, and is not in the fleet"
+        return worker
