@@ -1,7 +1,7 @@
 """Who is in the cluster: one small state machine for each worker incarnation, fed by heartbeats and time.
 
 A worker is dead after a few missed heartbeats, or when it has work but takes no step. A dead incarnation never comes
-back: whoever speaks in its name is told to register again, under a higher incarnation.
+back, nor does one that was drained: whoever speaks in its name is told to register again, under a higher incarnation.
 """
 
 from __future__ import annotations
@@ -20,15 +20,21 @@ class MemberState(StrEnum):
     JOINING = "joining"  # registered, not yet heard again
     READY = "ready"
     SUSPECT = "suspect"  # silent or stuck for a while: keeps what it has, gets nothing new
-    DRAINING = "draining"  # asked to leave: finishes or hands over what it has
+    DRAINING = "draining"  # asked to leave: gets nothing new, and what it has is moved or finished
+    LEFT = "left"  # it was drained, and its process ends
     DEAD = "dead"
 
 
+OVER = frozenset({MemberState.LEFT, MemberState.DEAD})  # nothing leads out of these
+
+
 class Observation(StrEnum):
-    """What happens to one incarnation. The first four come from outside, the others are drawn from time."""
+    """What happens to one incarnation. The first six come from outside, the others are drawn from time."""
 
     HEARD = "heard"  # a heartbeat, with steps going forward or nothing to do
     DRAIN_ASKED = "drain_asked"
+    DRAINED = "drained"  # nobody reads anything of it any more
+    TAKEN_BACK = "taken_back"  # the drain did not end in time
     ENDED = "ended"  # its process is gone, or it said goodbye
     SUPERSEDED = "superseded"  # a higher incarnation of the same worker registered
     MISSED = "missed"  # all but one of the heartbeats that mean death are missing
@@ -42,7 +48,6 @@ S, O = MemberState, Observation  # noqa: E741
 # A missing pair has no effect: such an observation is late, doubled or says nothing new.
 TRANSITIONS: dict[tuple[MemberState, Observation], MemberState] = {
     (S.JOINING, O.HEARD): S.READY,
-    (S.JOINING, O.DRAIN_ASKED): S.DRAINING,
     (S.JOINING, O.ENDED): S.DEAD,
     (S.JOINING, O.SUPERSEDED): S.DEAD,
     (S.JOINING, O.EXPIRED): S.DEAD,
@@ -59,6 +64,8 @@ TRANSITIONS: dict[tuple[MemberState, Observation], MemberState] = {
     (S.SUSPECT, O.SUPERSEDED): S.DEAD,
     (S.SUSPECT, O.EXPIRED): S.DEAD,
     (S.SUSPECT, O.STUCK): S.DEAD,
+    (S.DRAINING, O.DRAINED): S.LEFT,
+    (S.DRAINING, O.TAKEN_BACK): S.READY,
     (S.DRAINING, O.ENDED): S.DEAD,
     (S.DRAINING, O.SUPERSEDED): S.DEAD,
     (S.DRAINING, O.EXPIRED): S.DEAD,
@@ -93,6 +100,17 @@ class DrainAsked:
     """An operator wants the worker to leave."""
 
     worker_id: WorkerId
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainEnded:
+    """Nothing is left on the worker that drains, or (`left` False) it takes work again."""
+
+    worker_id: WorkerId
+    incarnation: int
+    left: bool
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +127,7 @@ class Passed:
     """Time has passed."""
 
 
-Event = Registered | Heartbeat | DrainAsked | Ended | Passed
+Event = Registered | Heartbeat | DrainAsked | DrainEnded | Ended | Passed
 
 
 # ---- actions -------------------------------------------------------------------------------------------------------
@@ -133,7 +151,7 @@ class RegistrationRefused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateChanged:
-    """The worker incarnation went into this state; with DEAD everything it held is lost."""
+    """The worker incarnation went into this state; with LEFT and DEAD it holds nothing any more."""
 
     worker_id: WorkerId
     incarnation: int
@@ -181,23 +199,29 @@ class Membership:
             case Heartbeat():
                 return self._heard(now_ms, event)
             case DrainAsked():
-                member = self.members.get(event.worker_id)
-                return self._observe(member, O.DRAIN_ASKED, "asked to drain") if member else []
+                return self._observe(self.current(event), O.DRAIN_ASKED, "asked to drain")
+            case DrainEnded():
+                return self._observe(self.current(event), O.DRAINED if event.left else O.TAKEN_BACK, event.reason)
             case Ended():
                 return self._observe(self.current(event), O.ENDED, event.reason)
             case Passed():
                 return [action for member in self.members.values() for action in self._passed(now_ms, member)]
 
-    def current(self, named: Heartbeat | Ended) -> Member | None:
-        """The member that is meant, or None when that incarnation is dead, gone or unknown."""
+    def current(self, named: Heartbeat | DrainAsked | DrainEnded | Ended) -> Member | None:
+        """The member that is meant, or None when that incarnation is over or unknown."""
         member = self.members.get(named.worker_id)
-        if member is None or member.incarnation != named.incarnation or member.state is S.DEAD:
+        if member is None or member.incarnation != named.incarnation or member.state in OVER:
             return None
         return member
 
+    def has_left(self, beat: Heartbeat) -> bool:
+        """Whether that incarnation was drained, so that it shall end."""
+        member = self.members.get(beat.worker_id)
+        return member is not None and member.incarnation == beat.incarnation and member.state is S.LEFT
+
     def alive(self) -> Iterator[Member]:
-        """Members that are not dead."""
-        return (member for member in self.members.values() if member.state is not S.DEAD)
+        """Members that are not over."""
+        return (member for member in self.members.values() if member.state not in OVER)
 
     def _register(self, now_ms: int, event: Registered) -> list[Action]:
         info, known = event.info, self.members.get(event.info.worker_id)

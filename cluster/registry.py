@@ -12,9 +12,12 @@ import grpc.aio
 
 from cluster.membership import (
     Admitted,
+    DrainAsked,
+    DrainEnded,
     Ended,
     Event,
     Heartbeat,
+    Member,
     Membership,
     MemberState,
     Passed,
@@ -63,7 +66,7 @@ class Registry(worker_pb2_grpc.RegistryServicer):
     async def Heartbeat(
         self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext[pb.HeartbeatRequest, pb.HeartbeatReply]
     ) -> pb.HeartbeatReply:
-        """Books a sign of life. `known` False: that incarnation is dead or was never here."""
+        """Books a sign of life. `known` False: that incarnation is dead or was never here; `leave`: it was drained."""
         beat = Heartbeat(
             worker_id=WorkerId(request.worker_id),
             incarnation=request.incarnation,
@@ -72,7 +75,9 @@ class Registry(worker_pb2_grpc.RegistryServicer):
             agent_pid=request.agent_pid,
         )
         self._take(beat)
-        return pb.HeartbeatReply(known=self.membership.current(beat) is not None)
+        return pb.HeartbeatReply(
+            known=self.membership.current(beat) is not None, leave=self.membership.has_left(beat)
+        )  # fmt: skip
 
     def ended(self, worker_id: str, incarnation: int, reason: str) -> None:
         """The supervisor saw the worker's process end. `incarnation` 0: whichever is the latest."""
@@ -80,6 +85,14 @@ class Registry(worker_pb2_grpc.RegistryServicer):
         if member is not None:
             latest = incarnation or member.incarnation
             self._take(Ended(worker_id=WorkerId(worker_id), incarnation=latest, reason=reason))
+
+    def drain(self, member: Member) -> None:
+        """The worker gets nothing new from now on."""
+        self._take(DrainAsked(worker_id=member.info.worker_id, incarnation=member.incarnation))
+
+    def drained(self, worker_id: WorkerId, incarnation: int, *, left: bool, reason: str) -> None:
+        """The drain is over: the worker leaves, or takes work again."""
+        self._take(DrainEnded(worker_id=worker_id, incarnation=incarnation, left=left, reason=reason))
 
     async def tick(self) -> None:
         """Tells membership the time, for ever."""
@@ -107,14 +120,15 @@ class Registry(worker_pb2_grpc.RegistryServicer):
             "worker=%s incarnation=%d state=%s: %s", change.worker_id, change.incarnation, change.state, change.reason
         )
         match change.state:
-            case MemberState.DEAD:
+            case MemberState.LEFT | MemberState.DEAD:
                 self._driver.worker_lost(change.worker_id, change.incarnation, change.reason)
             case MemberState.DRAINING:
-                self._driver.worker_draining(change.worker_id, change.incarnation)
+                self._driver.worker_draining(change.worker_id, change.incarnation, True)
             case MemberState.SUSPECT:
                 self._driver.worker_suspected(change.worker_id, change.incarnation, True)
             case MemberState.READY:
                 self._driver.worker_suspected(change.worker_id, change.incarnation, False)
+                self._driver.worker_draining(change.worker_id, change.incarnation, False)
             case MemberState.JOINING:
                 raise AssertionError("no observation leads back to joining")
             case _:

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.membership import (
+    OVER,
     TRANSITIONS,
     Admitted,
     DrainAsked,
+    DrainEnded,
     Ended,
     Event,
     Heartbeat,
@@ -75,14 +77,18 @@ def test_whole_square(state: MemberState, observation: Observation) -> None:
 
 
 def test_dead_is_final_and_every_other_state_can_die() -> None:
-    assert not [pair for pair in TRANSITIONS if pair[0] is MemberState.DEAD]
-    for state in set(MemberState) - {MemberState.DEAD}:
+    assert not [pair for pair in TRANSITIONS if pair[0] in OVER]
+    for state in set(MemberState) - OVER:
         for observation in (Observation.ENDED, Observation.SUPERSEDED, Observation.EXPIRED):
             assert TRANSITIONS[(state, observation)] is MemberState.DEAD
 
 
-def test_draining_never_becomes_ready_again() -> None:
-    assert {TRANSITIONS[pair] for pair in TRANSITIONS if pair[0] is MemberState.DRAINING} == {MemberState.DEAD}
+def test_a_draining_worker_leaves_dies_or_is_taken_back() -> None:
+    ways = {pair[1]: TRANSITIONS[pair] for pair in TRANSITIONS if pair[0] is MemberState.DRAINING}
+    assert ways.pop(Observation.DRAINED) is MemberState.LEFT
+    assert ways.pop(Observation.TAKEN_BACK) is MemberState.READY
+    assert set(ways.values()) == {MemberState.DEAD}
+    assert {pair[0] for pair, state in TRANSITIONS.items() if state is MemberState.LEFT} == {MemberState.DRAINING}
 
 
 def test_silence_makes_suspect_then_dead() -> None:
@@ -165,19 +171,53 @@ def test_one_cluster_serves_one_model() -> None:
     assert "'n'" in refused.reason
 
 
-def test_draining() -> None:
+ASKED = DrainAsked(worker_id=D0, incarnation=1)
+
+
+def drain_ended(*, left: bool) -> DrainEnded:
+    return DrainEnded(worker_id=D0, incarnation=1, left=left, reason="why")
+
+
+def test_a_draining_worker_may_die() -> None:
     membership = ready()
-    assert states(membership.handle(1, DrainAsked(worker_id=D0))) == [MemberState.DRAINING]
+    assert states(membership.handle(1, ASKED)) == [MemberState.DRAINING]
+    assert membership.handle(2, ASKED) == []
     assert membership.handle(1500, beat()) == []
     assert states(membership.handle(1600, Ended(worker_id=D0, incarnation=1, reason="left"))) == [MemberState.DEAD]
-    assert membership.handle(1, DrainAsked(worker_id=WorkerId("nobody"))) == []
+    assert membership.handle(1601, ASKED) == []
+    assert membership.handle(1, DrainAsked(worker_id=WorkerId("nobody"), incarnation=1)) == []
+
+
+def test_a_drained_worker_is_told_to_leave_and_does_not_come_back() -> None:
+    membership = ready()
+    membership.handle(1, ASKED)
+    assert states(membership.handle(2, drain_ended(left=True))) == [MemberState.LEFT]
+    assert membership.handle(3, beat()) == []
+    assert membership.current(beat()) is None
+    assert membership.has_left(beat())
+    assert not membership.has_left(beat(incarnation=2))
+    assert list(membership.alive()) == []
+    [refused] = membership.handle(4, Registered(info=INFO, incarnation=1))
+    assert isinstance(refused, RegistrationRefused)
+    assert membership.handle(5, Registered(info=INFO)) == [Admitted(info=INFO, incarnation=2)]
+
+
+def test_a_drain_that_is_given_up_leaves_a_worker_that_works() -> None:
+    membership = ready()
+    membership.handle(1, ASKED)
+    assert states(membership.handle(2, drain_ended(left=False))) == [MemberState.READY]
+    assert membership.handle(3, drain_ended(left=True)) == [], "it does not drain"
+    assert states(membership.handle(2500, Passed())) == [MemberState.SUSPECT]
 
 
 EVENTS = st.one_of(
     st.builds(Registered, info=st.just(INFO), incarnation=st.integers(0, 4)),
     st.builds(beat, incarnation=st.integers(1, 4), steps=st.integers(0, 3), runnable=st.booleans()),
     st.builds(Ended, worker_id=st.just(D0), incarnation=st.integers(1, 4), reason=st.just("x")),
-    st.builds(DrainAsked, worker_id=st.just(D0)),
+    st.builds(DrainAsked, worker_id=st.just(D0), incarnation=st.integers(1, 4)),
+    st.builds(
+        DrainEnded, worker_id=st.just(D0), incarnation=st.integers(1, 4), left=st.booleans(), reason=st.just("x")
+    ),
     st.just(Passed()),
 )
 
@@ -194,5 +234,5 @@ def test_incarnations_only_rise_and_the_dead_stay_dead(steps: list[tuple[int, Ev
                 highest = action.incarnation
             elif isinstance(action, StateChanged):
                 assert action.incarnation not in dead
-                if action.state is MemberState.DEAD:
+                if action.state in OVER:
                     dead.add(action.incarnation)
