@@ -459,12 +459,14 @@ class RouterCore:
             self._fail(request, Overloaded(message, retry_after_ms=self._config.workers_wait_ms))
 
     def _on_attempt_due(self, request: Request, worker: Worker | None, event: RequestEvent) -> None:
+        if request.state is RequestState.ORPHANED:  # of its two workers the one to blame is gone
+            self._step(request, worker, AttemptLost(f"{request.last_failure}; no commit of its move followed"))
+            return
         after_ms = self._now_ms - request.placed_ms
         what = {
             RequestState.PREFILLING: f"no first token {after_ms} ms after the placement",
             RequestState.HANDING_OFF: f"no commit {after_ms} ms after the placement",
             RequestState.DECODING: f"no token for {self._config.decode_stall_ms} ms",
-            RequestState.ORPHANED: f"{request.last_failure}; no commit of its move after that",
         }[request.state]
         suspect = request.involved[-1 if request.state is RequestState.HANDING_OFF else 0]
         self._step(request, worker, AttemptLost(f"{what} ({suspect.worker_id})", (suspect.key,)))

@@ -109,7 +109,10 @@ class Moves:
         return ""
 
     def _choose(self, request: Request, source: Worker) -> tuple[Worker, str]:
-        """The target of the lowest load, and why. Raises MoveImpossible when there is none."""
+        """The target of the lowest load, and why; one where the request failed before only when there is no other.
+
+        Raises MoveImpossible when there is none.
+        """
         fit: list[tuple[float, int, Worker]] = []
         unfit: list[str] = []
         for worker in self._fleet:
@@ -121,6 +124,7 @@ class Moves:
         if not fit:
             tried = "; ".join(unfit[:SCORES_SHOWN]) or "there is no other worker that decodes"
             raise MoveImpossible(f"no worker can take {request.request_id}: {tried}")
+        fit = [each for each in fit if each[2].key not in request.avoid] or fit
         fit.sort(key=lambda each: each[:2])
         scores = ", ".join(f"{worker.worker_id} {load:.2f}" for load, _, worker in fit[:SCORES_SHOWN])
         return fit[0][2], f"lowest load of {len(fit)} that can take it ({scores}; the source has {_load(source):.2f})"

@@ -190,6 +190,7 @@ class WorkerSnapshot:
     """A worker as status shows it. `load` None: it has not reported yet.
 
     `num_free_blocks`: what a new request may count on, beside what is reported as taken or promised already.
+    `num_arriving`: requests on their way by a handoff or a move, promised `num_arriving_blocks`.
     """
 
     worker_id: WorkerId
@@ -199,6 +200,8 @@ class WorkerSnapshot:
     load: WorkerLoad | None
     num_requests: int
     num_free_blocks: int
+    num_arriving: int
+    num_arriving_blocks: int
     cached_hashes: int
     reason: str
 
@@ -221,6 +224,7 @@ class StatusSnapshot:
 def snapshot(request: Request, now_ms: int, *, error: str = "", waits_for: str = "") -> RequestSnapshot:
     """The request as it is now. `waits_for`: why the line does not move, for those that stand in it."""
     placement = request.placement
+    ended = request.state in (RequestState.FINISHED, RequestState.FAILED)
     waiting = bool(waits_for) and request.state is RequestState.ADMITTED
     return RequestSnapshot(
         request_id=request.request_id,
@@ -233,7 +237,7 @@ def snapshot(request: Request, now_ms: int, *, error: str = "", waits_for: str =
         tokens=len(request.answer),
         max_tokens=request.new.sampling.max_tokens,
         num_moves=request.num_moves,
-        moving_to="" if request.move is None else request.move.target.worker_id,
+        moving_to="" if request.move is None or ended else request.move.target.worker_id,
         transferred=request.transferred,
         num_replacements=request.num_replacements,
         ttft_ms=None if request.first_token_ms is None else request.first_token_ms - request.submitted_ms,
@@ -261,6 +265,8 @@ def worker_snapshot(worker: Worker, cached_hashes: int) -> WorkerSnapshot:
         load=worker.load,
         num_requests=worker.num_requests,
         num_free_blocks=worker.num_free_blocks,
+        num_arriving=len(worker.arriving),
+        num_arriving_blocks=worker.num_arriving_blocks,
         cached_hashes=cached_hashes,
         reason=worker.lost_reason,
     )
