@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
+from engine.blocks import BlockLedger, BlockState
 from engine.fake_runner import FakeRunner
 from kv_transfer.messages import (
     AgentCommand,
@@ -25,6 +26,7 @@ from kv_transfer.messages import (
     SendFrame,
     TransferQuiet,
 )
+from simulator.checks import Violation
 from simulator.choices import Choices
 from simulator.network import Schedule
 from tandem.request import TransferId
@@ -42,6 +44,8 @@ class AgentFaults:
     loss: int = 0
     corruption: int = 0
     delay_max_ms: int = 5
+    num_lost: int = 0  # that happened so far
+    num_corrupted: int = 0
 
 
 @dataclass(slots=True)
@@ -62,7 +66,10 @@ class _Sending:
 
 
 class VirtualAgent:
-    """The agent of one worker incarnation. `tell` hands an event to its worker; `find` knows the agents by endpoint."""
+    """The agent of one worker incarnation. `tell` hands an event to its worker; `find` knows the agents by endpoint.
+
+    `parts(name, other)` says whether the network lets nothing pass from the one worker to the other now.
+    """
 
     def __init__(
         self,
@@ -70,16 +77,24 @@ class VirtualAgent:
         schedule: Schedule,
         choices: Choices,
         faults: AgentFaults,
+        name: str,
+        endpoint: str,
         runner: FakeRunner,
+        ledger: BlockLedger,
         tell: Callable[[AgentEvent], None],
         find: Callable[[str], VirtualAgent | None],
+        parts: Callable[[str, str], bool],
     ) -> None:
+        self.name = name
+        self.endpoint = endpoint
         self._schedule = schedule
         self._choices = choices
         self._faults = faults
         self._runner = runner
+        self._ledger = ledger
         self._tell = tell
         self._find = find
+        self._parts = parts
         self._expected: dict[_Attempt, _Expected] = {}
         self._sending: dict[_Attempt, _Sending] = {}
         self._num_tries = 0
@@ -96,9 +111,11 @@ class VirtualAgent:
             self._tell(FrameFailed(**name, sequence=None, reason="the transfer agent died"))  # type: ignore[arg-type]
             self._tell(TransferQuiet(**name))  # type: ignore[arg-type]
 
-    def handle(self, command: AgentCommand) -> None:
-        """What its worker wants. Answered also when no agent runs, as kv_transfer/agent_client.py does."""
-        if not self.alive:
+    def handle(self, command: AgentCommand, *, endpoint: str) -> None:
+        """What its worker wants of the agent at `endpoint`. When that is dead the command is answered all the same,
+        and never reaches the next agent, as in kv_transfer/agent_client.py.
+        """
+        if not self.alive or endpoint != self.endpoint:
             self._answer_for_nobody(command)
             return
         match command:
@@ -139,12 +156,17 @@ class VirtualAgent:
         sending = self._sending.get((header.transfer_id, header.epoch))
         if sending is None or sending.reading.get(header.sequence) != number:
             return
+        for block in header.source_blocks:
+            if self._ledger.state(block) is not BlockState.EXPORTED:
+                raise Violation(f"{header.transfer_id} reads block {block} of {self.name}, which is not pinned")
         payload = b"".join(self._runner.read_block(block) for block in header.source_blocks)
         checksum = xxhash.xxh3_64_intdigest(payload)
         if self._choices.chance(self._faults.loss):
+            self._faults.num_lost += 1
             self._later(lambda: self._outcome(header, number, None, "lost on the way"), slow=20)
             return
         if self._choices.chance(self._faults.corruption):
+            self._faults.num_corrupted += 1
             payload = bytes([payload[0] ^ 1]) + payload[1:]
         self._later(lambda: self._hand_over(header, endpoint, number, payload, checksum))
 
@@ -155,9 +177,13 @@ class VirtualAgent:
         if peer is None:
             self._outcome(header, number, None, "the peer's agent is gone")
             return
+        if self._parts(self.name, peer.name):
+            return  # it gets no answer in time
+        theirs = peer.name
 
         def answer(landed: int | None, reason: str) -> None:
-            self._later(lambda: self._outcome(header, number, landed, reason))
+            if not self._parts(theirs, self.name):
+                self._later(lambda: self._outcome(header, number, landed, reason))
 
         peer._receive(header, payload, checksum, answer)
 
@@ -186,6 +212,7 @@ class VirtualAgent:
         if expected is None or expected.ended or not _allowed(expected.command, header):
             answer(None, "the target expects no such frame")
             return
+        self._may_write(header)
         expected.num_writing += 1
         size = len(payload) // len(header.target_blocks)
         pieces = [payload[at : at + size] for at in range(0, len(payload), size)]
@@ -196,6 +223,7 @@ class VirtualAgent:
         def finish() -> None:
             if not self.alive:
                 return
+            self._may_write(header)
             self._runner.write_block(header.target_blocks[-1], pieces[-1])
             expected.num_writing -= 1
             whole = self._is_whole(payload, checksum)
@@ -215,6 +243,13 @@ class VirtualAgent:
             self._quiet_if((header.transfer_id, header.epoch))
 
         self._later(finish, slow=WRITE_SLOW)
+
+    def _may_write(self, header: FrameHeader) -> None:
+        for block, generation in zip(header.target_blocks, header.target_generations, strict=True):
+            state = self._ledger.state(block)
+            granted = state in (BlockState.GRANTED, BlockState.QUARANTINED)
+            if not granted or self._ledger.generation(block) != generation:
+                raise Violation(f"{header.transfer_id} writes block {block} of {self.name}, which is {state.value}")
 
     def _is_whole(self, payload: bytes, checksum: int) -> bool:
         return xxhash.xxh3_64_intdigest(payload) == checksum

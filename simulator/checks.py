@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from engine.blocks import BlockLedger
+from engine.blocks import BlockLedger, BlockState
 from engine.fake_runner import FakeRunner, expected_tokens
 from engine.prefix_cache import block_hashes
-from engine.step import StepPlan, StepRow
+from engine.step import Batch, StepPlan, StepRow
+from kv_transfer.messages import CommitRequest, TransferMessage
 from router.core import RouterCore
-from router.events import Deliver, Fail, Finish, NewRequest
+from router.events import Deliver, Fail, Finish, MoveEnded, MoveRefused, NewRequest
+from router.move import MoveOutcome
 from tandem.errors import Cancelled, RequestLost, Unavailable
-from tandem.messages import Assign, AssignMode, OwnerIs, RouterMessage, WorkerReport
-from tandem.request import FinishReason, RequestId, Token, WorkerId
+from tandem.messages import Assign, AssignMode, CancelAssigned, OwnerIs, RouterMessage, StopMove, WorkerReport
+from tandem.request import FinishReason, RequestId, Token, TransferId, WorkerId
+
+MOVE_SLACK_MS = 3_000  # beyond its deadline: for the router to notice, and to hear the first token after it
+
+Incarnation = tuple[WorkerId, int]
+Contents = list[tuple[int, int]]  # blocks with their generations
 
 
 class Violation(AssertionError):
@@ -34,26 +41,42 @@ class _Expected:
 
 
 @dataclass(slots=True)
-class _Attempt:
-    """The newest placement of a request, as the router told its workers: the one owner record there may be."""
+class _Owned:
+    """The owner record of a request as the router's words tell it, and who was told to expect the request from it."""
 
     epoch: int
-    source: tuple[WorkerId, int] | None = None
-    target: tuple[WorkerId, int] | None = None  # the same worker with LOCAL
-    committed: bool = False
+    owner: Incarnation | None = None
+    targets: dict[TransferId, Incarnation] = field(default_factory=dict)  # of this epoch
+
+
+@dataclass(slots=True)
+class _Move:
+    """A move that was asked for."""
+
+    request_id: RequestId
+    at_ms: int
+    answer: MoveRefused | MoveEnded | None = None
 
 
 class Checks:
     """Sees all that clients see and all that workers say."""
 
-    def __init__(self, *, block_size: int, vocab_size: int, namespace: str) -> None:
+    def __init__(self, *, block_size: int, vocab_size: int, namespace: str, move_limit_ms: int) -> None:
+        self._move_limit_ms = move_limit_ms
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._namespace = namespace
         self._requests: dict[RequestId, _Expected] = {}
-        self._producers: dict[tuple[RequestId, int], tuple[WorkerId, int]] = {}
+        self._producers: dict[tuple[RequestId, int], Incarnation] = {}
+        self._reached: dict[tuple[RequestId, int], int] = {}  # the highest index written in an epoch
+        self._asks: dict[tuple[RequestId, int, Incarnation], int] = {}  # the first index that a target would write
+        self._fences: dict[tuple[RequestId, int], int] = {}  # that index, once the router agreed to it
+        self._standing: dict[tuple[Incarnation, RequestId], tuple[int, TransferId]] = {}  # a commit was requested
+        self._settled: set[tuple[Incarnation, TransferId]] = set()  # its outcome was heard
+        self._floors: dict[tuple[Incarnation, RequestId], int] = {}  # lower epochs are over, and the worker knows it
         self._contents: dict[bytes, bytes] = {}
-        self._attempts: dict[RequestId, _Attempt] = {}
+        self._owned: dict[RequestId, _Owned] = {}
+        self._moves: dict[int, _Move] = {}
         self.num_tokens = 0
 
     # ---- while it runs -----------------------------------------------------------------------------------------------
@@ -107,46 +130,158 @@ class Checks:
         elif expected.healthy or not isinstance(action.error, RequestLost | Unavailable):
             raise Violation(f"{action.request_id} failed: {type(action.error).__name__}: {action.error}")
 
+    # ---- the owner record --------------------------------------------------------------------------------------------
+
     def router_said(self, worker_id: WorkerId, incarnation: int, message: RouterMessage) -> None:
-        """Epochs only grow, and whoever is named as owner is one of the newest attempt's two, in this order."""
+        """Epochs only grow, and an owner is followed only by one that was told to expect the request from it."""
+        worker = worker_id, incarnation
         match message:
             case Assign(request_id=request_id, epoch=epoch):
-                attempt = self._attempts.get(request_id)
-                if attempt is None or attempt.epoch != epoch:
-                    if attempt is not None and epoch <= attempt.epoch + 1:
-                        raise Violation(f"{request_id} is assigned at epoch {epoch} after {attempt}")
-                    attempt = self._attempts[request_id] = _Attempt(epoch)
-                if message.mode is not AssignMode.DECODE:
-                    attempt.source = worker_id, incarnation
+                owned = self._owned.get(request_id)
+                if owned is None or epoch > owned.epoch + 1:
+                    owned = self._owned[request_id] = _Owned(epoch)
+                elif epoch != owned.epoch:
+                    raise Violation(f"{request_id} is assigned at epoch {epoch} after {owned}")
+                if message.mode is AssignMode.DECODE:
+                    owned.targets[message.transfer_id] = worker
+                elif owned.owner not in (None, worker):
+                    raise Violation(f"{request_id} is assigned to {worker} in {owned}")
                 else:
-                    attempt.target = worker_id, incarnation
-            case OwnerIs(worker_id=owner_id) if owner_id is not None:
-                attempt = self._attempts[message.request_id]
-                said = (owner_id, message.incarnation), message.epoch
-                if said == (attempt.target, attempt.epoch + 1):
-                    attempt.committed = True
-                elif said != (attempt.source, attempt.epoch) or attempt.committed:
-                    raise Violation(f"the router says {message} in {attempt}")
+                    owned.owner = worker
+            case OwnerIs(worker_id=owner_id, request_id=request_id) if owner_id is not None:
+                owned = self._owned[request_id]
+                owner = owner_id, message.incarnation
+                if message.epoch == owned.epoch + 1 and owner in owned.targets.values():
+                    self._commits(request_id, owned.epoch, owner)
+                    owned.epoch, owned.owner, owned.targets = message.epoch, owner, {}
+                elif (owner, message.epoch) != (owned.owner, owned.epoch):
+                    raise Violation(f"the router says {message} in {owned}")
+
+    def _commits(self, request_id: RequestId, epoch: int, target: Incarnation) -> None:
+        """What the target will write first is what nobody wrote in the epoch before."""
+        fence = self._fences[request_id, epoch] = self._asks[request_id, epoch, target]
+        if self._reached.get((request_id, epoch), -1) >= fence:
+            raise Violation(f"{request_id}: {self._producers[request_id, epoch]} wrote on beyond its fence at {fence}")
 
     def _is_current(self, token: Token, where: str) -> None:
         """Only the owner's tokens are delivered, and those that the commit carried."""
-        attempt = self._attempts[token.request_id]
-        if token.epoch != attempt.epoch + attempt.committed:
-            raise Violation(f"{where} was delivered in {attempt}")
+        owned = self._owned[token.request_id]
+        if token.epoch != owned.epoch:
+            raise Violation(f"{where} was delivered in {owned}")
+
+    # ---- workers -----------------------------------------------------------------------------------------------------
 
     def reported(self, worker_id: WorkerId, incarnation: int, report: WorkerReport) -> None:
         """At most one worker incarnation writes the tokens of an epoch, and what it says is what the oracle says."""
         for token in report.tokens:
-            self._produced(worker_id, incarnation, token)
+            self._produced((worker_id, incarnation), token)
+        for ask in report.commit_asks:
+            self._asks[ask.request_id, ask.from_epoch, (worker_id, incarnation)] = ask.next_index
         if report.load is not None and report.load.audit:
             raise Violation(f"{worker_id}: {report.load.audit}")
 
-    def _produced(self, worker_id: WorkerId, incarnation: int, token: Token) -> None:
-        producer = self._producers.setdefault((token.request_id, token.epoch), (worker_id, incarnation))
-        if producer != (worker_id, incarnation):
-            raise Violation(
-                f"{token.request_id}: {producer} and {(worker_id, incarnation)} both write in {token.epoch}"
-            )
+    def _produced(self, worker: Incarnation, token: Token) -> None:
+        where = f"{token.request_id}: {worker} wrote token {token.index} in epoch {token.epoch}"
+        key = token.request_id, token.epoch
+        producer = self._producers.setdefault(key, worker)
+        if producer != worker:
+            raise Violation(f"{where}, and so did {producer}")
+        fence = self._fences.get(key)
+        if fence is not None and token.index >= fence:
+            raise Violation(f"{where}, beyond the fence at {fence}")
+        self._reached[key] = max(token.index, self._reached.get(key, -1))
+        due = self._requests[token.request_id].tokens
+        if token.index >= len(due) or token.token_id != due[token.index]:
+            raise Violation(f"{where}: it is {token.token_id}, the oracle says {due[token.index : token.index + 1]}")
+
+    def peer_said(self, worker_id: WorkerId, incarnation: int, message: TransferMessage) -> None:
+        """From its commit request on a source stands still, until it has heard how that ended."""
+        if isinstance(message.body, CommitRequest):
+            worker, header = (worker_id, incarnation), message.header
+            if (worker, header.transfer_id) not in self._settled:
+                self._standing[worker, header.request_id] = header.epoch, header.transfer_id
+
+    def heard(self, worker_id: WorkerId, incarnation: int, message: RouterMessage) -> None:
+        """A worker has taken in what its router says: from now on it knows what it may not run."""
+        worker = worker_id, incarnation
+        key = worker, message.request_id
+        match message:
+            case OwnerIs() | StopMove():
+                self._settled.add((worker, message.transfer_id))
+                standing = self._standing.get(key)
+                if standing is not None and standing[1] == message.transfer_id:
+                    del self._standing[key]
+                if isinstance(message, OwnerIs) and message.worker_id not in (None, worker_id):
+                    self._floors[key] = max(message.epoch, self._floors.get(key, 0))
+            case CancelAssigned():
+                self._floors[key] = max(message.epoch + 1, self._floors.get(key, 0))
+
+    def step_begins(self, worker_id: WorkerId, incarnation: int, plan: StepPlan, batch: Batch) -> Contents:
+        """Nobody runs what it has been told is not its own, or what it stands still with. Returns the step's blocks."""
+        worker = worker_id, incarnation
+        contents = []
+        for row in plan.rows:
+            sequence = batch.get(row.request_id)
+            assert sequence is not None, f"{row.request_id} is in the plan and not in the batch"
+            key = worker, row.request_id
+            if sequence.epoch < self._floors.get(key, 0):
+                raise Violation(f"{worker} runs {row.request_id} in epoch {sequence.epoch}, and knows that it is over")
+            standing = self._standing.get(key)
+            if standing is not None and standing[0] == sequence.epoch:
+                raise Violation(f"{worker} runs {row.request_id}, and knows not how its commit {standing} ended")
+            contents += [(block, batch.ledger.generation(block)) for block in row.blocks]
+        self._hold(worker_id, contents, batch.ledger)
+        return contents
+
+    def step_ends(self, worker_id: WorkerId, contents: Contents, ledger: BlockLedger) -> None:
+        """What the step reads and writes was nobody else's meanwhile."""
+        self._hold(worker_id, contents, ledger)
+
+    @staticmethod
+    def _hold(worker_id: WorkerId, contents: Contents, ledger: BlockLedger) -> None:
+        for block, generation in contents:
+            state = ledger.state(block)
+            if state not in (BlockState.OWNED, BlockState.EXPORTED) or ledger.generation(block) != generation:
+                raise Violation(f"{worker_id}: block {block} of the step under way is {state.value}")
+
+    # ---- moves -------------------------------------------------------------------------------------------------------
+
+    def move_asked(self, now_ms: int, ticket: int, request_id: RequestId) -> None:
+        self._moves[ticket] = _Move(request_id, now_ms)
+
+    def move_answered(self, now_ms: int, answer: MoveRefused | MoveEnded) -> None:
+        """Once, and in time."""
+        move = self._moves[answer.ticket]
+        if move.answer is not None:
+            raise Violation(f"{answer} after {move}")
+        move.answer = answer
+        if isinstance(answer, MoveEnded) and answer.record.outcome is MoveOutcome.MOVING:
+            raise Violation(f"{answer}: it has ended and goes on")
+        self._in_time(now_ms, answer.ticket, move)
+
+    def _in_time(self, now_ms: int, ticket: int, move: _Move) -> None:
+        if now_ms - move.at_ms > self._move_limit_ms + MOVE_SLACK_MS:
+            raise Violation(f"move {ticket} lasts for {now_ms - move.at_ms} ms: {move}")
+
+    def moves_in_time(self, now_ms: int) -> None:
+        """None of those that have no answer is late."""
+        for ticket, move in self._moves.items():
+            if move.answer is None:
+                self._in_time(now_ms, ticket, move)
+
+    def moves(self) -> dict[str, int]:
+        """How many moves ended how."""
+        found: dict[str, int] = {}
+        for move in self._moves.values():
+            match move.answer:
+                case MoveEnded(record=record):
+                    how = record.outcome.value
+                case MoveRefused():
+                    how = "refused"
+                case None:
+                    how = "none"
+            found[how] = found.get(how, 0) + 1
+        return found
 
     # ---- at the end --------------------------------------------------------------------------------------------------
 
@@ -171,10 +306,14 @@ class Checks:
             if runner.read_block(block) != self._contents[block_hash]:
                 raise Violation(f"{name}: block {block} holds other content than its hash names")
 
-    def final_router(self, router: RouterCore) -> None:
-        """The router has forgotten all but its history."""
+    def final_router(self, router: RouterCore, num_owners: int) -> None:
+        """The router has forgotten all but its history, and every move has been answered."""
+        if unanswered := [ticket for ticket, move in self._moves.items() if move.answer is None]:
+            raise Violation(f"moves {unanswered} were never answered")
         if router.num_requests:
             raise Violation(f"the router still holds {router.num_requests} requests")
+        if num_owners:
+            raise Violation(f"{num_owners} owner records are left")
         for worker in router.fleet:
             if worker.reserved or worker.dispatches or worker.num_reserved_blocks:
                 raise Violation(f"the router's account of {worker.worker_id} is not empty")

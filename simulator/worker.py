@@ -13,8 +13,9 @@ from engine.step import Sampled, StepPlan
 from kv_transfer.actions import FromRouter, Report, RouterJoined, SendTransfer
 from kv_transfer.messages import AgentEvent, EndTransfer, ExpectFrames, SendFrame, TransferMessage
 from simulator.agents import VirtualAgent
+from simulator.checks import Checks, Contents
 from simulator.choices import Choices
-from simulator.network import Schedule
+from simulator.network import Clock, Schedule
 from tandem.messages import RouterMessage, WorkerAddress, WorkerInfo, WorkerReport
 from tandem.request import WorkerId
 
@@ -34,8 +35,11 @@ class VirtualWorker:
         runner: FakeRunner,
         ledger: BlockLedger,
         schedule: Schedule,
+        clock: Clock,
         choices: Choices,
+        checks: Checks,
         step_max_ms: int,
+        slow_steps: int,
         to_router: Callable[[VirtualWorker, int, WorkerReport], None],
         to_peer: Callable[[VirtualWorker, WorkerAddress, TransferMessage], None],
     ) -> None:
@@ -48,9 +52,12 @@ class VirtualWorker:
         self.alive = True
         self.paused_until_ms = 0
         self.num_steps = 0
+        self.clock = clock
         self._schedule = schedule
         self._choices = choices
+        self._checks = checks
         self._step_max_ms = step_max_ms
+        self._slow_steps = slow_steps
         self._to_router = to_router
         self._to_peer = to_peer
         self._reports = ReportBuilder(worker_id=info.worker_id, incarnation=address.incarnation)
@@ -105,31 +112,33 @@ class VirtualWorker:
         self._turn_due = False
         if not self.alive:
             return
-        now_ms = self._schedule.now_ms
-        if now_ms < self.paused_until_ms:
-            self._turn(self.paused_until_ms - now_ms)
+        if (stands_ms := self.paused_until_ms - self._schedule.now_ms) > 0:
+            self._turn(stands_ms)
             return
+        now_ms = self.clock.now_ms
         events, self._inbox = self._inbox, []
         for event in events:
             self._perform(self.core.handle(now_ms, event))
+            if isinstance(event, FromRouter):
+                self._checks.heard(self.worker_id, self.address.incarnation, event.message)
         due_ms = self.core.next_deadline_ms()
         if due_ms is not None and due_ms <= now_ms:
             self._perform(self.core.handle(now_ms, Tick()))
+            due_ms = self.core.next_deadline_ms()
         plan = None if self._stepping else self.core.next_plan(now_ms)
         if plan is not None:
             self._begin(plan)
-        self._sleep()
+        if due_ms is not None:
+            self._sleep(due_ms)
 
-    def _sleep(self) -> None:
-        """Until the core's deadline, if it has one."""
-        due_ms = self.core.next_deadline_ms()
-        if due_ms is None:
-            return
-        due_ms = max(due_ms, self._schedule.now_ms + 1)
-        if self._wake_ms is not None and self._schedule.now_ms < self._wake_ms <= due_ms:
+    def _sleep(self, due_ms: int) -> None:
+        """Until the core's deadline."""
+        now_ms = self._schedule.now_ms
+        at_ms = max(self.clock.true_ms(due_ms), now_ms + 1)
+        if self._wake_ms is not None and now_ms < self._wake_ms <= at_ms:
             return  # an earlier waking is on its way
-        self._wake_ms = due_ms
-        self._schedule.after(due_ms - self._schedule.now_ms, self._woken)
+        self._wake_ms = at_ms
+        self._schedule.after(at_ms - now_ms, self._woken)
 
     def _woken(self) -> None:
         self._wake_ms = None
@@ -137,23 +146,27 @@ class VirtualWorker:
 
     def _begin(self, plan: StepPlan) -> None:
         self._stepping = True
+        contents = self._checks.step_begins(self.worker_id, self.address.incarnation, plan, self.core.batch)
         duration_ms = 1 + self._choices.choose(self._step_max_ms)
+        if self._choices.chance(self._slow_steps):
+            duration_ms += 200 * (1 + self._choices.choose(20))
         early = self._choices.choose(2) == 0
         sampled = self.runner.run(plan) if early else None
-        self._schedule.after(duration_ms, lambda: self._end(plan, sampled))
+        self._schedule.after(duration_ms, lambda: self._end(plan, sampled, contents))
 
-    def _end(self, plan: StepPlan, sampled: list[Sampled | None] | None) -> None:
+    def _end(self, plan: StepPlan, sampled: list[Sampled | None] | None, contents: Contents) -> None:
         """The memory was read and written at the start of the step or at its end: nobody else may care which."""
         if not self.alive:
             return
         if (stands_ms := self.paused_until_ms - self._schedule.now_ms) > 0:
-            self._schedule.after(stands_ms, lambda: self._end(plan, sampled))
+            self._schedule.after(stands_ms, lambda: self._end(plan, sampled, contents))
             return
+        self._checks.step_ends(self.worker_id, contents, self.ledger)
         if sampled is None:
             sampled = self.runner.run(plan)
         self._stepping = False
         self.num_steps += 1
-        self._perform(self.core.step_done(self._schedule.now_ms, plan, sampled))
+        self._perform(self.core.step_done(self.clock.now_ms, plan, sampled))
         self._turn(0)
 
     def _perform(self, actions: list[object]) -> None:
@@ -166,7 +179,7 @@ class VirtualWorker:
                     self._to_peer(self, to, message)
                 case SendFrame() | ExpectFrames() | EndTransfer():
                     if self.agent is not None:
-                        self.agent.handle(action)
+                        self.agent.handle(action, endpoint=self.core.prefill.me.endpoint)  # the agent it was told of
                 case _:
                     raise AssertionError(f"{action} is no action of a worker")
         for session, report in self._reports.merge(reports):

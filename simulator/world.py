@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from cluster.worker_core import WorkerCore, WorkerCoreConfig
 from decode_worker.config import AdmissionConfig, DecodeConfig
 from engine.blocks import BlockLedger
 from engine.fake_runner import FakeRunner, fake_layout
 from engine.step import Batch, BatchConfig
-from kv_transfer.actions import AgentLost, Registered
 from kv_transfer.handoff import HandoffConfig
 from kv_transfer.messages import TransferMessage
 from prefill_worker.config import PrefillConfig
@@ -28,6 +28,8 @@ from router.events import (
     Finish,
     LinkLost,
     LinkUp,
+    MoveEnded,
+    MoveRefused,
     NewRequest,
     Refuse,
     ReportArrived,
@@ -36,20 +38,26 @@ from router.events import (
     Submitted,
     Tick,
     WorkerJoined,
-    WorkerLost,
 )
+from router.store import EmbeddedOwners
 from simulator.agents import AgentFaults, VirtualAgent
 from simulator.checks import Checks, Violation, at_baseline
 from simulator.choices import Choices
-from simulator.network import Schedule, Stream
+from simulator.faults import ROUTER, Misfortune, Partition
+from simulator.moves import Movers
+from simulator.network import Clock, Schedule, Stream
+from simulator.options import draw_options
 from simulator.worker import VirtualWorker
 from tandem.messages import Role, RouterMessage, WorkerAddress, WorkerInfo, WorkerReport
 from tandem.request import RequestId, Sampling, WorkerId
+
+M = TypeVar("M")
 
 BLOCK_SIZE = 4
 VOCAB_SIZE = 50_000
 NAMESPACE = "fake"
 TICK_MS = 100
+REDIAL_MS = 300
 HEAL_LIMIT_MS = 300_000
 EVENTS_MAX = 400_000  # a world that does not come to rest is a violation, not a hang
 
@@ -67,61 +75,15 @@ WORKER = WorkerCoreConfig(
     prefill=PrefillConfig(handoff=HANDOFF),
     decode=DecodeConfig(handoff=HANDOFF, admission=AdmissionConfig(wait_limit_ms=2_000)),
 )
-ROUTER = RouterConfig(
-    handoff_deadline_ms=6_000, decode_stall_ms=6_000, queue_wait_ms=60_000, tick_ms=TICK_MS, local_prefill_tokens=8
+ROUTER_CONFIG = RouterConfig(
+    handoff_deadline_ms=6_000,
+    decode_stall_ms=6_000,
+    queue_wait_ms=60_000,
+    tick_ms=TICK_MS,
+    local_prefill_tokens=8,
+    move_deadline_ms=4_000,
+    move_dwell_ms=300,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """The swarm options of one world: its size, and which faults it has how often (in a thousand)."""
-
-    num_prefill: int
-    num_decode: int
-    num_mixed: int
-    num_blocks: int
-    reserve_tokens: int  # of each answer that the router counts in advance: none leaves it to preemption
-    num_requests: int
-    faulty_ms: int
-    delay_max_ms: int
-    step_max_ms: int
-    link_breaks: int
-    peer_breaks: int
-    crashes: int
-    false_deaths: int
-    pauses: int
-    agent_kills: int
-    client_leaves: int
-    loss: int
-    corruption: int
-
-
-def draw_options(choices: Choices) -> Options:
-    """Each fault is there in half of the worlds."""
-
-    def sometimes(most: int) -> int:
-        return choices.choose(2) * choices.choose(most + 1)
-
-    return Options(
-        num_prefill=1 + choices.choose(2),
-        num_decode=1 + choices.choose(3),
-        num_mixed=choices.choose(4) // 3,
-        num_blocks=16 + 4 * choices.choose(8),
-        reserve_tokens=16 * choices.choose(2),
-        num_requests=3 + choices.choose(12),
-        faulty_ms=1_000 + 1_000 * choices.choose(4),
-        delay_max_ms=1 + choices.choose(30),
-        step_max_ms=(1 + choices.choose(20)) * (1 + 24 * (choices.choose(3) // 2)),
-        link_breaks=sometimes(300),
-        peer_breaks=sometimes(400),
-        crashes=sometimes(200),
-        false_deaths=sometimes(150),
-        pauses=sometimes(300),
-        agent_kills=sometimes(200),
-        client_leaves=sometimes(300),
-        loss=sometimes(300),
-        corruption=sometimes(300),
-    )
 
 
 @dataclass(slots=True, eq=False)
@@ -140,19 +102,29 @@ class World:
     def __init__(self, choices: Choices) -> None:
         self._choices = choices
         self.options = draw_options(choices)
-        self.schedule = Schedule()
-        self.checks = Checks(block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE, namespace=NAMESPACE)
-        self.router = RouterCore(replace(ROUTER, decode_reserve_tokens=self.options.reserve_tokens))
+        self.schedule = Schedule(events_max=EVENTS_MAX)
+        self.clock = self._new_clock()  # the router's
+        self.checks = Checks(
+            block_size=BLOCK_SIZE,
+            vocab_size=VOCAB_SIZE,
+            namespace=NAMESPACE,
+            move_limit_ms=ROUTER_CONFIG.move_deadline_ms,
+        )
+        self.owners = EmbeddedOwners()
+        config = replace(ROUTER_CONFIG, decode_reserve_tokens=self.options.reserve_tokens)
+        self.router = RouterCore(config, owners=self.owners)
         self.workers: dict[WorkerId, VirtualWorker] = {}
+        self.peers: dict[tuple[WorkerId, int, WorkerId, int], Stream[TransferMessage]] = {}
+        self.partition: Partition | None = None
+        self.healed = False
         self.story: list[str] = []
         self._links: dict[tuple[WorkerId, int], _Link] = {}
-        self._peers: dict[tuple[WorkerId, int, WorkerId, int], Stream[TransferMessage]] = {}
         self._agents: dict[str, VirtualAgent] = {}
+        self._misfortune = Misfortune(self, choices)
         self._incarnation = 0
         self._session = 0
         self._num_requests = 0
-        self._healed = False
-        self._agent_faults = AgentFaults(
+        self.agent_faults = AgentFaults(
             loss=self.options.loss,
             corruption=self.options.corruption,
             delay_max_ms=self.options.delay_max_ms,
@@ -163,19 +135,17 @@ class World:
         options = self.options
         for role, num in ((Role.PREFILL, options.num_prefill), (Role.DECODE, options.num_decode)):
             for each in range(num):
-                self._start_worker(WorkerId(f"{role.value}-{each}"), role)
+                self.start_worker(WorkerId(f"{role.value}-{each}"), role)
         for each in range(options.num_mixed):
-            self._start_worker(WorkerId(f"mixed-{each}"), Role.MIXED)
+            self.start_worker(WorkerId(f"mixed-{each}"), Role.MIXED)
         for _ in range(options.num_requests):
             self.schedule.after(50 + self._choices.choose(options.faulty_ms), self._submit)
         self._tick()
-        self._misfortune()
-        self.schedule.run(until_ms=50 + options.faulty_ms, unless=self._spins)
+        self._misfortune.strike()
+        self.schedule.after(50, Movers(self, self._choices).act)
+        self.schedule.run(until_ms=50 + options.faulty_ms)
         self._heal()
-        limit_ms = self.schedule.now_ms + HEAL_LIMIT_MS
-        self.schedule.run(until_ms=limit_ms, unless=self._at_rest)
-        if self._spins():
-            raise Violation(f"{self.schedule.num_events} events and no rest: something spins")
+        self.schedule.run(until_ms=self.schedule.now_ms + HEAL_LIMIT_MS, unless=self._at_rest)
         self._reckon()
 
     # ---- clients -----------------------------------------------------------------------------------------------------
@@ -187,17 +157,18 @@ class World:
         shared = [100 * choices.choose(2) + each for each in range(4 * choices.choose(6))]
         own = [1_000 * self._num_requests + each for each in range(1 + choices.choose(20))]
         sampled = choices.choose(2)
+        room = self.options.num_blocks * BLOCK_SIZE - len(shared) - len(own)  # of a pool: it could never end else
         sampling = Sampling(
             temperature=float(sampled),
             seed=choices.choose(1_000) * sampled,
-            max_tokens=2 + choices.choose(16),
+            max_tokens=min(2 + choices.choose(self.options.answer_tokens_max), room),
             ignore_eos=True,
         )
         request = NewRequest(request_id=RequestId(f"r{self._num_requests}"), tokens=(*shared, *own), sampling=sampling)
         self.tell(f"{request.request_id}: {len(request.tokens)} tokens, then {sampling.max_tokens}")
-        self.checks.submitted(request, healthy=self._healed)
-        self._feed(Submitted(request=request))
-        if choices.chance(self.options.client_leaves) and not self._healed:
+        self.checks.submitted(request, healthy=self.healed)
+        self.feed(Submitted(request=request))
+        if choices.chance(self.options.client_leaves) and not self.healed:
             self.schedule.after(choices.choose(500), lambda: self._leave(request.request_id))
 
     def _leave(self, request_id: RequestId) -> None:
@@ -207,19 +178,21 @@ class World:
             index = self._choices.choose(seen)
             if request_id in self.checks.unended():
                 self.checks.stop_asked(request_id, index)
-            self._feed(StopRequested(request_id=request_id, index=index))
+            self.feed(StopRequested(request_id=request_id, index=index))
         else:
             self.checks.client_gone(request_id)
-            self._feed(ClientGone(request_id=request_id, reason="hung up"))
+            self.feed(ClientGone(request_id=request_id, reason="hung up"))
 
     # ---- the router's shell ------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self._feed(Tick())
+        self.feed(Tick())
+        self.checks.moves_in_time(self.clock.now_ms)
         self.schedule.after(TICK_MS, self._tick)
 
-    def _feed(self, event: Event) -> None:
-        for action in self.router.handle(self.schedule.now_ms, event):
+    def feed(self, event: Event) -> None:
+        """Something happens to the router."""
+        for action in self.router.handle(self.clock.now_ms, event):
             match action:
                 case SendToWorker():
                     self.checks.router_said(action.worker_id, action.incarnation, action.message)
@@ -231,15 +204,21 @@ class World:
                 case Finish() | Fail():
                     self.tell(f"{action.request_id} ended: {action}")
                     self.checks.ended(action)
+                case MoveRefused() | MoveEnded():
+                    self.tell(f"move {action.ticket}: {action}")
+                    self.checks.move_answered(self.clock.now_ms, action)
                 case Refuse():
                     raise Violation(f"{action.request_id} was refused: {action.error}")
 
     # ---- links between the router and workers ------------------------------------------------------------------------
 
     def _connect(self, worker: VirtualWorker) -> None:
-        """A new session, if the worker is still whom the router looks for."""
+        """A new session, if the worker is still whom the router looks for and can be reached."""
         key = worker.address.worker_id, worker.address.incarnation
         if not worker.alive or key in self._links or self.router.fleet.get(*key) is None:
+            return
+        if self._parts(ROUTER, key[0]) or self._parts(key[0], ROUTER):
+            self.schedule.after(REDIAL_MS, lambda: self._connect(worker))
             return
         self._session += 1
         session = self._session
@@ -251,7 +230,7 @@ class World:
                 worker.said(session, message)
 
         def up(report: WorkerReport) -> None:
-            self._feed(ReportArrived(report=report))
+            self.feed(ReportArrived(report=report))
 
         delay_ms = self.options.delay_max_ms
         link = _Link(
@@ -262,23 +241,34 @@ class World:
         )
         self._links[key] = link
         link.down.send(None)
-        self._feed(LinkUp(worker_id=key[0], incarnation=key[1]))
+        self.feed(LinkUp(worker_id=key[0], incarnation=key[1]))
 
-    def _cut(self, link: _Link, reason: str) -> None:
+    def cut_link(self, worker: VirtualWorker, reason: str) -> None:
         """Both ends notice, each in its own time; the router dials again after that."""
-        key = link.worker.address.worker_id, link.worker.address.incarnation
+        key = worker.address.worker_id, worker.address.incarnation
+        link = self._links.get(key)
+        if link is None:
+            return
         self.tell(f"link to {key} cut: {reason}")
         link.down.cut()
         link.up.cut()
-        self._later(lambda: link.worker.gone(link.session), 20)
+        self.later(lambda: worker.gone(link.session), 20)
 
         def noticed() -> None:
             if self._links.get(key) is link:
                 del self._links[key]
-                self._feed(LinkLost(worker_id=key[0], incarnation=key[1], reason=reason))
-                self._later(lambda: self._connect(link.worker), 10)
+                self.feed(LinkLost(worker_id=key[0], incarnation=key[1], reason=reason))
+                self.later(lambda: self._connect(worker), 10)
 
-        self._later(noticed, 20)
+        self.later(noticed, 20)
+
+    def drop_link(self, worker: VirtualWorker) -> None:
+        """The router ends the session, and looks for this incarnation no more."""
+        link = self._links.pop((worker.address.worker_id, worker.address.incarnation), None)
+        if link is not None:
+            link.down.cut()
+            link.up.cut()
+            self.later(lambda: worker.gone(link.session), 20)
 
     def _report(self, worker: VirtualWorker, session: int, report: WorkerReport) -> None:
         self.checks.reported(worker.worker_id, worker.address.incarnation, report)
@@ -286,9 +276,26 @@ class World:
         if link is not None and link.session == session:
             link.up.send(report)
 
+    def _parts(self, sender: str, receiver: str) -> bool:
+        return self.partition is not None and self.partition.parts(sender, receiver)
+
+    def hold_streams(self) -> None:
+        """Lets every stream stall that crosses the partition, and no other."""
+        for (worker_id, _), link in self._links.items():
+            self._hold(link.down, ROUTER, worker_id)
+            self._hold(link.up, worker_id, ROUTER)
+        for (mine, _, other, _), stream in self.peers.items():
+            self._hold(stream, mine, other)
+
+    def _hold(self, stream: Stream[M], sender: str, receiver: str) -> None:
+        if self._parts(sender, receiver):
+            stream.hold()
+        else:
+            stream.let_go()
+
     # ---- workers -----------------------------------------------------------------------------------------------------
 
-    def _start_worker(self, worker_id: WorkerId, role: Role) -> None:
+    def start_worker(self, worker_id: WorkerId, role: Role) -> None:
         """A process starts, and registers."""
         self._incarnation += 1
         address = WorkerAddress(
@@ -312,16 +319,19 @@ class World:
             runner=FakeRunner(num_blocks=self.options.num_blocks, block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE),
             ledger=ledger,
             schedule=self.schedule,
+            clock=self._new_clock(),
             choices=self._choices,
+            checks=self.checks,
             step_max_ms=self.options.step_max_ms,
+            slow_steps=self.options.slow_steps,
             to_router=self._report,
             to_peer=self._to_peer,
         )
         self.workers[worker_id] = worker
-        self._start_agent(worker)
+        self.start_agent(worker)
         self.tell(f"{worker_id} starts as incarnation {address.incarnation}")
-        self._feed(WorkerJoined(info=worker.info, incarnation=address.incarnation))
-        self._later(lambda: self._connect(worker), 5)
+        self.feed(WorkerJoined(info=worker.info, incarnation=address.incarnation))
+        self.later(lambda: self._connect(worker), 5)
 
     def _info(self, address: WorkerAddress, role: Role) -> WorkerInfo:
         return WorkerInfo(
@@ -342,23 +352,39 @@ class World:
             block_bytes=BLOCK_SIZE * 8,
         )
 
-    def _start_agent(self, worker: VirtualWorker) -> None:
+    def start_agent(self, worker: VirtualWorker) -> None:
         agent = VirtualAgent(
             schedule=self.schedule,
             choices=self._choices,
-            faults=self._agent_faults,
+            faults=self.agent_faults,
             runner=worker.runner,
+            ledger=worker.ledger,
             tell=worker.agent_said,
             find=self._agents.get,
+            parts=self._parts,
+            name=worker.worker_id,
+            endpoint=worker.address.endpoint,
         )
         worker.agent = agent
         self._agents[worker.address.endpoint] = agent
+
+    def kill(self, worker: VirtualWorker) -> None:
+        """The process and its agent are gone."""
+        worker.kill()
+        self._agents.pop(worker.address.endpoint, None)
+
+    def kill_agent(self, worker: VirtualWorker) -> None:
+        """Only the agent."""
+        if worker.agent is not None:
+            worker.agent.kill()
+        self._agents.pop(worker.address.endpoint, None)
 
     def _to_peer(self, sender: VirtualWorker, to: WorkerAddress, message: TransferMessage) -> None:
         """One stream for each pair of incarnations and direction, opened by its first message."""
         mine = sender.address
         key = mine.worker_id, mine.incarnation, to.worker_id, to.incarnation
-        stream = self._peers.get(key)
+        self.checks.peer_said(*key[:2], message)
+        stream = was = self.peers.get(key)
         if stream is None or not stream.open:
 
             def arrive(said: TransferMessage) -> None:
@@ -369,127 +395,26 @@ class World:
                     sender.peer_gone(to)
 
             stream = Stream(self.schedule, self._choices, delay_max_ms=self.options.delay_max_ms, arrive=arrive)
-            self._peers[key] = stream
+            self.peers[key] = stream
+            self._hold(stream, mine.worker_id, to.worker_id)
+            if was is not None and was.last is not None and self._choices.choose(2):
+                stream.send(was.last)  # nobody knows whether it got through, so it goes again
         stream.send(message)
-
-    # ---- faults ------------------------------------------------------------------------------------------------------
-
-    def _misfortune(self) -> None:
-        """From time to time something breaks, somewhere."""
-        if self._healed:
-            return
-        options, choices = self.options, self._choices
-        faults: tuple[tuple[int, Callable[[VirtualWorker], None]], ...] = (
-            (options.link_breaks, self._break_link),
-            (options.peer_breaks, self._break_peers),
-            (options.crashes, self._crash),
-            (options.false_deaths, self._declare_dead),
-            (options.pauses, self._pause),
-            (options.agent_kills, self._kill_agent),
-        )
-        for permille, fault in faults:
-            if choices.chance(permille):
-                alive = [each for each in self.workers.values() if each.alive]
-                if alive:
-                    fault(alive[choices.choose(len(alive))])
-        self.schedule.after(50 + choices.choose(250), self._misfortune)
-
-    def _break_link(self, worker: VirtualWorker) -> None:
-        link = self._links.get((worker.address.worker_id, worker.address.incarnation))
-        if link is not None:
-            self._cut(link, "broken")
-
-    def _break_peers(self, worker: VirtualWorker) -> None:
-        """Streams with peers break; either end may hear of it, or not."""
-        self.tell(f"peer streams of {worker.worker_id} broken")
-        for (mine, _, other, incarnation), stream in self._peers.items():
-            if stream.open and worker.worker_id in (mine, other):
-                stream.cut()
-                source = self.workers[mine]
-                if self._choices.choose(2):
-                    target = self.workers[other].address
-                    if target.incarnation == incarnation:
-                        self._later(lambda source=source, target=target: source.peer_gone(target), 5)  # type: ignore[misc]
-
-    def _crash(self, worker: VirtualWorker) -> None:
-        """The process dies with its agent; it is noticed, and started again, in any order."""
-        self.tell(f"{worker.worker_id} (incarnation {worker.address.incarnation}) crashes")
-        address = worker.address
-        worker.kill()
-        self._agents.pop(address.endpoint, None)
-        self._break_link(worker)
-        lost = WorkerLost(worker_id=address.worker_id, incarnation=address.incarnation, reason="crashed")
-        self._later(lambda: self._feed(lost), 60)
-        for other in self.workers.values():
-            if other is not worker and self._choices.choose(2):
-                self._later(lambda other=other: other.peer_gone(address), 30)  # type: ignore[misc]
-        self._later(lambda: self._restart(worker), 50)
-
-    def _restart(self, worker: VirtualWorker) -> None:
-        if self.workers[worker.worker_id] is worker and not worker.alive:
-            self._start_worker(worker.worker_id, worker.info.role)
-
-    def _declare_dead(self, worker: VirtualWorker) -> None:
-        """The router takes a living worker for dead; it goes on for a while, then it is ended and started anew."""
-        address = worker.address
-        self.tell(f"{worker.worker_id} (incarnation {address.incarnation}) is taken for dead")
-        link = self._links.pop((address.worker_id, address.incarnation), None)
-        if link is not None:
-            link.down.cut()
-            link.up.cut()
-            self._later(lambda: worker.gone(link.session), 20)
-        self._feed(WorkerLost(worker_id=address.worker_id, incarnation=address.incarnation, reason="silent"))
-
-        def end() -> None:
-            if worker.alive:
-                worker.kill()
-                self._agents.pop(worker.address.endpoint, None)
-                self._restart(worker)
-
-        self._later(end, 50)
-
-    def _pause(self, worker: VirtualWorker) -> None:
-        duration_ms = 100 * (1 + self._choices.choose(80))
-        self.tell(f"{worker.worker_id} stands still for {duration_ms} ms")
-        worker.pause(duration_ms)
-
-    def _kill_agent(self, worker: VirtualWorker) -> None:
-        """The agent dies; once it is reaped, a new one takes its place, under an endpoint of its own."""
-        self.tell(f"the agent of {worker.worker_id} is killed")
-        dead = worker.agent
-        if dead is None or not dead.alive:
-            return
-        dead.kill()
-        self._agents.pop(worker.address.endpoint, None)
-
-        def reaped() -> None:
-            if worker.alive:
-                dead.bury()
-                worker.address = replace(worker.address, endpoint=f"{worker.address.endpoint}+")
-                self._start_agent(worker)
-                worker.post(AgentLost(reason="killed"))
-                worker.post(Registered(address=worker.address))
-
-        self._later(reaped, 20)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def _heal(self) -> None:
         """No more faults; who is dead comes back; two more requests must end well."""
         self.tell("healed")
-        self._healed = True
-        self._agent_faults.loss = self._agent_faults.corruption = 0
-        for worker in self.workers.values():
-            worker.paused_until_ms = min(worker.paused_until_ms, self.schedule.now_ms + 1)
+        self.healed = True
+        self.agent_faults.loss = self.agent_faults.corruption = 0
+        self._misfortune.heal()
         self.schedule.after(15_000, self._submit)
         self.schedule.after(15_000, self._submit)
 
     def _at_rest(self) -> bool:
         done = self._num_requests == self.options.num_requests + 2 and not self.checks.unended()
-        return self._spins() or (done and all(self._rests(each) for each in self.workers.values()))
-
-    def _spins(self) -> bool:
-        return self.schedule.num_events > EVENTS_MAX
+        return done and not self.checks.moves().get("none") and all(map(self._rests, self.workers.values()))
 
     @staticmethod
     def _rests(worker: VirtualWorker) -> bool:
@@ -500,11 +425,19 @@ class World:
             raise Violation(f"{HEAL_LIMIT_MS} ms after healing these have not ended: {waiting}")
         for worker in self.workers.values():
             self.checks.final_worker(worker.worker_id, worker.ledger, worker.runner, _num_held(worker))
-        self.checks.final_router(self.router)
+        self.checks.final_router(self.router, len(self.owners))
 
-    def _later(self, do: Callable[[], None], factor: int) -> None:
+    def later(self, do: Callable[[], None], factor: int) -> None:
         """After a while: up to `factor` times the network's delay."""
         self.schedule.after(1 + self._choices.choose(factor * self.options.delay_max_ms), do)
+
+    def _new_clock(self) -> Clock:
+        """Each process has its own time."""
+        drift = self.options.clock_drift
+        if not drift:
+            return Clock(self.schedule)
+        choices = self._choices
+        return Clock(self.schedule, offset_ms=choices.choose(1_000_000), drift=choices.choose(2 * drift + 1) - drift)
 
     def tell(self, what: str) -> None:
         """Adds to the world's story."""

@@ -1,0 +1,75 @@
+"""The swarm options of a world: how large it is, and which faults it has how often; drawn before anything happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from simulator.choices import Choices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """One world's size and faults. Faults are in a thousand occasions: a turn of misfortune, a frame, a step."""
+
+    num_prefill: int
+    num_decode: int
+    num_mixed: int
+    num_blocks: int
+    reserve_tokens: int  # of each answer that the router counts in advance: none leaves it to preemption
+    num_requests: int
+    answer_tokens_max: int
+    faulty_ms: int
+    delay_max_ms: int
+    step_max_ms: int
+    link_breaks: int
+    peer_breaks: int
+    partitions: int
+    crashes: int
+    false_deaths: int
+    suspicions: int
+    drains: int
+    pauses: int
+    slow_steps: int
+    agent_kills: int
+    client_leaves: int
+    loss: int
+    corruption: int
+    clock_drift: int  # a clock gains or loses up to so many thousandths
+    moves: int  # so often, when a request may be moved, somebody asks for it
+    rebalances: bool
+
+
+def draw_options(choices: Choices) -> Options:
+    """Each fault is there in half of the worlds; 0 is always the calm choice."""
+
+    def sometimes(most: int) -> int:
+        return choices.choose(2) * choices.choose(most + 1)
+
+    return Options(
+        num_prefill=1 + choices.choose(2),
+        num_decode=1 + choices.choose(3),
+        num_mixed=choices.choose(4) // 3,
+        num_blocks=16 + 4 * choices.choose(8),
+        reserve_tokens=16 * choices.choose(2),
+        num_requests=3 + choices.choose(10),
+        answer_tokens_max=16 + 32 * (choices.choose(3) // 2),
+        faulty_ms=1_000 + 1_000 * choices.choose(4),
+        delay_max_ms=1 + choices.choose(30),
+        step_max_ms=(1 + choices.choose(20)) * (1 + 24 * (choices.choose(4) // 3)),
+        link_breaks=sometimes(300),
+        peer_breaks=sometimes(400),
+        partitions=sometimes(200),
+        crashes=sometimes(200),
+        false_deaths=sometimes(150),
+        suspicions=sometimes(200),
+        drains=sometimes(200),
+        pauses=sometimes(300),
+        slow_steps=sometimes(20),
+        agent_kills=sometimes(200),
+        client_leaves=sometimes(300),
+        loss=sometimes(300),
+        corruption=sometimes(300),
+        clock_drift=sometimes(20),
+        moves=sometimes(600),
+        rebalances=bool(choices.choose(2)),
+    )
