@@ -390,7 +390,7 @@ class RouterCore:
     def _on_worker_gone(self, request: Request, worker: Worker | None, gone: RequestEvent) -> None:
         """A target that is lost ends its move alone. Behind a lost source the target may hold all of the request."""
         assert isinstance(gone, WorkerGone)
-        if request.state is not RequestState.DECODING or request.move is None:
+        if request.move is None:
             self._step(request, worker, AttemptLost(gone.reason))
         elif worker is request.move.target:
             self._step(request, worker, MoveLost(gone.reason))

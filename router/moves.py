@@ -99,9 +99,9 @@ class Moves:
         differs = _differences(source.info, target.info)
         if differs:
             return f"the workers differ: {differs}"
-        num_tokens = len(request.new.tokens) + request.new.sampling.max_tokens
-        if target.info.context_tokens < min(num_tokens, source.info.context_tokens):
-            return f"it may reach {num_tokens} tokens, that worker's context is {target.info.context_tokens}"
+        reach = min(len(request.new.tokens) + request.new.sampling.max_tokens, _tokens_max(source.info))
+        if reach > _tokens_max(target.info):
+            return f"it may reach {reach} tokens, that worker has context and memory for {_tokens_max(target.info)}"
         ask = _ask(request)
         if not self._placer.fits(ask, target):
             needed = self._placer.num_blocks(ask, target)
@@ -247,6 +247,11 @@ def _ask(request: Request) -> Ask:
 def _load(worker: Worker) -> float:
     """The part of its blocks that is taken or promised."""
     return 1.0 - worker.num_free_blocks / worker.info.total_blocks
+
+
+def _tokens_max(info: WorkerInfo) -> int:
+    """Tokens that one request can have there at most."""
+    return min(info.context_tokens, info.total_blocks * info.block_size)
 
 
 def _differences(source: WorkerInfo, target: WorkerInfo) -> str:
