@@ -9,6 +9,7 @@ from cluster.membership import TRANSITIONS, MemberState
 from kv_transfer.handoff import mermaid
 from kv_transfer.handoff_source import SOURCE_TABLE, SourceState
 from kv_transfer.handoff_target import TARGET_TABLE, TargetState
+from kv_transfer.migration_source import MIGRATION_TABLE, MigrationState
 from router.core import TABLE
 from router.request import RequestState
 
@@ -43,7 +44,8 @@ def page() -> str:
     parts = [HEAD]
     for title, machine in (
         ("Handoff: the source (prefill worker)", (SOURCE_TABLE, SourceState.HOLDING)),
-        ("Handoff: the target (decode worker)", (TARGET_TABLE, TargetState.NONE)),
+        ("Live migration: the source (decode worker)", (MIGRATION_TABLE, MigrationState.RUNNING)),
+        ("Handoff and live migration: the target (decode worker)", (TARGET_TABLE, TargetState.NONE)),
     ):
         parts.append(f"## {title}\n\n```mermaid\n{mermaid(*machine)}\n```\n")
     parts.append(f"## A worker incarnation\n\n```mermaid\n{membership()}\n```\n")

@@ -108,7 +108,11 @@ class WorkerCore:
     def next_plan(self, now_ms: int) -> StepPlan | None:
         """The next step, or None when there is nothing to run."""
         self.prefill.arrange(now_ms)
+        self.decode.arrange()
         plan = self.batch.compose()
+        preempted = self.batch.take_preempted()
+        self._story.extend(f"{now_ms} {each} lost its blocks and is prefilled again" for each in preempted)
+        self.decode.planned(now_ms, plan, preempted)
         if plan is not None:
             self._planned_ms = now_ms
             self.prefill.planned(now_ms, plan)
@@ -120,8 +124,6 @@ class WorkerCore:
         self._touch(now_ms)
         self._num_steps += 1
         self._last_step_ms = float(now_ms - self._planned_ms)
-        for request_id in self.batch.take_preempted():
-            self._story.append(f"{now_ms} {request_id} lost its blocks and is prefilled again")
         actions = [*self.prefill.stepped(now_ms, plan, outcome), *self.decode.stepped(now_ms, plan, outcome)]
         self._report_state(now_ms, actions)
         return [*actions]
@@ -160,14 +162,16 @@ class WorkerCore:
         return [*actions, *mine.handle(now_ms, event)]
 
     def _from_peer(self, now_ms: int, message: TransferMessage) -> list[Action]:
+        """The decode side hears all sources and its migrations' targets, the prefill side its handoffs' targets."""
         match message.body:
             case Offer() | CommitRequest() | Renew() | StatusAsk():
                 return self.decode.handle(now_ms, message)
             case Grant() | Refuse() | Wait() | StatusIs():
-                return self.prefill.handle(now_ms, message)
+                migrates = self.decode.has_source(message.header.transfer_id)
+                return (self.decode if migrates else self.prefill).handle(now_ms, message)
             case Cancel():
-                source = self.prefill.has_attempt(message.header.transfer_id)
-                return (self.prefill if source else self.decode).handle(now_ms, message)
+                hands_over = self.prefill.has_attempt(message.header.transfer_id)
+                return (self.prefill if hands_over else self.decode).handle(now_ms, message)
 
     # ---- what every router hears -------------------------------------------------------------------------------------
 
@@ -234,6 +238,8 @@ class WorkerCore:
                 return
             case FromRouter(session=session, message=message):
                 about = f"{type(message).__name__} {message.request_id} epoch {message.epoch} of session {session}"
+                if not isinstance(message, CancelAssigned) and message.transfer_id:
+                    about += f", transfer {message.transfer_id}"
             case TransferMessage(header=header, body=body):
                 about = f"{type(body).__name__} {header.transfer_id} epoch {header.epoch} from {header.sender}"
             case _:

@@ -29,6 +29,7 @@ from cluster.worker_registration import Pulse, Registration, RegistrationOver
 from cluster.worker_reports import ReportBuilder
 from cluster.worker_service import WorkerService
 from cluster.worker_settings import WorkerSettings
+from decode_worker.config import DecodeConfig
 from engine.blocks import BlockLedger
 from engine.events import PeerGone, RouterGone
 from engine.isolation import IsolatingRunner
@@ -224,7 +225,7 @@ class WorkerHost:
             layout=model.layout,
             ledger=ledger,
             batch=Batch(ledger, batch),
-            config=WorkerCoreConfig(prefill=PrefillConfig(exact=config.exact)),
+            config=WorkerCoreConfig(prefill=PrefillConfig(exact=config.exact), decode=DecodeConfig(exact=config.exact)),
         )
         self._reports = ReportBuilder(worker_id=self._me.worker_id, incarnation=self._me.incarnation)
         engine = EngineLoop(

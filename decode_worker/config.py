@@ -38,6 +38,7 @@ class DecodeConfig:
     max_requests: int = 1024  # requests here at once, waiting or running
     early_offers_max: int = 256  # offers that came before their assignment
     early_offer_ms: int = 10_000  # how long such an offer is kept
+    exact: bool = True  # requests that leave here go only where the same bits are computed
     ended_max: int = 4096  # ended transfers that are remembered, to answer late messages
 
     def __post_init__(self) -> None:

@@ -1,23 +1,28 @@
-"""A request's life on the decode side: expected, received, owned, decoded to its end; or prefilled here from the start.
+"""A request's life on the decode side: expected, received, owned, decoded to its end, or until it moves elsewhere.
 
-The core shares the batch and the block ledger with the worker's other role; whoever composes the two
-(cluster/worker_core.py) calls `stepped` after each step.
+Or it is prefilled here from the start. The core shares the batch and the block ledger with the worker's other role;
+whoever composes the two (cluster/worker_core.py) calls `arrange` before a step is composed, `planned` when it is, and
+`stepped` after it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from decode_worker.admission import Admission, Load, Verdict
 from decode_worker.config import DecodeConfig
+from decode_worker.moving import MoveSources
+from decode_worker.request import Request
+from decode_worker.reserving import Reservations
 from engine.blocks import BlockLedger
 from engine.events import PeerGone, RouterGone, Tick
 from engine.layout import KVLayout
-from engine.prefix_cache import BlockHash, block_hashes
+from engine.prefix_cache import block_hashes
 from engine.sequence import Sequence
 from engine.step import Batch, StepOutcome, StepPlan
-from kv_transfer.actions import Action, AgentLost, FromRouter, Piece, Registered, Report, SendTransfer, request_failed
+from engine.step import Failed as StepFailed
+from kv_transfer.actions import Action, AgentLost, FromRouter, Registered, Report, SendTransfer, request_failed
 from kv_transfer.handoff import (
     AcceptBlocks,
     AskCommit,
@@ -33,9 +38,9 @@ from kv_transfer.handoff import (
     Stop,
     TargetAction,
 )
-from kv_transfer.handoff_target import Declined, Postponed, Reserved, TargetHandoff, TargetState
-from kv_transfer.layout import refusal
+from kv_transfer.handoff_target import TargetHandoff, TargetState
 from kv_transfer.messages import (
+    AgentEvent,
     Body,
     Cancel,
     EndTransfer,
@@ -55,32 +60,16 @@ from tandem.messages import (
     AssignMode,
     CancelAssigned,
     CommitAsk,
+    Migrate,
     OwnerIs,
+    RouterMessage,
+    StopMove,
     TransferStats,
     WorkerAddress,
 )
-from tandem.request import RequestId, TransferId
+from tandem.request import RequestId, Token, TransferId
 
-
-@dataclass(slots=True, kw_only=True)
-class _Request:
-    """One request on this side, or an attempt of one that is not yet closed."""
-
-    session: int
-    assign: Assign
-    received_ms: int
-    epoch: int  # that we report under: the assignment's, from the commit on the next
-    salt: int  # tells it from others in the draws of admission
-    owner: str  # its name in the ledger
-    machine: TargetHandoff | None  # None: LOCAL
-    hashes: list[BlockHash]
-    sequence: Sequence | None = None  # in the batch
-    num_reused: int = 0
-    num_granted: int = 0
-    reserved: bool = False
-    waiting_since_ms: int | None = None  # the source has been told to wait
-    num_known_tokens: int = 0  # tokens that were computed once already, or that the router gave us
-    num_recomputed_tokens: int = 0  # of those, run here: the prefill of a LOCAL request, or after a preemption
+FIRST = -1.0  # the priority of who is to run before all that wait; ranks begin at 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,23 +90,25 @@ class DecodeCore:
         self.me = me
         self.layout = layout
         self.config = config
-        self.admission = Admission(config.admission, num_blocks=ledger.num_blocks, block_size=ledger.block_size)
         self.num_ignored = 0  # messages that were stale, late, doubled or about nothing known
+        self.moves = MoveSources(layout=layout, ledger=ledger, batch=batch, config=config, leave=self._moved)
+        self._room = Reservations(layout=layout, ledger=ledger, batch=batch, config=config.admission)
         self._ledger = ledger
         self._batch = batch
-        self._requests: dict[RequestId, _Request] = {}
-        self._attempts: dict[TransferId, _Request] = {}
+        self._requests: dict[RequestId, Request] = {}
+        self._attempts: dict[TransferId, Request] = {}
         self._ended: OrderedDict[TransferId, _Ended] = OrderedDict()
         self._early: OrderedDict[TransferId, tuple[int, TransferMessage]] = OrderedDict()
         self._num_assigned = 0
+        self._planned_ms = 0
 
     def __len__(self) -> int:
         return len(self._requests)
 
     @property
     def num_attempts(self) -> int:
-        """Attempts that hold something, those in quarantine included."""
-        return len(self._attempts)
+        """Attempts that hold something, in either direction, those in quarantine included."""
+        return len(self._attempts) + len(self.moves)
 
     @property
     def num_expected(self) -> int:
@@ -127,7 +118,11 @@ class DecodeCore:
     def epoch_of(self, request_id: RequestId) -> int | None:
         """The epoch under which the request is here, or None."""
         request = self._requests.get(request_id)
-        return None if request is None else _epoch(request)
+        return None if request is None else request.newest_epoch
+
+    def has_source(self, transfer_id: TransferId) -> bool:
+        """Whether this is the source of a transfer that is not closed."""
+        return self.moves.has_attempt(transfer_id)
 
     def audit(self, now_ms: int) -> list[str]:
         """Quarantines that do not end."""
@@ -141,34 +136,30 @@ class DecodeCore:
     def stories(self) -> list[str]:
         """The story of every attempt that is not closed."""
         machines = [(key, each.machine) for key, each in self._attempts.items() if each.machine is not None]
-        return [f"target {key}: {machine.state}: {machine.story}" for key, machine in machines]
+        targets = [f"target {key}: {machine.state}: {machine.story}" for key, machine in machines]
+        return [*targets, *self.moves.stories()]
 
     def next_deadline_ms(self) -> int | None:
         """When a Tick is wanted at the latest; None: not at all."""
         due = [each.machine.next_deadline_ms() for each in self._attempts.values() if each.machine is not None]
+        due.append(self.moves.next_deadline_ms())
         return min((at for at in due if at is not None), default=None)
 
     # ---- events ------------------------------------------------------------------------------------------------------
 
     def handle(self, now_ms: int, event: object) -> list[Action]:
         """Takes one event in; returns what is to be done, in order. What is not for this side has no effect."""
+        noticed = self.moves.notice(now_ms)
+        return [*noticed, *self._handle(now_ms, event)] if noticed else self._handle(now_ms, event)
+
+    def _handle(self, now_ms: int, event: object) -> list[Action]:
         match event:
-            case FromRouter(session=session, message=Assign(mode=AssignMode.DECODE | AssignMode.LOCAL) as assign):
-                return self._assigned(now_ms, session, assign)
-            case FromRouter(message=CancelAssigned() as cancel):
-                request = self._requests.get(cancel.request_id)
-                over = request is not None and cancel.epoch >= _epoch(request)
-                return self._stop(now_ms, request, cancel.reason) if request is not None and over else []
-            case FromRouter(message=OwnerIs() as owner):
-                return self._told(now_ms, owner)
+            case FromRouter(session=session, message=message):
+                return self._from_router(now_ms, session, message)
             case TransferMessage():
                 return self._heard(now_ms, event)
-            case FrameLanded() | FrameFailed() | TransferQuiet():
-                attempt = self._attempts.get(event.transfer_id)
-                if attempt is None or attempt.machine is None or not attempt.machine.attempt.is_own(event):
-                    self.num_ignored += 1
-                    return []
-                return self._drive(now_ms, attempt, event)
+            case FrameLanded() | FrameFailed() | TransferQuiet() | FrameAcked():
+                return self._agent_said(now_ms, event)
             case Tick():
                 self._forget_early(now_ms)
                 return self._all(now_ms, event, list(self._attempts.values()))
@@ -185,19 +176,45 @@ class DecodeCore:
             case Registered(address=address):
                 self.me = address
                 return []
-            case FrameAcked() | FromRouter():
-                return []
             case _:
                 raise TypeError(f"{type(event).__name__} is no event of a decode core")
 
-    def _all(self, now_ms: int, event: object, attempts: list[_Request]) -> list[Action]:
-        return [action for each in attempts for action in self._drive(now_ms, each, event)]
+    def _from_router(self, now_ms: int, session: int, message: RouterMessage) -> list[Action]:
+        match message:
+            case Assign(mode=AssignMode.DECODE | AssignMode.LOCAL):
+                return self._assigned(now_ms, session, message)
+            case CancelAssigned():
+                request = self._requests.get(message.request_id)
+                over = request is not None and message.epoch >= request.newest_epoch
+                return self._stop(now_ms, request, message.reason) if request is not None and over else []
+            case OwnerIs() | StopMove() if self.moves.has_attempt(message.transfer_id):
+                return self.moves.heard(now_ms, message.transfer_id, message)
+            case OwnerIs():
+                return self._told(now_ms, message)
+            case Migrate():
+                request = self._requests.get(message.request_id)
+                return self.moves.begin(now_ms, me=self.me, session=session, request=request, migrate=message)
+        return []
+
+    def _agent_said(self, now_ms: int, event: AgentEvent) -> list[Action]:
+        if self.moves.has_attempt(event.transfer_id):
+            return self.moves.told(now_ms, event)
+        request = self._attempts.get(event.transfer_id)
+        if request is None or request.machine is None or not request.machine.attempt.is_own(event):
+            self.num_ignored += not isinstance(event, FrameAcked)  # those are mostly of the worker's other role
+            return []
+        return self._drive(now_ms, request, event)
+
+    def _all(self, now_ms: int, event: object, attempts: list[Request]) -> list[Action]:
+        """To all ends of transfers that it concerns."""
+        targets = [action for each in attempts for action in self._drive(now_ms, each, event)]
+        return [*targets, *self.moves.all(now_ms, event)]
 
     def _assigned(self, now_ms: int, session: int, assign: Assign) -> list[Action]:
         actions: list[Action] = []
         before = self._requests.get(assign.request_id)
         if before is not None:
-            if _epoch(before) >= assign.epoch:
+            if before.newest_epoch >= assign.epoch:
                 self.num_ignored += 1
                 return []
             actions += self._stop(now_ms, before, f"assigned anew at epoch {assign.epoch}")
@@ -233,7 +250,7 @@ class DecodeCore:
         early = self._early.pop(assign.transfer_id, None)
         return [*actions, *(self._heard(now_ms, early[1]) if early is not None else [])]
 
-    def _new(self, now_ms: int, session: int, assign: Assign) -> _Request:
+    def _new(self, now_ms: int, session: int, assign: Assign) -> Request:
         self._num_assigned += 1
         machine = None
         if assign.mode is AssignMode.DECODE:
@@ -253,14 +270,16 @@ class DecodeCore:
                 deadline_ms=now_ms + assign.deadline_ms,
                 num_tokens=len(assign.tokens),
                 next_index=len(assign.tokens) - assign.num_prompt_tokens,
+                block_size=self._ledger.block_size,
+                move=assign.move,
             )
-        return _Request(
+        return Request(
             session=session,
             assign=assign,
             received_ms=now_ms,
             epoch=assign.epoch,
             salt=self._num_assigned,
-            owner=f"{assign.request_id}/{assign.epoch}/{assign.mode}",
+            owner=f"{assign.request_id}/{assign.epoch}/{assign.transfer_id or assign.mode}",
             machine=machine,
             hashes=block_hashes(self._batch.config.namespace, assign.tokens, self._ledger.block_size),
         )
@@ -268,6 +287,8 @@ class DecodeCore:
     def _heard(self, now_ms: int, message: TransferMessage) -> list[Action]:
         """A source speaks: of an attempt that is alive, of one that has ended, or of one still to be assigned."""
         header, body = message.header, message.body
+        if self.moves.has_attempt(header.transfer_id):
+            return self.moves.heard(now_ms, header.transfer_id, message)
         request = self._attempts.get(header.transfer_id)
         if request is not None and request.machine is not None:
             if request.machine.attempt.is_current(header):
@@ -318,41 +339,86 @@ class DecodeCore:
                 return
             del self._early[transfer]
 
-    def _stop(self, now_ms: int, request: _Request, reason: str) -> list[Action]:
+    def _stop(self, now_ms: int, request: Request, reason: str) -> list[Action]:
         """The router's word: the request is over here."""
         self._leave(request)
-        if request.assign.transfer_id in self._attempts:
-            return self._drive(now_ms, request, Stop(reason=reason))
-        return []
+        actions = self.moves.stop(now_ms, request, reason)
+        if self._attempts.get(request.assign.transfer_id) is request:
+            actions += self._drive(now_ms, request, Stop(reason=reason))
+        return actions
+
+    def _moved(self, request: Request) -> list[Action]:
+        """It is another worker's: what it has here becomes prefix cache."""
+        told = self._account(request)
+        self._leave(request)
+        return told
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
+    def arrange(self) -> None:
+        """Whoever has just come from elsewhere goes into the very next step, also with a rest of a block to compute."""
+        for request in self._requests.values():
+            if request.machine is not None and request.sequence is not None and not request.stepped:
+                request.sequence.priority = FIRST
+
+    def planned(self, now_ms: int, plan: StepPlan | None, preempted: Iterable[RequestId]) -> None:
+        """A step has been composed and is about to run, or there is none; `preempted` have lost their blocks for it."""
+        self._planned_ms = now_ms
+        self.moves.planned(now_ms, plan, preempted)
+
     def stepped(self, now_ms: int, plan: StepPlan, outcome: StepOutcome) -> list[Action]:
-        """The step has run and is booked: its tokens go to their routers."""
-        actions: list[Action] = []
+        """The step has run and is booked: its tokens go to their routers, and who is to stand still does."""
+        actions = self.moves.notice(now_ms)
+        self.moves.clock(now_ms, plan)
+        tokens = {token.request_id: token for token in outcome.tokens}
+        failures = {failed.request_id: failed for failed in outcome.failed}
         for row in plan.rows:
             request = self._requests.get(row.request_id)
-            if request is not None and request.sequence is not None and row.request_id in outcome.computed:
-                request.num_recomputed_tokens += max(0, min(row.position, request.num_known_tokens) - row.start)
-                request.num_known_tokens = max(request.num_known_tokens, row.position)
-        for token in outcome.tokens:
-            request = self._requests.get(token.request_id)
-            if request is None or request.sequence is None:
+            if request is None or request.sequence is None or row.request_id not in outcome.computed:
                 continue
-            if token.finish is not None:
-                self.admission.finished(token.index + 1)
-                actions += self._account(request)
-                self._leave(request)
-            actions.append(Report(session=request.session, piece=token))
-        for failed in outcome.failed:
-            request = self._requests.get(failed.request_id)
-            if request is not None and request.sequence is not None:
-                piece = request_failed(failed.request_id, request.epoch, failed.code, failed.reason, retryable=False)
-                actions.append(Report(session=request.session, piece=piece))
-                self._leave(request)
+            request.num_recomputed_tokens += max(0, min(row.position, request.num_known_tokens) - row.start)
+            request.num_known_tokens = max(request.num_known_tokens, row.position)
+            actions += self._ran(now_ms, request, tokens.get(row.request_id), failures.get(row.request_id))
         return actions
 
-    def _account(self, request: _Request) -> list[Action]:
+    def _ran(self, now_ms: int, request: Request, token: Token | None, failed: StepFailed | None) -> list[Action]:
+        """One request's part of a step."""
+        actions: list[Action] = []
+        if not request.stepped:
+            request.stepped = True
+            actions += self._first_step(now_ms, request)
+        if token is not None and token.finish is not None:
+            self._room.admission.finished(token.index + 1)
+            actions += self._account(request)
+        if token is not None:
+            request.newest.append(token)
+            actions.append(request.report(token))
+        if failed is not None:
+            piece = request_failed(failed.request_id, request.epoch, failed.code, failed.reason, retryable=False)
+            actions.append(request.report(piece))
+            actions += self._end(now_ms, request, failed.reason)
+        elif token is not None and token.finish is not None:
+            actions += self._end(now_ms, request, "the request has finished")
+        else:
+            actions += self.moves.stepped(now_ms, request)
+        return actions
+
+    def _end(self, now_ms: int, request: Request, reason: str) -> list[Action]:
+        self._leave(request)
+        return self.moves.stop(now_ms, request, reason)
+
+    def _first_step(self, now_ms: int, request: Request) -> list[Action]:
+        """What the first step took of a request that came from elsewhere."""
+        if request.machine is None:
+            return []
+        stats = TransferStats(
+            request_id=request.request_id,
+            transfer_id=request.assign.transfer_id,
+            first_step_ms=float(now_ms - self._planned_ms),
+        )
+        return [request.report(stats)]
+
+    def _account(self, request: Request) -> list[Action]:
         """What this worker prefilled of the request itself; nothing for one that only decoded here."""
         if not request.num_recomputed_tokens:
             return []
@@ -364,9 +430,9 @@ class DecodeCore:
             tokens_recomputed=request.num_recomputed_tokens,
             tokens_cached=request.sequence.num_cached_tokens if local else 0,
         )
-        return [self._report(request, stats)]
+        return [request.report(stats)]
 
-    def _run(self, request: _Request, *, tokens: list[int], num_computed: int, blocks: list[int]) -> None:
+    def _run(self, request: Request, *, tokens: list[int], num_computed: int, blocks: list[int]) -> None:
         request.sequence = Sequence(
             request_id=request.assign.request_id,
             epoch=request.epoch,
@@ -379,12 +445,12 @@ class DecodeCore:
             hashes=request.hashes,
             num_published=request.num_reused,
         )
-        request.num_known_tokens = len(request.assign.tokens)
+        request.num_known_tokens = len(request.assign.tokens) if request.machine is None else len(tokens) - 1
         self._batch.add(request.sequence)
 
     # ---- what the machine asks ---------------------------------------------------------------------------------------
 
-    def _drive(self, now_ms: int, request: _Request, event: object) -> list[Action]:
+    def _drive(self, now_ms: int, request: Request, event: object) -> list[Action]:
         """Hands the event to the request's end of the handoff and does what it asks."""
         assert request.machine is not None
         actions: list[Action] = []
@@ -392,14 +458,16 @@ class DecodeCore:
             actions += self._do(now_ms, request, request.machine, asked)
         return actions
 
-    def _do(self, now_ms: int, request: _Request, machine: TargetHandoff, asked: TargetAction) -> list[Action]:
+    def _do(self, now_ms: int, request: Request, machine: TargetHandoff, asked: TargetAction) -> list[Action]:
         attempt = machine.attempt
         transfer = attempt.transfer_id
         match asked:
             case Say(body=body):
                 return [SendTransfer(to=attempt.peer, message=TransferMessage(header=attempt.header(), body=body))]
             case Reserve(offer=offer):
-                return self._drive(now_ms, request, self._reserve(now_ms, request, offer))
+                others = self._requests.values()
+                answer = self._room.reserve(now_ms, request, offer, others=others, endpoint=self.me.endpoint)
+                return self._drive(now_ms, request, answer)
             case Expect(blocks=blocks, generations=generations, endpoint=endpoint):
                 expect = ExpectFrames(
                     transfer_id=transfer,
@@ -421,7 +489,7 @@ class DecodeCore:
                     next_index=next_index,
                     tokens=tokens,
                 )
-                return [self._report(request, ask)]
+                return [request.report(ask)]
             case AcceptBlocks():
                 return self._accept(now_ms, request, asked)
             case Quarantine():
@@ -431,69 +499,12 @@ class DecodeCore:
                 self._ledger.end_quarantine(transfer)
             case Failed(code=code, reason=reason, retryable=retryable):
                 failed = request_failed(attempt.request_id, machine.epoch, code, reason, retryable=retryable)
-                return [self._report(request, failed)]
+                return [request.report(failed)]
             case Closed():
                 self._close(request, machine)
         return []
 
-    def _reserve(self, now_ms: int, request: _Request, offer: Offer) -> Reserved | Postponed | Declined:
-        """Room for an offer, if it is what the router told us to expect and admission lets it in."""
-        assign, size = request.assign, self._ledger.block_size
-        different = refusal(offer.layout, self.layout, exact=offer.exact)
-        if different is not None:
-            return Declined(code="layout", reason=different, retryable=True)
-        if offer.num_tokens != len(assign.tokens) or list(offer.hashes) != request.hashes:
-            told = f"{offer.num_tokens} tokens offered, {len(assign.tokens)} expected, or their hashes differ"
-            return Declined(code="mismatch", reason=told, retryable=True)
-        num_blocks = -(-offer.num_tokens // size)
-        reused = self._ledger.acquire(request.owner, offer.hashes)
-        num_new = num_blocks - len(reused)
-        decision = self.admission.decide(
-            wanted=self._load(request),
-            num_new_blocks=num_new,
-            num_available=self._ledger.num_available - self._num_promised(),
-            others=[self._load(each) for each in self._requests.values() if each.reserved or each.sequence is not None],
-        )
-        granted = None
-        if decision.verdict is Verdict.ADMIT:
-            granted = self._ledger.grant(assign.transfer_id, num_new)
-        if granted is None:
-            self._ledger.release(request.owner)
-            return self._no_room(now_ms, request, decision.verdict, decision.reason)
-        request.reserved = True
-        request.num_reused, request.num_granted = len(reused), num_new
-        return Reserved(
-            num_reused=len(reused),
-            blocks=tuple(granted),
-            generations=tuple(self._ledger.generation(block) for block in granted),
-            endpoint=self.me.endpoint,
-        )
-
-    def _num_promised(self) -> int:
-        """Blocks that sequences here have yet to take for the tokens they have.
-
-        Those that hold none count too: a request that lost its blocks would else wait for as long as others are let in.
-        """
-        size = self._ledger.block_size
-        return sum(max(0, -(-len(each.tokens) // size) - len(each.blocks)) for each in self._batch.sequences())
-
-    def _load(self, request: _Request) -> Load:
-        """What the request occupies now and may still write."""
-        num_tokens = len(request.assign.tokens) if request.sequence is None else len(request.sequence.tokens)
-        num_generated = num_tokens - request.assign.num_prompt_tokens
-        left = min(request.assign.sampling.max_tokens - num_generated, self._batch.config.context_tokens - num_tokens)
-        return Load(salt=request.salt, num_tokens=num_tokens, num_generated=num_generated, num_left_max=max(0, left))
-
-    def _no_room(self, now_ms: int, request: _Request, verdict: Verdict, reason: str) -> Postponed | Declined:
-        if verdict is Verdict.REFUSE:
-            return Declined(code="too_large", reason=reason, retryable=False)
-        if request.waiting_since_ms is None:
-            request.waiting_since_ms = now_ms
-        if now_ms - request.waiting_since_ms >= self.config.admission.wait_limit_ms:
-            return Declined(code="no_room", reason=reason, retryable=True)
-        return Postponed(retry_after_ms=self.config.admission.retry_after_ms, reason=reason)
-
-    def _accept(self, now_ms: int, request: _Request, accept: AcceptBlocks) -> list[Action]:
+    def _accept(self, now_ms: int, request: Request, accept: AcceptBlocks) -> list[Action]:
         """The request is ours: its blocks are, and it runs from its newest token on."""
         assign = request.assign
         request.epoch = accept.epoch
@@ -503,9 +514,9 @@ class DecodeCore:
         if too_large is not None:
             self._leave(request)
             failed = request_failed(assign.request_id, accept.epoch, "invalid_request", too_large, retryable=False)
-            return [self._report(request, failed)]
+            return [request.report(failed)]
         blocks = list(self._ledger.blocks_of(request.owner))
-        self._run(request, tokens=tokens, num_computed=len(assign.tokens), blocks=blocks)
+        self._run(request, tokens=tokens, num_computed=accept.num_computed, blocks=blocks)
         stats = TransferStats(
             request_id=assign.request_id,
             transfer_id=assign.transfer_id,
@@ -516,9 +527,9 @@ class DecodeCore:
             frames=accept.num_frames,
             committed_ms=now_ms - request.received_ms,
         )
-        return [self._report(request, stats)]
+        return [request.report(stats)]
 
-    def _close(self, request: _Request, machine: TargetHandoff) -> None:
+    def _close(self, request: Request, machine: TargetHandoff) -> None:
         del self._attempts[request.assign.transfer_id]
         if machine.state is not TargetState.ACTIVE:
             self._leave(request)
@@ -527,10 +538,7 @@ class DecodeCore:
         if len(self._ended) > self.config.ended_max:
             self._ended.popitem(last=False)
 
-    def _report(self, request: _Request, piece: Piece) -> Report:
-        return Report(session=request.session, piece=piece)
-
-    def _leave(self, request: _Request) -> None:
+    def _leave(self, request: Request) -> None:
         """The request is over here. Its blocks become prefix cache; those still granted are its attempt's affair."""
         request_id = request.assign.request_id
         if self._requests.get(request_id) is request:
@@ -538,8 +546,3 @@ class DecodeCore:
         if request.sequence is not None and self._batch.get(request_id) is request.sequence:
             self._batch.remove(request_id)
         self._ledger.release(request.owner)
-
-
-def _epoch(request: _Request) -> int:
-    """The newest epoch that the request is known here under, that of a commit whose agent is not quiet yet included."""
-    return request.epoch if request.machine is None else max(request.epoch, request.machine.epoch)

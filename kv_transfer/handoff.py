@@ -1,8 +1,9 @@
-"""What the two ends of a handoff share: the attempt, its settings, its actions, the digest, and tables as pictures.
+"""What the ends of handoffs and migrations share: the attempt, its settings, its actions, the digest, and tables.
 
-The tables are in handoff_source.py and handoff_target.py. The only commit point of a handoff is the owner record at
-the router: the target asks for it (AskCommit), the source may only ask about it (AskOwner), and nobody frees,
-resumes or activates on a guess. States, messages and failure edges follow Llumnix's live migration (OSDI'24, 4.2)
+A handoff moves a request that was prefilled, a migration one that runs. The tables are in handoff_source.py,
+migration_source.py and, for both, handoff_target.py. The only commit point is the owner record at the router: the
+target asks for it (AskCommit), the source may only ask about it (AskOwner), and nobody frees, resumes or activates on
+a guess. States, messages and failure edges follow Llumnix's live migration (OSDI'24, 4.2)
 with its lost-reply hole closed by that record.
 
 A machine is handed events of `TransferMessage.body` and `AgentEvent` whose attempt has been checked (`is_current`).
@@ -41,6 +42,10 @@ class HandoffConfig:
     credits: int = 4  # frames in flight that a target grants
     max_frame_bytes: int = 4 << 20
     resends_max: int = 2  # per frame
+    move_margin_tokens: int = 64  # that a request may grow by while it is migrated
+    rounds_max: int = 4  # of copying while the request runs
+    fence_limit_ms: int = 500  # a request stands still for so long, then it resumes, or its commit is revoked
+    fence_resend_ms: int = 100  # CommitRequest goes again after this while a request stands still
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -105,6 +110,7 @@ class ExportFrame:
     """Pin blocks [first, first + len(target_blocks)) of the request's block table and have the agent send them."""
 
     sequence: int
+    priority: int = 0  # as in SendFrame
     first: int
     target_blocks: tuple[int, ...]
     target_generations: tuple[int, ...]
@@ -125,7 +131,27 @@ class Silence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskOwner:
-    """Ask the owner record how the commit ended."""
+    """Ask the owner record how the commit ended. `revoke`: if it has not happened, it shall never happen."""
+
+    revoke: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """Let the request stand still at the next step boundary; answer the machine with Fenced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """Let the request run again; it knows no more of this attempt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GiveUp:
+    """Tell the router that the migration has failed. The request runs on here."""
+
+    code: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +209,8 @@ class AcceptBlocks:
     """The request is this worker's under `epoch`: take its blocks over and run it."""
 
     epoch: int
-    tokens: tuple[Token, ...]
+    tokens: tuple[Token, ...]  # beyond those that the router told this worker
+    num_computed: int  # tokens whose KV is in the blocks
     num_frames: int
     num_blocks: int  # that the frames wrote
     num_bytes: int
@@ -200,6 +227,9 @@ class EndQuarantine:
 
 
 SourceAction = Say | ExportFrame | EndExport | Silence | AskOwner | HandedOver | Over | Failed | Closed
+MigrationAction = (
+    Say | ExportFrame | EndExport | Silence | AskOwner | Hold | Resume | HandedOver | Over | GiveUp | Closed
+)
 TargetAction = (
     Say | Reserve | Expect | Silence | AskCommit | AcceptBlocks | Quarantine | EndQuarantine | Failed | Closed
 )

@@ -15,17 +15,13 @@ from kv_transfer.actions import AgentLost
 from kv_transfer.handoff import (
     AskOwner,
     Attempt,
-    Closed,
     EndExport,
-    ExportFrame,
     Failed,
     HandedOver,
     HandoffConfig,
-    Machine,
     Over,
     Row,
     Say,
-    Silence,
     SourceAction,
     Stop,
     Table,
@@ -43,7 +39,7 @@ from kv_transfer.messages import (
     TransferQuiet,
     Wait,
 )
-from kv_transfer.plan import SendWindow, frame_blocks
+from kv_transfer.source_end import SourceEnd, who
 from tandem.messages import OwnerIs
 from tandem.request import Token
 
@@ -81,7 +77,7 @@ class Fence:
     tokens: tuple[Token, ...]
 
 
-class SourceHandoff(Machine[SourceState]):
+class SourceHandoff(SourceEnd[SourceState]):
     """The source's end of one attempt. `num_blocks` is all blocks of the offered tokens, the last one may be partial.
 
     `deadline_ms` is absolute, on the clock of `now_ms`.
@@ -100,27 +96,19 @@ class SourceHandoff(Machine[SourceState]):
             attempt=attempt,
             config=config,
             deadline_ms=deadline_ms,
-            state=SourceState.HOLDING,
+            offer=offer,
             table=SOURCE_TABLE,
             inside=SOURCE_INSIDE,
+            home=SourceState.HOLDING,
+            freed=SourceState.FREED,
         )
         assert len(offer.hashes) <= num_blocks, f"{len(offer.hashes)} hashes for {num_blocks} blocks"
-        self.offer = offer
         self.num_blocks = num_blocks
         self.num_ready = 0
-        self.first_frame_ms: int | None = None  # absolute
         self._tokens: tuple[Token, ...] | None = None  # known once fenced by the core
-        self._grant: Grant | None = None
-        self._window: SendWindow | None = None
         self._offer_until_ms = 0
         self._next_ms = 0  # when the message of this state goes again
         self._give_up: str | None = None  # why the attempt ends as soon as the owner record allows it
-        self._draining = False
-
-    @property
-    def draining(self) -> bool:
-        """Whether the attempt has failed and waits only for the agent."""
-        return self._draining
 
     def next_deadline_ms(self) -> int | None:
         """When a Tick is wanted at the latest; None: not at all."""
@@ -160,26 +148,9 @@ class SourceHandoff(Machine[SourceState]):
         return []
 
     def _granted(self, now_ms: int, event: Grant) -> Actions:
-        num_granted = len(event.blocks)
-        if (
-            event.num_reused + num_granted != self.num_blocks
-            or event.num_reused > len(self.offer.hashes)
-            or len(event.generations) != num_granted
-            or len(set(event.blocks)) != num_granted
-            or event.credits < 1
-        ):
-            reason = (
-                f"the grant of {num_granted} blocks ({len(event.generations)} generations, {event.num_reused} reused, "
-                f"{event.credits} credits) does not fit the offer of {self.num_blocks} blocks"
-            )
-            return self._fail(now_ms, reason)
-        self._grant = event
-        self._window = SendWindow(
-            num_blocks=self.num_blocks,
-            num_reused=event.num_reused,
-            credits=min(event.credits, self.config.credits),
-            blocks_per_frame=frame_blocks(self.offer.layout.block_bytes, self.config.max_frame_bytes),
-        )
+        if (misfit := self._misfit(event, self.num_blocks)) is not None:
+            return self._fail(now_ms, misfit)
+        self._open(event, self.num_blocks)
         self.state = SourceState.SENDING
         self._next_ms = now_ms + self.config.renew_ms
         return self._advance(now_ms)
@@ -205,18 +176,8 @@ class SourceHandoff(Machine[SourceState]):
         return [EndExport(sequence=event.sequence), *self._advance(now_ms)]
 
     def _frame_failed(self, now_ms: int, event: FrameFailed) -> Actions:
-        assert self._window is not None
-        lost = self._window.in_flight if event.sequence is None else (event.sequence,)
-        for sequence in lost:
-            frame = self._window.failed(sequence)
-            if frame is None:
-                self.num_ignored += 1
-            elif frame.tries > self.config.resends_max:
-                tried = f"frame {sequence} failed {frame.tries} times, at last: {event.reason}"
-                return self._fail(now_ms, tried)
-            else:
-                self.story.tell(now_ms, f"frame {sequence} failed: {event.reason}")
-        return self._advance(now_ms)
+        tried = self._lost(now_ms, event)
+        return self._advance(now_ms) if tried is None else self._fail(now_ms, tried)
 
     def _tick_holding(self, now_ms: int, event: Tick) -> Actions:
         if self._draining or now_ms < self.deadline_ms:
@@ -243,7 +204,7 @@ class SourceHandoff(Machine[SourceState]):
         """The router speaks up before the commit was asked: only news that the request is not ours matters."""
         if self._still_ours(event):
             return []
-        return [Say(body=Cancel(reason="the request is over")), Over(reason=_who(event)), *self._drain()]
+        return [Say(body=Cancel(reason="the request is over")), Over(reason=who(event)), *self._drain()]
 
     def _stop(self, now_ms: int, event: Stop) -> Actions:
         if self._draining:
@@ -254,12 +215,11 @@ class SourceHandoff(Machine[SourceState]):
     # ---- the commit is asked -----------------------------------------------------------------------------------------
 
     def _owner_answered(self, now_ms: int, event: OwnerIs) -> Actions:
-        to_target = (self.attempt.peer.worker_id, self.attempt.target_incarnation, self.attempt.epoch + 1)
-        if (event.worker_id, event.incarnation, event.epoch) == to_target:
+        if self._is_theirs(event):
             self.state = SourceState.HANDED
             return [HandedOver(), *self._silence_or_close()]
         if not self._still_ours(event):
-            return [Over(reason=_who(event)), *self._end()]
+            return [Over(reason=who(event)), *self._end()]
         if self._give_up is None:
             return []  # the target may be about to ask: its lease and our deadline bound that
         return self._fail(now_ms, self._give_up)
@@ -292,10 +252,6 @@ class SourceHandoff(Machine[SourceState]):
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
-    def _late_ack(self, now_ms: int, event: FrameAcked) -> Actions:
-        """After the attempt failed: the frame's read is over, so its blocks need no pin."""
-        return [EndExport(sequence=event.sequence)] if self._draining else []
-
     def _quiet(self, now_ms: int, event: TransferQuiet) -> Actions:
         if self.state is SourceState.HOLDING and not self._draining:
             return []
@@ -305,10 +261,6 @@ class SourceHandoff(Machine[SourceState]):
         return self._close() if self._draining or self.state is SourceState.HANDED else []
 
     # ---- parts of rows -----------------------------------------------------------------------------------------------
-
-    def _still_ours(self, event: OwnerIs) -> bool:
-        ours = (self.attempt.me, self.attempt.source_incarnation, self.attempt.epoch)
-        return (event.worker_id, event.incarnation, event.epoch) == ours
 
     def _commit_request(self) -> CommitRequest:
         assert self._window is not None
@@ -323,21 +275,9 @@ class SourceHandoff(Machine[SourceState]):
 
     def _advance(self, now_ms: int) -> Actions:
         """Sends what may go; when all is acknowledged and the request stands still, asks for the commit."""
-        if self._window is None or self._grant is None:
+        if self._window is None:
             return []
-        actions: Actions = []
-        for frame in self._window.due(self.num_ready):
-            if self.first_frame_ms is None:
-                self.first_frame_ms = now_ms
-            start = frame.first - self._grant.num_reused
-            export = ExportFrame(
-                sequence=frame.sequence,
-                first=frame.first,
-                target_blocks=self._grant.blocks[start : start + frame.num],
-                target_generations=self._grant.generations[start : start + frame.num],
-                endpoint=self._grant.endpoint,
-            )
-            actions.append(export)
+        actions: Actions = [*self._exports(now_ms, self.num_ready)]
         if self._tokens is not None and self._window.complete:
             self.state = SourceState.FENCED
             self._next_ms = now_ms + self.config.resend_ms
@@ -349,33 +289,6 @@ class SourceHandoff(Machine[SourceState]):
         self.story.tell(now_ms, reason)
         told: Actions = [Say(body=Cancel(reason=reason))] if tell_peer else []
         return [*told, Failed(code=FAILED_CODE, reason=reason, retryable=retryable), *self._drain()]
-
-    def _drain(self) -> Actions:
-        self._draining = True
-        self.state = SourceState.HOLDING
-        return self._silence_or_close()
-
-    def _silence_or_close(self) -> Actions:
-        """Without a frame ever sent the agent knows nothing of the attempt."""
-        if self.first_frame_ms is None:
-            return self._close()
-        return [Silence()]
-
-    def _end(self) -> Actions:
-        """All frames are acknowledged, so nothing is read any more: no need to wait for the agent."""
-        silence: Actions = [] if self.first_frame_ms is None else [Silence()]
-        return [*silence, *self._close()]
-
-    def _close(self) -> Actions:
-        self.state = SourceState.FREED
-        ended: Actions = [] if self.first_frame_ms is None else [EndExport(sequence=None)]
-        return [*ended, Closed()]
-
-
-def _who(owner: OwnerIs) -> str:
-    if owner.worker_id is None:
-        return "the owner record says: over"
-    return f"the owner record says: {owner.worker_id} (incarnation {owner.incarnation}) at epoch {owner.epoch}"
 
 
 _H, _O, _S = SourceState.HOLDING, SourceState.OFFERED, SourceState.SENDING

@@ -1,8 +1,9 @@
-"""The target's end of a handoff: it reserves, lets blocks land, seals what is whole, asks for it, and runs it.
+"""The target's end of a handoff or a migration: it reserves, lets blocks land, seals what is whole, asks, and runs it.
 
-The sentences that the table keeps: the target never runs on a block that is not there, nor on one that anybody may
-still write (ACTIVE needs the owner record's word and the agent's silence); and blocks that an outsider may still
-write are nobody's until the agent is quiet (QUARANTINE).
+To the target they differ little: a request that is migrated grows meanwhile, by the tokens in CommitRequest, and leaves
+what it does not fill of the granted blocks for later. The sentences that the table keeps: the target never runs on a
+block that is not there, nor on one that anybody may still write (ACTIVE needs the owner record's word and the agent's
+silence); and blocks that an outsider may still write are nobody's until the agent is quiet (QUARANTINE).
 """
 
 from __future__ import annotations
@@ -93,11 +94,20 @@ class Declined:
 class TargetHandoff(Machine[TargetState]):
     """The target's end of one attempt. `deadline_ms` is absolute, on the clock of `now_ms`.
 
-    The source computes `num_tokens` tokens and draws the answer token `next_index`.
+    The router told us the first `num_tokens` tokens; the next is answer token `next_index`. The source hands over that
+    one alone, or, with `move`, all that it drew until it stood still.
     """
 
     def __init__(
-        self, *, attempt: Attempt, config: HandoffConfig, deadline_ms: int, num_tokens: int, next_index: int
+        self,
+        *,
+        attempt: Attempt,
+        config: HandoffConfig,
+        deadline_ms: int,
+        num_tokens: int,
+        next_index: int,
+        block_size: int,
+        move: bool = False,
     ) -> None:
         super().__init__(
             attempt=attempt,
@@ -107,8 +117,10 @@ class TargetHandoff(Machine[TargetState]):
             table=TARGET_TABLE,
             inside=TARGET_INSIDE,
         )
-        self.num_tokens = num_tokens  # that the router told us to expect
-        self.next_index = next_index  # of the answer token that the source draws
+        self.num_tokens = num_tokens
+        self.next_index = next_index
+        self.block_size = block_size
+        self.move = move
         self.quarantined_since_ms: int | None = None
         self._offer: Offer | None = None
         self._grant: Grant | None = None
@@ -314,18 +326,7 @@ class TargetHandoff(Machine[TargetState]):
         if commit is None or len(self._landed) < commit.num_frames:
             return []
         assert grant is not None
-        written = sorted(block for frame in self._landed.values() for block in frame.target_blocks)
-        problem = ""
-        if len(self._landed) > commit.num_frames:
-            problem = f"{len(self._landed)} frames landed, the source speaks of {commit.num_frames}"
-        elif written != sorted(grant.blocks):
-            problem = f"the frames wrote {len(written)} blocks, {len(grant.blocks)} were granted"
-        elif frame_digest({seq: frame.checksum for seq, frame in self._landed.items()}) != commit.digest:
-            problem = "the digest of the frames differs from the source's"
-        elif commit.num_computed_tokens != self.num_tokens:
-            problem = f"the source computed {commit.num_computed_tokens} tokens, the router spoke of {self.num_tokens}"
-        elif [token.index for token in commit.tokens] != [self.next_index]:
-            problem = f"the source hands over tokens {[t.index for t in commit.tokens]}, {[self.next_index]} expected"
+        problem = self._problem(commit, grant)
         if problem:
             return self._abort(now_ms, problem)
         self.state = TargetState.SEALED
@@ -333,13 +334,38 @@ class TargetHandoff(Machine[TargetState]):
         silence: Actions = [] if self._quiet else [Silence()]
         return [*silence, self._ask()]
 
+    def _problem(self, commit: CommitRequest, grant: Grant) -> str:
+        """What does not fit of what the source says and what has landed; empty when all does."""
+        size, computed = self.block_size, commit.num_computed_tokens
+        num_tokens = self.num_tokens + len(commit.tokens)
+        indexes = [token.index for token in commit.tokens]
+        expected = list(range(self.next_index, self.next_index + (len(indexes) if self.move else 1)))
+        # What is computed ends with the last token but one, or, when that tail goes by token ids, with the last full
+        # block before it.
+        ends = {num_tokens - 1, (num_tokens - 1) // size * size} if self.move else {self.num_tokens}
+        num_written = -(-computed // size) - grant.num_reused
+        written = sorted(block for frame in self._landed.values() for block in frame.target_blocks)
+        if len(self._landed) > commit.num_frames:
+            return f"{len(self._landed)} frames landed, the source speaks of {commit.num_frames}"
+        if indexes != expected:
+            return f"the source hands over tokens {indexes}, {expected} expected"
+        if computed not in ends:
+            return f"the source computed {computed} tokens of {num_tokens}, the router spoke of {self.num_tokens}"
+        if not 0 <= num_written <= len(grant.blocks):
+            return f"{computed} tokens and {grant.num_reused} blocks reused do not fit {len(grant.blocks)} granted"
+        if written != sorted(grant.blocks[:num_written]):
+            return f"the frames wrote {len(written)} blocks, {num_written} of {len(grant.blocks)} granted were due"
+        if frame_digest({seq: frame.checksum for seq, frame in self._landed.items()}) != commit.digest:
+            return "the digest of the frames differs from the source's"
+        return ""
+
     def _is_ours(self, event: OwnerIs) -> bool:
         ours = (self.attempt.me, self.attempt.target_incarnation, self.attempt.epoch + 1)
         return (event.worker_id, event.incarnation, event.epoch) == ours
 
     def _ask(self) -> AskCommit:
         assert self._commit is not None
-        return AskCommit(next_index=self._commit.tokens[-1].index + 1, tokens=self._commit.tokens)
+        return AskCommit(next_index=self.next_index + len(self._commit.tokens), tokens=self._commit.tokens)
 
     def _activate(self) -> Actions:
         if not self._quiet:
@@ -350,6 +376,7 @@ class TargetHandoff(Machine[TargetState]):
         accept = AcceptBlocks(
             epoch=self._owned_epoch,
             tokens=self._commit.tokens,
+            num_computed=self._commit.num_computed_tokens,
             num_frames=len(self._landed),
             num_blocks=sum(len(frame.target_blocks) for frame in self._landed.values()),
             num_bytes=sum(frame.num_bytes for frame in self._landed.values()),

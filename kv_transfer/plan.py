@@ -27,11 +27,14 @@ class SendWindow:
     A failed frame goes again, ahead of new ones, under the same sequence and with the same blocks: the target's
     agent acknowledges a doubled one without writing it twice, and the digest does not change. What became ready while
     no credit was left travels together in larger frames.
+
+    How many blocks there are may be known only later: a request that runs meanwhile has grown by then. Until `close`
+    the window is never complete.
     """
 
-    def __init__(self, *, num_blocks: int, num_reused: int, credits: int, blocks_per_frame: int) -> None:
-        assert 0 <= num_reused <= num_blocks, f"{num_reused} of {num_blocks} blocks reused"
-        self.num_blocks = num_blocks
+    def __init__(self, *, num_blocks: int | None, num_reused: int, credits: int, blocks_per_frame: int) -> None:
+        self.num_blocks: int | None = None
+        self._num_reused = num_reused
         self._next = num_reused
         self._credits = credits
         self._blocks_per_frame = blocks_per_frame
@@ -39,6 +42,15 @@ class SendWindow:
         self._in_flight: dict[int, Frame] = {}
         self._again: deque[Frame] = deque()
         self._checksums: dict[int, int] = {}
+        if num_blocks is not None:
+            self.close(num_blocks)
+
+    def close(self, num_blocks: int) -> None:
+        """There are so many blocks and no more."""
+        assert self.num_blocks is None, f"closed at {self.num_blocks} blocks already"
+        assert self._num_reused <= num_blocks, f"{self._num_reused} of {num_blocks} blocks reused"
+        assert self._next <= num_blocks, f"{self._next} of {num_blocks} blocks sent"
+        self.num_blocks = num_blocks
 
     @property
     def num_frames(self) -> int:
@@ -53,7 +65,12 @@ class SendWindow:
     @property
     def complete(self) -> bool:
         """Whether every block has been acknowledged."""
-        return self._next == self.num_blocks and not self._in_flight and not self._again
+        return self.num_blocks is not None and self.num_acked == self.num_blocks
+
+    @property
+    def num_acked(self) -> int:
+        """Blocks that are at the target, those that it had already included."""
+        return self._next - sum(frame.num for frame in (*self._in_flight.values(), *self._again))
 
     @property
     def checksums(self) -> dict[int, int]:
@@ -62,12 +79,13 @@ class SendWindow:
 
     def due(self, num_ready: int) -> list[Frame]:
         """The frames to send now, when the first `num_ready` blocks of the request are final. They are in flight."""
+        ready = num_ready if self.num_blocks is None else min(num_ready, self.num_blocks)
         frames = []
         while len(self._in_flight) < self._credits:
             if self._again:
                 frame = self._again.popleft()
-            elif self._next < min(num_ready, self.num_blocks):
-                num = min(self._blocks_per_frame, min(num_ready, self.num_blocks) - self._next)
+            elif self._next < ready:
+                num = min(self._blocks_per_frame, ready - self._next)
                 frame = Frame(sequence=self._num_frames, first=self._next, num=num)
                 self._num_frames += 1
                 self._next += num

@@ -6,7 +6,7 @@ The core shares the batch and the block ledger with the worker's other role; who
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from engine.blocks import BlockLedger
 from engine.events import PeerGone, RouterGone, Tick
@@ -15,6 +15,7 @@ from engine.prefix_cache import block_hashes
 from engine.sequence import Sequence
 from engine.step import Batch, StepOutcome, StepPlan
 from kv_transfer.actions import Action, AgentLost, FromRouter, Piece, Registered, Report, SendTransfer, request_failed
+from kv_transfer.exports import Exports
 from kv_transfer.handoff import (
     AskOwner,
     Attempt,
@@ -35,11 +36,9 @@ from kv_transfer.messages import (
     EndTransfer,
     FrameAcked,
     FrameFailed,
-    FrameHeader,
     FrameLanded,
     Grant,
     Offer,
-    SendFrame,
     TransferMessage,
     TransferQuiet,
 )
@@ -67,7 +66,6 @@ class _Request:
     sequence: Sequence
     machine: SourceHandoff
     num_cached_blocks: int  # found in the prefix cache when it came
-    frames: dict[int, tuple[int, ...]] = field(default_factory=dict)  # sequence -> blocks that are pinned for it
     last_chunk_ms: int = 0  # when its last chunk began
     fenced: bool = False  # its first token is drawn
     released: bool = False
@@ -90,6 +88,7 @@ class PrefillCore:
         self._requests: dict[RequestId, _Request] = {}
         self._attempts: dict[TransferId, _Request] = {}
         self._seen_ms: dict[RequestId, int] = {}  # prompts of the other role, for the order
+        self._exports = Exports(ledger, layout)
         self._planned_ms = 0
 
     def __len__(self) -> int:
@@ -376,12 +375,9 @@ class PrefillCore:
                 stats = self._stats(request) if isinstance(body, CommitRequest) else []
                 return [said, *stats]
             case ExportFrame():
-                return [self._send(request, asked)]
-            case EndExport(sequence=None):
-                self._ledger.end_export(transfer)
-                request.frames.clear()
-            case EndExport(sequence=int(sequence)):
-                self._ledger.end_export(transfer, request.frames.pop(sequence, ()))
+                return [self._exports.send(attempt, asked, request.sequence.blocks)]
+            case EndExport(sequence=sequence):
+                self._exports.end(transfer, sequence)
             case Silence():
                 return [EndTransfer(transfer_id=transfer, epoch=attempt.epoch)]
             case AskOwner():
@@ -396,25 +392,6 @@ class PrefillCore:
             case Closed():
                 del self._attempts[transfer]
         return []
-
-    def _send(self, request: _Request, asked: ExportFrame) -> SendFrame:
-        attempt = request.machine.attempt
-        blocks = tuple(request.sequence.blocks[asked.first : asked.first + len(asked.target_blocks)])
-        assert len(blocks) == len(asked.target_blocks), f"{attempt.transfer_id} lacks blocks: {request.machine.story}"
-        request.frames[asked.sequence] = blocks
-        header = FrameHeader(
-            transfer_id=attempt.transfer_id,
-            epoch=attempt.epoch,
-            source_incarnation=attempt.source_incarnation,
-            target_incarnation=attempt.target_incarnation,
-            sequence=asked.sequence,
-            source_blocks=blocks,
-            source_generations=self._ledger.export(attempt.transfer_id, blocks),
-            target_blocks=asked.target_blocks,
-            target_generations=asked.target_generations,
-            num_bytes=len(blocks) * self.layout.block_bytes,
-        )
-        return SendFrame(header=header, endpoint=asked.endpoint)
 
     def _stats(self, request: _Request) -> list[Action]:
         first_ms = request.machine.first_frame_ms

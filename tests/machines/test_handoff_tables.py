@@ -144,7 +144,12 @@ def source(events: list[object]) -> SourceHandoff:
 
 def target(events: list[object]) -> TargetHandoff:
     machine = TargetHandoff(
-        attempt=attempt("target", "source"), config=CONFIG, deadline_ms=DEADLINE_MS, num_tokens=11, next_index=0
+        attempt=attempt("target", "source"),
+        config=CONFIG,
+        deadline_ms=DEADLINE_MS,
+        num_tokens=11,
+        next_index=0,
+        block_size=4,
     )
     for event in events:
         machine.handle(1_000, event)

@@ -130,8 +130,15 @@ def _activate_at_once(self: TargetHandoff) -> object:
     self.state = TargetState.ACTIVE
     assert self._commit is not None
     assert self._owned_epoch is not None
-    tokens = self._commit.tokens
-    return [AcceptBlocks(epoch=self._owned_epoch, tokens=tokens, num_frames=0, num_blocks=0, num_bytes=0), Closed()]
+    accept = AcceptBlocks(
+        epoch=self._owned_epoch,
+        tokens=self._commit.tokens,
+        num_computed=self._commit.num_computed_tokens,
+        num_frames=0,
+        num_blocks=0,
+        num_bytes=0,
+    )
+    return [accept, Closed()]
 
 
 def _commit_by_guess(monkeypatch: pytest.MonkeyPatch) -> None:

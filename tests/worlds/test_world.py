@@ -10,10 +10,10 @@ import pytest
 import router.commit
 from decode_worker.core import DecodeCore
 from engine.blocks import BlockLedger
+from kv_transfer.exports import Exports
 from kv_transfer.handoff import Quarantine, Silence
 from kv_transfer.handoff_target import TargetHandoff, TargetState
 from kv_transfer.plan import SendWindow
-from kv_transfer.exports import Exports
 from prefill_worker.core import PrefillCore
 from simulator.agents import VirtualAgent
 from simulator.choices import Choices
