@@ -14,14 +14,29 @@ from router.events import (
     Fail,
     Finish,
     LinkUp,
+    MoveEnded,
+    MoveRefused,
+    MoveRequested,
     NewRequest,
     ReportArrived,
     SendToWorker,
+    Submitted,
     WorkerJoined,
 )
-from router.request import RequestState
-from tandem.messages import Assign, CommitAsk, Role, WorkerInfo, WorkerReport
-from tandem.request import FinishReason, RequestId, Sampling, Token, WorkerId
+from router.move import MoveReason, MoveRecord
+from router.request import RequestSnapshot, RequestState
+from tandem.errors import TandemError
+from tandem.messages import (
+    Assign,
+    CommitAsk,
+    MoveFailed,
+    OwnerIs,
+    OwnerQuery,
+    Role,
+    WorkerInfo,
+    WorkerReport,
+)
+from tandem.request import FinishReason, RequestId, Sampling, Token, TransferId, WorkerId
 
 R = RequestId("r")
 P, D, D2 = WorkerId("p0"), WorkerId("d0"), WorkerId("d1")
@@ -129,3 +144,70 @@ def token(epoch: int, index: int, finish: FinishReason | None = None, token_id: 
     return Token(
         request_id=R, epoch=epoch, index=index, token_id=100 + index if token_id is None else token_id, finish=finish
     )
+
+
+D3 = WorkerId("d2")
+MOVE = TransferId("r.2.m1")
+
+
+class MoveRig(Rig):
+    """A rig whose request decodes on d0 at epoch 2, with tokens 0 and 1 delivered; d1 could take it."""
+
+    def __init__(self, config: RouterConfig | None = None, **d1: Any) -> None:
+        super().__init__(config)
+        self.up("p0", Role.PREFILL)
+        self.up("d0", Role.DECODE)
+        self.feed(Submitted(request=request(max_tokens=400)))
+        self.commit(D, 1, 1, (token(1, 0),))
+        self.token(D, 2, 1)
+        self.up("d1", Role.DECODE, **d1)
+        self.actions.clear()
+        self.ticket = 0
+
+    def move(
+        self, to: WorkerId | None = D2, reason: MoveReason = MoveReason.OPERATOR, request_id: RequestId = R
+    ) -> list[Action]:
+        self.ticket += 1
+        event = MoveRequested(request_id=request_id, to=to, reason=reason, why="because", ticket=self.ticket)
+        return self.feed(event)
+
+    def moved(self, transfer_id: TransferId = MOVE, next_index: int = 2, **other: Any) -> list[Action]:
+        """The target asks for the commit."""
+        worker, epoch, tokens = other.get("worker", D2), other.get("epoch", 2), other.get("tokens", ())
+        ask = CommitAsk(request_id=R, transfer_id=transfer_id, from_epoch=epoch, next_index=next_index, tokens=tokens)
+        return self.report(worker, commit_asks=(ask,))
+
+    def asked(self, transfer_id: TransferId = MOVE, worker: WorkerId = D, revoke: bool = False) -> OwnerIs:
+        query = OwnerQuery(request_id=R, transfer_id=transfer_id, epoch=2, revoke=revoke)
+        ((to, answer),) = self.sent(OwnerIs, self.report(worker, owner_queries=(query,)))
+        assert to == worker
+        assert isinstance(answer, OwnerIs)
+        return answer
+
+    def failed(self, transfer_id: TransferId = MOVE) -> list[Action]:
+        """The source gives the move up."""
+        failed = MoveFailed(request_id=R, transfer_id=transfer_id, epoch=2, code="slow", message="does not converge")
+        return self.report(D, moves_failed=(failed,))
+
+    def records(self) -> list[MoveRecord]:
+        """Of the moves that ended; each has ended once."""
+        ended = [each for each in self.actions if isinstance(each, MoveEnded)]
+        assert len({each.ticket for each in ended}) == len(ended)
+        return [each.record for each in ended]
+
+    def shown(self) -> RequestSnapshot:
+        return self.core.status(self.now_ms).requests[-1]
+
+    def refusal(self, actions: list[Action]) -> TandemError:
+        (refused,) = actions
+        assert isinstance(refused, MoveRefused)
+        assert (refused.request_id, refused.ticket) == (R, self.ticket)
+        return refused.error
+
+    def at_rest(self) -> bool:
+        """Whether no worker is charged with anything."""
+        return all(
+            not (each.reserved or each.arriving or each.dispatches or each.num_reserved_blocks)
+            and each.num_arriving_blocks == 0
+            for each in self.core.fleet
+        )
