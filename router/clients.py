@@ -106,10 +106,13 @@ class WorkerLink:
         timeout_s = self._config.dial_timeout_ms / 1000
         call: grpc.aio.StreamStreamCall[pb.RouterMessage, pb.WorkerReport] | None = None
         try:
-            await asyncio.wait_for(channel.channel_ready(), timeout_s)
+            # Not wait_for: until Python 3.12 it swallows a cancellation that meets the end of what it waits for.
+            async with asyncio.timeout(timeout_s):
+                await channel.channel_ready()
             call = worker_pb2_grpc.WorkerStub(channel).Connect()  # type: ignore[no-untyped-call]
             hello = pb.RouterHello(router_id=self._config.router_id, session=self._next_session())
-            await asyncio.wait_for(call.write(pb.RouterMessage(hello=hello)), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await call.write(pb.RouterMessage(hello=hello))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
             if call is not None:
                 call.cancel()
@@ -149,7 +152,8 @@ class WorkerLink:
         try:
             while True:
                 message = await queue.get()
-                await asyncio.wait_for(call.write(wire.encode_router_message(message)), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await call.write(wire.encode_router_message(message))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             return _say(error)
         except TimeoutError:

@@ -221,10 +221,12 @@ class Driver:
         # The core ends a move by its deadline, or by the target's first token, whose stall has a deadline, too.
         bound_ms = self.config.move_deadline_ms + self.config.decode_stall_ms + 2 * GRACE_MS
         ticket = next(self._tickets)
-        ended = self._moves[ticket] = asyncio.get_running_loop().create_future()
+        ended: asyncio.Future[MoveRecord] = asyncio.get_running_loop().create_future()
+        self._moves[ticket] = ended
         try:
             self._feed(MoveRequested(request_id=request_id, to=to, reason=reason, why=why, ticket=ticket))
-            return await asyncio.wait_for(ended, bound_ms / 1000)
+            async with asyncio.timeout(bound_ms / 1000):
+                return await ended
         except TimeoutError:
             raise DeadlinePassed(f"the move of {request_id} did not end within {bound_ms} ms") from None
         finally:

@@ -4,16 +4,41 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
 import pytest
 
 from router.config import RouterConfig
-from router.driver import Driver, NewRequest, RequestStream
+from router.driver import Driver, NewRequest, RequestStream, WantedMove
+from router.move import MoveOutcome, MoveReason, MoveRecord
 from tandem import wire
-from tandem.errors import Cancelled, DuplicateRequest, InvalidRequest, Unavailable
-from tandem.messages import Assign, AssignMode, CancelAssigned, Role, RouterMessage, WorkerInfo, WorkerReport
+from tandem.errors import (
+    Cancelled,
+    DeadlinePassed,
+    DuplicateRequest,
+    InvalidRequest,
+    MoveImpossible,
+    Overloaded,
+    Unavailable,
+    UnknownRequest,
+)
+from tandem.messages import (
+    Assign,
+    AssignMode,
+    CancelAssigned,
+    CommitAsk,
+    Migrate,
+    MoveFailed,
+    OwnerIs,
+    Role,
+    RouterMessage,
+    StopMove,
+    WorkerInfo,
+    WorkerReport,
+)
 from tandem.request import FinishReason, RequestId, Sampling, Token, WorkerId
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
@@ -28,7 +53,9 @@ def token_at(prompt: tuple[int, ...], index: int) -> int:
 class CountingWorker(worker_pb2_grpc.WorkerServicer):
     """Serves LOCAL assignments: token i is a function of the prompt and i. Ends its stream when `cut_at` is due."""
 
-    def __init__(self) -> None:
+    def __init__(self, worker_id: str = "m0") -> None:
+        self.worker_id = WorkerId(worker_id)
+        self.gives_moves_up = False
         self.server = grpc.aio.server()
         self.port = self.server.add_insecure_port("127.0.0.1:0")
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self.server)  # type: ignore[no-untyped-call]
@@ -45,7 +72,14 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         async for message in request_iterator:
             assign = wire.decode_router_message(message)
             self.heard.append(assign)
+            if isinstance(assign, Migrate) and self.gives_moves_up:
+                yield wire.encode_report(self._gives_up(assign))
+            if isinstance(assign, OwnerIs) and assign.worker_id == self.worker_id:
+                yield wire.encode_report(self._goes_on(assign))
             if not isinstance(assign, Assign):
+                continue
+            if assign.move:
+                yield wire.encode_report(self._asks(assign))
                 continue
             prompt = assign.tokens[: assign.num_prompt_tokens]
             first = len(assign.tokens) - len(prompt)
@@ -64,11 +98,39 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
             token_id=token_at(prompt, index),
             finish=FinishReason.LENGTH if last else None,
         )
-        return WorkerReport(worker_id=WorkerId("m0"), incarnation=INCARNATION, sequence=index, tokens=(token,))
+        return WorkerReport(worker_id=self.worker_id, incarnation=INCARNATION, sequence=index, tokens=(token,))
+
+    def _asks(self, assign: Assign) -> WorkerReport:
+        """A target whose blocks come in no time."""
+        self.moved = assign
+        ask = CommitAsk(
+            request_id=assign.request_id,
+            transfer_id=assign.transfer_id,
+            from_epoch=assign.epoch,
+            next_index=len(assign.tokens) - assign.num_prompt_tokens,
+            tokens=(),
+        )
+        asks = () if self.gives_moves_up else (ask,)
+        return WorkerReport(worker_id=self.worker_id, incarnation=INCARNATION, sequence=1, commit_asks=asks)
+
+    def _goes_on(self, owner: OwnerIs) -> WorkerReport:
+        assign = replace(self.moved, epoch=owner.epoch)
+        prompt = assign.tokens[: assign.num_prompt_tokens]
+        return self._report(assign, prompt, len(assign.tokens) - len(prompt))
+
+    def _gives_up(self, migrate: Migrate) -> WorkerReport:
+        failed = MoveFailed(
+            request_id=migrate.request_id,
+            transfer_id=migrate.transfer_id,
+            epoch=migrate.epoch,
+            code="planted",
+            message="no",
+        )
+        return WorkerReport(worker_id=self.worker_id, incarnation=INCARNATION, sequence=1, moves_failed=(failed,))
 
     def info(self) -> WorkerInfo:
         return WorkerInfo(
-            worker_id=WorkerId("m0"),
+            worker_id=self.worker_id,
             role=Role.MIXED,
             control=f"127.0.0.1:{self.port}",
             endpoint="",
@@ -229,6 +291,108 @@ def test_stopping_ends_every_stream() -> None:
 
     task: Coroutine[Any, Any, None] = main()
     asyncio.run(task)
+
+
+@asynccontextmanager
+async def moving_pair(driver: Driver, worker: CountingWorker) -> AsyncIterator[tuple[CountingWorker, RequestStream]]:
+    """The request r decodes on m0 and stands at token 5; m1 could take it, and writes one token then."""
+    worker.num_tokens_max = 5
+    driver.worker_joined(worker.info(), INCARNATION)
+    await until(lambda: driver.status().workers[0].state == "ready")
+    stream = driver.submit(request("r"))
+    await until(lambda: stream.num_buffered == 5)
+    other = CountingWorker("m1")
+    await other.server.start()
+    try:
+        driver.worker_joined(other.info(), INCARNATION)
+        await until(lambda: [each.state for each in driver.status().workers] == ["ready", "ready"])
+        yield other, stream
+    finally:
+        await other.server.stop(None)
+
+
+def test_a_move_is_awaited_and_its_record_returned() -> None:
+    async def case(driver: Driver, worker: CountingWorker) -> None:
+        async with moving_pair(driver, worker) as (_, stream):
+            record = await driver.move(RequestId("r"), WorkerId("m1"), MoveReason.OPERATOR, "asked for")
+            assert (record.outcome, record.source, record.target) == (MoveOutcome.MOVED, "m0", "m1")
+            assert stream.num_buffered == 6
+            assert [each.token_id for each in await anext(stream)] == [token_at((1, 2, 3), each) for each in range(6)]
+            assert driver.status().moves == (record,)
+            with pytest.raises(MoveImpossible, match="it is there"):
+                await driver.move(RequestId("r"), WorkerId("m1"), MoveReason.OPERATOR, "")
+            with pytest.raises(UnknownRequest):
+                await driver.move(RequestId("nobody"), None, MoveReason.OPERATOR, "")
+            assert not driver._moves
+
+    run(case)
+
+
+def test_a_move_that_its_source_gives_up_is_told_as_its_record() -> None:
+    async def case(driver: Driver, worker: CountingWorker) -> None:
+        async with moving_pair(driver, worker) as (other, _):
+            worker.gives_moves_up = other.gives_moves_up = True
+            record = await driver.move(RequestId("r"), None, MoveReason.OPERATOR, "")
+            assert (record.outcome, record.error) == (MoveOutcome.FAILED, "planted: no")
+            await until(lambda: any(isinstance(each, CancelAssigned) for each in other.heard))
+
+    run(case)
+
+
+def test_askers_of_moves_are_bounded_in_number_and_time() -> None:
+    async def case(driver: Driver, worker: CountingWorker) -> None:
+        async with moving_pair(driver, worker) as (other, _):
+            other.gives_moves_up = True  # and the source says nothing
+            first = asyncio.create_task(driver.move(RequestId("r"), None, MoveReason.OPERATOR, ""))
+            await until(lambda: bool(driver._moves))
+            with pytest.raises(Overloaded, match="1 callers"):
+                await driver.move(RequestId("r"), None, MoveReason.OPERATOR, "")
+            record = await first
+            assert (record.outcome, "no commit" in record.error) == (MoveOutcome.FAILED, True)
+            await until(lambda: any(isinstance(each, StopMove) for each in worker.heard))
+
+    run(case, RouterConfig(redial_ms=10, tick_ms=10, move_askers_max=1, move_deadline_ms=50))
+
+
+def test_an_asker_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def case(driver: Driver, worker: CountingWorker) -> None:
+        async with moving_pair(driver, worker):
+            monkeypatch.setattr("router.driver.GRACE_MS", 0)
+            with pytest.raises(DeadlinePassed, match="did not end within"):
+                await driver.move(RequestId("r"), None, MoveReason.OPERATOR, "")
+
+    monkeypatch.setattr(Driver, "_move_ended", lambda self, ticket, how: None)
+    run(case, RouterConfig(redial_ms=10, tick_ms=10, move_deadline_ms=50, decode_stall_ms=50))
+
+
+def test_moves_of_the_rebalancer_are_refused_at_once_or_seen_in_status() -> None:
+    async def case(driver: Driver, worker: CountingWorker) -> None:
+        async with moving_pair(driver, worker) as (_, stream):
+            wanted = [
+                WantedMove(request_id=RequestId(name), to=WorkerId(to), reason=MoveReason.BALANCE, why="")
+                for name, to in (("r", "m9"), ("r", "m1"), ("r", "m1"))
+            ]
+            refused = driver.request_moves(wanted)
+            assert [type(each.error) for each in refused] == [InvalidRequest, MoveImpossible]
+            await until(lambda: [each.outcome for each in driver.status().moves] == [MoveOutcome.MOVED])
+            await until(lambda: stream.num_buffered == 6)
+
+    run(case)
+
+
+def test_stopping_ends_the_wait_for_a_move() -> None:
+    async def case(driver: Driver, worker: CountingWorker) -> None:
+        async with moving_pair(driver, worker) as (other, _):
+            other.gives_moves_up = True
+            asked = asyncio.create_task(driver.move(RequestId("r"), None, MoveReason.OPERATOR, ""))
+            await until(lambda: bool(driver._moves))
+            await driver.stop()
+            record: MoveRecord = await asked
+            assert record.outcome is MoveOutcome.ENDED
+            with pytest.raises(Unavailable):
+                await driver.move(RequestId("r"), None, MoveReason.OPERATOR, "")
+
+    run(case)
 
 
 def test_a_core_that_breaks_is_told_to_whoever_hosts_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
