@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 import grpc
 import typer
@@ -11,6 +12,8 @@ from benchmarks.workload import BadWorkload
 from cli.bench import bench
 from cli.configuration import show_config
 from cli.down import down
+from cli.drain import drain
+from cli.migrate import Refused, migrate
 from cli.serve import serve
 from cli.settings import with_settings
 from cli.status import status
@@ -26,6 +29,8 @@ app = typer.Typer(
 )
 app.command("serve")(with_settings(serve))
 app.command("status")(status)
+app.command("migrate")(migrate)
+app.command("drain")(drain)
 app.command("down")(down)
 app.command("bench")(bench)
 app.command("config")(with_settings(show_config))
@@ -41,8 +46,18 @@ def main() -> None:
         _fail(str(error), 2)
     except NoCluster as error:
         _fail(str(error), 1)
+    except Refused as error:
+        _fail(str(error), 1)
     except grpc.RpcError as error:
-        _fail(f"the cluster does not answer: {error.details()}", 1)
+        _fail(_sentence(error), 1)
+
+
+def _sentence(error: grpc.RpcError) -> str:
+    """What the cluster says, when it was the cluster that refused."""
+    trailers: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # type: ignore[assignment]
+    if any(key == "tandem-code" for key, _ in trailers):
+        return str(error.details())
+    return f"the cluster does not answer: {error.details()}"
 
 
 def _fail(message: str, status_code: int) -> None:

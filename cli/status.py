@@ -1,4 +1,4 @@
-"""`tandem status`: workers and requests of a running cluster, as tables or as JSON."""
+"""`tandem status`: workers, requests and moves of a running cluster, as tables or as JSON."""
 
 from __future__ import annotations
 
@@ -43,6 +43,9 @@ def status(
     if answer.requests:
         console.print()
         console.print(request_table(answer))
+    if answer.moves:
+        console.print()
+        console.print(move_table(answer))
 
 
 def to_document(answer: pb.StatusResponse) -> dict[str, object]:
@@ -52,7 +55,16 @@ def to_document(answer: pb.StatusResponse) -> dict[str, object]:
     )
     for status_of, message in zip(document["workers"], answer.workers, strict=True):  # type: ignore[call-overload]
         status_of["incarnation"], status_of["steps"] = message.incarnation, message.steps  # 64 bits are text in JSON
+    document["moves"] = [move_document(move) for move in answer.moves]
     return document
+
+
+def move_document(move: pb.MoveStatus) -> dict[str, object]:
+    """A move as JSON's types, whole numbers as numbers."""
+    document: dict[str, object] = MessageToDict(
+        move, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return {**document, "bytes": move.bytes, "at_ms": move.at_ms}
 
 
 def worker_table(answer: pb.StatusResponse) -> Table:
@@ -89,6 +101,23 @@ def request_table(answer: pb.StatusResponse) -> Table:
             str(request.tokens),
             str(request.blocks_moved),
             f"{request.ttft_ms} ms" if request.HasField("ttft_ms") else "",
+        )
+    return table
+
+
+def move_table(answer: pb.StatusResponse) -> Table:
+    """The newest moves, for people."""
+    table = _table("move of", "from", "to", "reason", "outcome", "rounds", "MB", "pause")
+    for move in answer.moves[-NEWEST:]:
+        table.add_row(
+            move.request[-ID_CHARACTERS:],
+            getattr(move, "from"),
+            move.to,
+            move.reason,
+            move.outcome,
+            str(move.rounds),
+            f"{move.bytes / 1e6:.1f}",
+            f"{move.pause_ms} ms" if move.outcome == "moved" else "",
         )
     return table
 

@@ -56,6 +56,7 @@ class ClusterConfig(BaseModel):
     local_prefill_tokens: int = Field(
         256, ge=0, le=1 << 20, description="a decode worker that knows a prompt best prefills a rest this short itself"
     )
+    rebalance: bool = Field(True, description="running requests move between workers where that helps them or others")
 
     address: str = Field("", description="address of a running Ray cluster; empty: start a local one")
     worker_host: str = Field("", description="address that workers are reached at; empty: chosen")

@@ -24,6 +24,7 @@ class RunningRequest:
     worker_id: WorkerId
     num_tokens: int  # prompt and answer so far
     left_tokens: float  # predicted
+    reserve_blocks: int = 0  # that the router counts it with on a worker that it comes to
     moved_ms: int | None = None  # when its last move began, however that ended; None: it never moved
     moving_to: WorkerId | None = None
     homes: tuple[tuple[WorkerId, int], ...] = ()  # workers that it has moved away from, and when

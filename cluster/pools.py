@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -70,6 +71,8 @@ class _Member:
         self.actor = actor
         self.pid = 0
         self.incarnation = 0
+        self.retiring = False
+        self.is_down = False  # WorkerDown was posted
 
 
 class Pools:
@@ -84,6 +87,7 @@ class Pools:
         self._threads = threads
         self._post = post
         self._members: dict[WorkerId, _Member] = {}
+        self._posting = threading.Lock()  # a worker's end may come in two ways at once
         self._temp_dir = ""
         self._temp_lock: int | None = None  # held for as long as the folder is in use
 
@@ -183,8 +187,28 @@ class Pools:
             reason = done.result()
         except ray.exceptions.RayError as error:
             reason = _first_line(error)
-        worker_id = member.settings.worker_id
-        self._post(WorkerDown(worker_id=worker_id, incarnation=member.incarnation, started=True, reason=reason))
+        if not member.retiring:  # else it ends its parts in order first
+            self._down(member, reason)
+
+    def _down(self, member: _Member, reason: str) -> None:
+        with self._posting:
+            posted, member.is_down = member.is_down, True
+        if not posted:
+            name = member.settings.worker_id
+            self._post(WorkerDown(worker_id=name, incarnation=member.incarnation, started=True, reason=reason))
+
+    def retire(self, worker_id: WorkerId) -> None:
+        """Asks a worker that runs to end in order. WorkerDown follows when it has; `kill` ends one that does not."""
+        member = self._members.get(worker_id)
+        if member is None:
+            return
+        member.retiring = True
+
+        def stopped(done: Future[None]) -> None:
+            error = done.exception()
+            self._down(member, _first_line(error) if isinstance(error, Exception) else "stopped")
+
+        member.actor.stop.remote().future().add_done_callback(stopped)
 
     def kill(self, worker_id: WorkerId) -> None:
         """Ends a worker's process at once, also one that is stopped or stuck. WorkerDown follows."""

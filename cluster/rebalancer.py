@@ -76,6 +76,10 @@ class Rebalancer:
     _failed_pairs: dict[tuple[WorkerId, WorkerId], int] = field(default_factory=dict)
     _failed_requests: dict[RequestId, int] = field(default_factory=dict)
 
+    def refused(self, now_ms: int, request_id: RequestId) -> None:
+        """A move was not begun at all: others of its source come before this request for a while."""
+        self._failed_requests[request_id] = now_ms
+
     def failed(self, now_ms: int, request_id: RequestId, source: WorkerId, target: WorkerId) -> None:
         """A move failed: the pair is left alone for a while, and others of the source come before this request."""
         self._failed_pairs[source, target] = now_ms
@@ -180,6 +184,8 @@ class _Case:
         since_ms = self.now_ms - self.config.return_ms
         if any(home == target.worker.worker_id and left_ms > since_ms for home, left_ms in request.homes):
             return False
+        if not _has_room(target, request):
+            return False
         blocks = target.blocks_of(request)
         peak = target.peak_blocks(self.steps_ahead(target), [*target.requests, request], blocks)
         return peak <= self.config.fill_share * target.worker.total_blocks
@@ -209,6 +215,11 @@ def _stays(outlook: Outlook, request: RunningRequest) -> bool:
     return request.moving_to in (None, outlook.worker.worker_id)
 
 
+def _has_room(target: Outlook, request: RunningRequest) -> bool:
+    """Whether the router would let the request go there."""
+    return target.worker.room_blocks >= request.reserve_blocks
+
+
 # ---- the reasons ---------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +231,7 @@ def _drain(case: _Case) -> None:
         targets = sorted(case.targets(source), key=lambda each: -each.freeness)
         for request in here:
             blocks = source.blocks_of(request)
-            target = next((each for each in targets if each.free_blocks > blocks), None)
+            target = next((each for each in targets if each.free_blocks > blocks and _has_room(each, request)), None)
             if target is None:
                 continue
             why = (

@@ -25,6 +25,7 @@ import uvloop
 from cluster.admin import Addresses, Admin
 from cluster.config import ClusterConfig
 from cluster.membership import Membership, MemberState, StateChanged
+from cluster.operations import Operations
 from cluster.processes import die_with_parent
 from cluster.registry import Registry
 from cluster.run_file import reachable
@@ -38,6 +39,7 @@ from router.metrics import EdgeMetrics
 from router.openai_api import build_app
 from router.service import ServedModel, Service
 from tandem.messages import Role
+from tandem.request import WorkerId
 from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -80,6 +82,9 @@ class RouterProcess:
             base_incarnation=base_incarnation,
         )
         self.registry = Registry(membership=self.membership, driver=self.driver, on_change=self._changed)
+        self.operations = Operations(
+            driver=self.driver, registry=self.registry, config=config, leave=self._leave
+        )  # fmt: skip
         self.model = ServedModel(
             id=edge.name,
             context_tokens=edge.context_tokens,
@@ -125,7 +130,8 @@ class RouterProcess:
             tasks = [
                 asyncio.create_task(self.driver.crashed()),
                 asyncio.create_task(self.registry.tick()),
-                asyncio.create_task(self.supervisor.listen(self.registry.ended)),
+                asyncio.create_task(self.operations.run()),
+                asyncio.create_task(self.supervisor.listen(self._ended)),
                 asyncio.create_task(self._until_stopped()),
             ]
             self.supervisor.say("listening", port=http.port, grpc_port=grpc_port, pid=os.getpid())
@@ -149,13 +155,22 @@ class RouterProcess:
         admin = Admin(
             membership=self.membership,
             driver=self.driver,
+            operations=self.operations,
             addresses=lambda: self.addresses,
             stop=lambda reason: self.supervisor.say("stop_asked", reason=reason),
         )
         admin_pb2_grpc.add_AdminServicer_to_server(admin, server)  # type: ignore[no-untyped-call]
         return admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 
+    def _ended(self, worker_id: str, incarnation: int, reason: str) -> None:
+        self.registry.ended(worker_id, incarnation, reason)
+        self.operations.ended(worker_id, incarnation, reason)
+
+    def _leave(self, worker_id: WorkerId, incarnation: int, restart: bool) -> None:
+        self.supervisor.say("drained", id=worker_id, incarnation=incarnation, restart=restart)
+
     def _changed(self, change: StateChanged) -> None:
+        self.operations.changed(change)
         member = self.membership.members[change.worker_id]
         self.supervisor.say(
             "worker",

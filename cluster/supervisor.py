@@ -54,6 +54,14 @@ class StopAsked:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Leaving:
+    """A worker that was drained: by when its process must have ended, and whether another one comes in its place."""
+
+    until_s: float
+    restart: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelsBuilt:
     """The kernels are compiled, so that workers need not wait for one another; or they cannot be, and why."""
@@ -77,6 +85,7 @@ class Supervisor:
         self._roles = dict(workers_of(config))
         self._running: dict[WorkerId, int] = {}  # incarnation of each worker that is up
         self._ready: set[WorkerId] = set()
+        self._leaving: dict[WorkerId, _Leaving] = {}
         self._warned: set[str] = set()
         self._is_ready = False
         self._num_signals = 0
@@ -174,6 +183,7 @@ class Supervisor:
         deadline_s = time.monotonic() + self.config.start_timeout_s
         while True:
             self._restart_due()
+            self._kill_overdue()
             self._tell_reaper()
             now_s = time.monotonic()
             if not self._is_ready and now_s > deadline_s:
@@ -256,6 +266,8 @@ class Supervisor:
                 raise StartFailed(f"router: {said.fields['message']}")
             case "worker":
                 self._worker_changed(said.fields)
+            case "drained":
+                self._drained(said.fields)
 
     def _router_ended(self, ended: RouterEnded) -> None:
         assert self._router is not None
@@ -296,9 +308,37 @@ class Supervisor:
             if self._running.get(worker_id) == fields["incarnation"]:
                 self._say(f"{worker_id} is dead: {fields['reason']}")
                 self._pools.kill(worker_id)  # it may only be stopped or stuck: WorkerDown follows
+        elif state == "left":
+            self._ready.discard(worker_id)  # `_drained` follows
         else:
             self._say(f"{worker_id} is {state}: {fields['reason']}")
         self._announce_once()
+
+    def _drained(self, fields: dict[str, object]) -> None:
+        """Nothing of the worker is needed any more: it ends, and that is no crash."""
+        worker_id, restart = WorkerId(str(fields["id"])), bool(fields["restart"])
+        if worker_id not in self._roles:
+            return
+        self._leaving[worker_id] = _Leaving(time.monotonic() + self.config.stop_timeout_s, restart)
+        if any(name == worker_id for _, name in self._due):  # it has crashed just now
+            self._due = [each for each in self._due if each[1] != worker_id]
+            heapq.heapify(self._due)
+            self._has_left(worker_id)
+        else:
+            self._pools_here.retire(worker_id)
+
+    def _has_left(self, worker_id: WorkerId) -> None:
+        if self._leaving.pop(worker_id).restart:
+            self._say(f"{worker_id} is drained and has left; another one takes its place")
+            self._start_worker(worker_id)
+        else:
+            del self._roles[worker_id]
+            self._say(f"{worker_id} is drained and has left")
+
+    def _kill_overdue(self) -> None:
+        for worker_id, leaving in self._leaving.items():
+            if time.monotonic() >= leaving.until_s:
+                self._pools_here.kill(worker_id)
 
     def _worker_down(self, down: WorkerDown) -> None:
         assert self._router is not None
@@ -308,6 +348,9 @@ class Supervisor:
         self._running.pop(down.worker_id, None)
         self._ready.discard(down.worker_id)
         self._router.tell_ended(down.worker_id, down.incarnation, down.reason)
+        if down.worker_id in self._leaving:
+            self._has_left(down.worker_id)
+            return
         self._again(down.worker_id, f"{down.worker_id} ended: {down.reason}")
 
     # ---- restarts ----------------------------------------------------------------------------------------------------

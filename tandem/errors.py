@@ -6,6 +6,7 @@ TandemError
   +-- UnknownRequest      no such request is known                                   404  NOT_FOUND
   +-- DuplicateRequest    the id is in use                                           409  ALREADY_EXISTS
   +-- MoveImpossible      a running request cannot be moved (so, now); says why        409  FAILED_PRECONDITION
+  +-- DrainRefused        a worker cannot be drained (so, now); says why             409  FAILED_PRECONDITION
   +-- Overloaded          over capacity; says when to come again                     429  RESOURCE_EXHAUSTED
   +-- Unavailable         no worker can serve this now                               503  UNAVAILABLE
   +-- DeadlinePassed      the request's own deadline is over                         504  DEADLINE_EXCEEDED
@@ -81,6 +82,15 @@ class MoveImpossible(TandemError):
     openai_type = "invalid_request_error"
 
 
+class DrainRefused(TandemError):
+    """The worker cannot be drained, or was not in time. It works on, unless the message says otherwise."""
+
+    code = "drain_refused"
+    http_status = 409
+    grpc_status = "FAILED_PRECONDITION"
+    openai_type = "invalid_request_error"
+
+
 class Overloaded(TandemError):
     """The cluster is over its capacity; come again after `retry_after_ms`."""
 
@@ -147,6 +157,7 @@ ERRORS: dict[str, type[TandemError]] = {
         UnknownRequest,
         DuplicateRequest,
         MoveImpossible,
+        DrainRefused,
         Overloaded,
         Unavailable,
         DeadlinePassed,

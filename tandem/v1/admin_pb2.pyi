@@ -69,7 +69,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., agent_pid: _Optional[int] = ..., incarnation: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., exact: _Optional[bool] = ..., kv_blocks: _Optional[_Union[BlockCountsStatus, _Mapping]] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., audit: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ..., exact_reason: _Optional[str] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ...) -> None: ...
 
 class RequestStatus(_message.Message):
-    __slots__ = ("id", "state", "prefill_worker", "decode_worker", "tokens", "blocks_moved", "tokens_recomputed", "blocks_granted", "blocks_reused", "error", "reason", "first_frame_ms", "last_chunk_start_ms", "committed_ms", "tokens_cached", "prompt_tokens", "ttft_ms", "num_replacements", "mode")
+    __slots__ = ("id", "state", "prefill_worker", "decode_worker", "tokens", "blocks_moved", "tokens_recomputed", "blocks_granted", "blocks_reused", "error", "reason", "first_frame_ms", "last_chunk_start_ms", "committed_ms", "tokens_cached", "prompt_tokens", "ttft_ms", "num_replacements", "mode", "num_moves", "moving_to")
     ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,8 @@ class RequestStatus(_message.Message):
     TTFT_MS_FIELD_NUMBER: _ClassVar[int]
     NUM_REPLACEMENTS_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
+    NUM_MOVES_FIELD_NUMBER: _ClassVar[int]
+    MOVING_TO_FIELD_NUMBER: _ClassVar[int]
     id: str
     state: str
     prefill_worker: str
@@ -108,23 +110,92 @@ class RequestStatus(_message.Message):
     ttft_ms: int
     num_replacements: int
     mode: str
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokens: _Optional[int] = ..., blocks_moved: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., blocks_granted: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., first_frame_ms: _Optional[int] = ..., last_chunk_start_ms: _Optional[int] = ..., committed_ms: _Optional[int] = ..., tokens_cached: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., ttft_ms: _Optional[int] = ..., num_replacements: _Optional[int] = ..., mode: _Optional[str] = ...) -> None: ...
+    num_moves: int
+    moving_to: str
+    def __init__(self, id: _Optional[str] = ..., state: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokens: _Optional[int] = ..., blocks_moved: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., blocks_granted: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., first_frame_ms: _Optional[int] = ..., last_chunk_start_ms: _Optional[int] = ..., committed_ms: _Optional[int] = ..., tokens_cached: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., ttft_ms: _Optional[int] = ..., num_replacements: _Optional[int] = ..., mode: _Optional[str] = ..., num_moves: _Optional[int] = ..., moving_to: _Optional[str] = ...) -> None: ...
+
+class MoveStatus(_message.Message):
+    __slots__ = ("request", "to", "reason", "why", "outcome", "error", "rounds", "blocks", "bytes", "precopy_ms", "pause_ms", "at_ms", "blocks_reused")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    FROM_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    PRECOPY_MS_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_MS_FIELD_NUMBER: _ClassVar[int]
+    AT_MS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_REUSED_FIELD_NUMBER: _ClassVar[int]
+    request: str
+    to: str
+    reason: str
+    why: str
+    outcome: str
+    error: str
+    rounds: int
+    blocks: int
+    bytes: int
+    precopy_ms: int
+    pause_ms: int
+    at_ms: int
+    blocks_reused: int
+    def __init__(self, request: _Optional[str] = ..., to: _Optional[str] = ..., reason: _Optional[str] = ..., why: _Optional[str] = ..., outcome: _Optional[str] = ..., error: _Optional[str] = ..., rounds: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., precopy_ms: _Optional[int] = ..., pause_ms: _Optional[int] = ..., at_ms: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., **kwargs) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("workers", "requests", "model", "http_address", "grpc_address", "router_pid")
+    __slots__ = ("workers", "requests", "model", "http_address", "grpc_address", "router_pid", "moves")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ROUTER_PID_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     requests: _containers.RepeatedCompositeFieldContainer[RequestStatus]
     model: str
     http_address: str
     grpc_address: str
     router_pid: int
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[RequestStatus, _Mapping]]] = ..., model: _Optional[str] = ..., http_address: _Optional[str] = ..., grpc_address: _Optional[str] = ..., router_pid: _Optional[int] = ...) -> None: ...
+    moves: _containers.RepeatedCompositeFieldContainer[MoveStatus]
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[RequestStatus, _Mapping]]] = ..., model: _Optional[str] = ..., http_address: _Optional[str] = ..., grpc_address: _Optional[str] = ..., router_pid: _Optional[int] = ..., moves: _Optional[_Iterable[_Union[MoveStatus, _Mapping]]] = ...) -> None: ...
+
+class MigrateRequest(_message.Message):
+    __slots__ = ("request_id", "to")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    to: str
+    def __init__(self, request_id: _Optional[str] = ..., to: _Optional[str] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("worker", "deadline_ms", "restart")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    RESTART_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    deadline_ms: int
+    restart: bool
+    def __init__(self, worker: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., restart: _Optional[bool] = ...) -> None: ...
+
+class DrainProgress(_message.Message):
+    __slots__ = ("worker", "incarnation", "state", "requests", "blocks", "elapsed_ms")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_MS_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    incarnation: int
+    state: str
+    requests: int
+    blocks: int
+    elapsed_ms: int
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., state: _Optional[str] = ..., requests: _Optional[int] = ..., blocks: _Optional[int] = ..., elapsed_ms: _Optional[int] = ...) -> None: ...
 
 class StopRequest(_message.Message):
     __slots__ = ("reason",)

@@ -44,6 +44,16 @@ class AdminStub:
                 request_serializer=tandem_dot_v1_dot_admin__pb2.StopRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_admin__pb2.StopResponse.FromString,
                 _registered_method=True)
+        self.Migrate = channel.unary_unary(
+                '/tandem.v1.Admin/Migrate',
+                request_serializer=tandem_dot_v1_dot_admin__pb2.MigrateRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_admin__pb2.MoveStatus.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_stream(
+                '/tandem.v1.Admin/Drain',
+                request_serializer=tandem_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_admin__pb2.DrainProgress.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -61,6 +71,21 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Migrate(self, request, context):
+        """Moves a running request and answers when the move has ended, in whatever way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Empties a worker and ends it. The stream ends when it has left, or, with `restart`, when a fresh one is ready; with an
+        error when the drain is refused or given up. A drain goes on when its caller goes away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -73,6 +98,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Stop,
                     request_deserializer=tandem_dot_v1_dot_admin__pb2.StopRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_admin__pb2.StopResponse.SerializeToString,
+            ),
+            'Migrate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Migrate,
+                    request_deserializer=tandem_dot_v1_dot_admin__pb2.MigrateRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_admin__pb2.MoveStatus.SerializeToString,
+            ),
+            'Drain': grpc.unary_stream_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=tandem_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_admin__pb2.DrainProgress.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -129,6 +164,60 @@ class Admin:
             '/tandem.v1.Admin/Stop',
             tandem_dot_v1_dot_admin__pb2.StopRequest.SerializeToString,
             tandem_dot_v1_dot_admin__pb2.StopResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Migrate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Admin/Migrate',
+            tandem_dot_v1_dot_admin__pb2.MigrateRequest.SerializeToString,
+            tandem_dot_v1_dot_admin__pb2.MoveStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.v1.Admin/Drain',
+            tandem_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            tandem_dot_v1_dot_admin__pb2.DrainProgress.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,55 @@
+"""`tandem drain`: empties a worker and ends it, or puts a fresh one in its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import typer
+from google.protobuf.json_format import MessageToDict
+
+from cli.down import run_dir_of
+from cluster.draining import DEADLINE_MS, DEADLINE_MS_MAX
+from cluster.run_file import find
+from tandem.v1 import admin_pb2 as pb
+from tandem.v1 import admin_pb2_grpc
+
+
+def drain(
+    worker: Annotated[str, typer.Argument(help="worker of `tandem status`", show_default=False)],
+    deadline: Annotated[
+        float, typer.Option(help="seconds until it must be empty", min=0.001, max=DEADLINE_MS_MAX / 1000)
+    ] = DEADLINE_MS / 1000,
+    restart: Annotated[bool, typer.Option("--restart", help="start a fresh one in its place, and wait for it")] = False,
+    port: Annotated[int | None, typer.Option(help="HTTP port of the cluster; needed when several run")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print a line of JSON for each change")] = False,
+    run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
+) -> None:
+    """Move everything away from a worker, then end it. The drain goes on when this command is stopped."""
+    run = find(run_dir_of(run_dir), port)
+    asked = pb.DrainRequest(worker=worker, deadline_ms=max(1, round(deadline * 1000)), restart=restart)
+    with grpc.insecure_channel(run.grpc_address) as channel:
+        stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+        for progress in stub.Drain(asked):  # the router bounds each of its states
+            print(json.dumps(document(progress)) if as_json else sentence(progress), flush=True)
+
+
+def document(progress: pb.DrainProgress) -> dict[str, object]:
+    """The progress as JSON's types, whole numbers as numbers."""
+    shown: dict[str, object] = MessageToDict(
+        progress, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return {**shown, "incarnation": progress.incarnation}  # 64 bits are text in JSON
+
+
+def sentence(progress: pb.DrainProgress) -> str:
+    """The progress, for people."""
+    what = {
+        "emptying": f"drains: {progress.requests} requests and {progress.blocks} blocks left",
+        "leaving": "is empty and ends",
+        "starting": "has left; a fresh one starts",
+        "done": f"is done; incarnation {progress.incarnation}",
+    }
+    return f"{progress.elapsed_ms / 1000:7.1f} s  {progress.worker} {what[progress.state]}"

@@ -1,0 +1,54 @@
+"""`tandem migrate`: moves a running request to another worker."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import typer
+
+from cli.down import run_dir_of
+from cli.status import move_document
+from cluster.run_file import find
+from tandem.v1 import admin_pb2 as pb
+from tandem.v1 import admin_pb2_grpc
+
+TIMEOUT_S = 120.0  # the router bounds the move itself
+
+
+class Refused(RuntimeError):
+    """What was asked for did not come about; the message is for people."""
+
+
+def migrate(
+    request: Annotated[str, typer.Argument(help="id of a running request, or how it ends", show_default=False)],
+    to: Annotated[str, typer.Option(help="worker that it goes to; the router chooses without it")] = "",
+    port: Annotated[int | None, typer.Option(help="HTTP port of the cluster; needed when several run")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
+) -> None:
+    """Move a running request to another worker while it is answered; its tokens stay the same."""
+    run = find(run_dir_of(run_dir), port)
+    with grpc.insecure_channel(run.grpc_address) as channel:
+        stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+        move = stub.Migrate(pb.MigrateRequest(request_id=request, to=to), timeout=TIMEOUT_S)
+    if as_json:
+        print(json.dumps(move_document(move), indent=2))
+    elif move.outcome == "moved":
+        print(sentence(move))
+    if move.outcome != "moved":
+        raise Refused(sentence(move))
+
+
+def sentence(move: pb.MoveStatus) -> str:
+    """How the move went, for people."""
+    source = getattr(move, "from")
+    if move.outcome == "moved":
+        return (
+            f"{move.request} moved from {source} to {move.to}: {move.blocks} blocks in {move.rounds} rounds, "
+            f"{move.bytes / 1e6:.1f} MB in {move.precopy_ms} ms, pause {move.pause_ms} ms"
+        )
+    went = "runs on at" if move.outcome == "failed" else "ended at"
+    return f"{move.request} was not moved to {move.to} and {went} {source}: {move.error}"

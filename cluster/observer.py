@@ -1,0 +1,165 @@
+"""Turns the router's status into the rebalancer's view, and learns from it: answer lengths, step times, bandwidth."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from cluster.outlook import AnswerLengths, ClusterView, RunningRequest, StepTime, WaitingRequest, WorkerView
+from router.cost import KILO, LeastSquares
+from router.fleet import WorkerState
+from router.move import MoveOutcome, MoveRecord
+from router.request import RequestSnapshot, RequestState, StatusSnapshot, WorkerSnapshot
+from tandem.messages import Role
+from tandem.request import RequestId, WorkerId
+
+DECODES = (Role.DECODE, Role.MIXED)
+STEP_PRIOR = (10.0, 2.0, 1.0)  # ms, ms a request, ms a thousand tokens: a first guess, as router/cost.py makes it
+SAMPLE_BYTES_LEAST = 1 << 20  # a smaller move says more of round trips than of bandwidth
+SAMPLES_MAX = 20
+COMING = (RequestState.PREFILLING, RequestState.HANDING_OFF)
+
+
+class Observer:
+    """Everything that one view needs to know of the views before it.
+
+    `reserve_tokens`: of each answer, counted by the router in advance. `bytes_per_ms`: until a move was measured.
+    """
+
+    def __init__(self, *, reserve_tokens: int, bytes_per_ms: float) -> None:
+        self.lengths = AnswerLengths()
+        self._reserve_tokens = reserve_tokens
+        self._bytes_per_ms = bytes_per_ms
+        # Nothing is forgotten: batches that stay alike for long would leave no trace of what a larger one costs.
+        self._step = LeastSquares(STEP_PRIOR, forgetting=1.0)
+        self._steps: dict[tuple[WorkerId, int], int] = {}  # steps of each worker incarnation when it was last seen
+        self._ended: set[RequestId] = set()
+        self._moving_ms: dict[RequestId, int] = {}  # when a request was last seen moving
+        self._known_moves: set[tuple[RequestId, int]] = set()  # that are over, by their beginning
+        self._speeds: deque[float] = deque(maxlen=SAMPLES_MAX)
+
+    def look(self, snapshot: StatusSnapshot) -> tuple[ClusterView, list[MoveRecord]]:
+        """The view now, and the moves that ended since the last one."""
+        workers = [each for each in snapshot.workers if each.info.role in DECODES and _alive(each)]
+        decoding = [each for each in snapshot.requests if each.state is RequestState.DECODING]
+        self._learn_lengths(snapshot.requests)
+        self._learn_steps(workers, decoding)
+        for request in decoding:
+            if request.moving_to:
+                self._moving_ms[request.request_id] = snapshot.now_ms
+        ended = self._ended_moves(snapshot.moves)
+        running = {each.request_id for each in decoding}
+        self._moving_ms = {each: at_ms for each, at_ms in self._moving_ms.items() if each in running}
+        size = workers[0].info.block_size if workers else 1
+        homes: dict[RequestId, list[tuple[WorkerId, int]]] = {}
+        for move in snapshot.moves:
+            if move.outcome is MoveOutcome.MOVED:
+                homes.setdefault(move.request_id, []).append((move.source, move.at_ms))
+        view = ClusterView(
+            workers=tuple(_worker_view(each, snapshot.requests) for each in workers),
+            running=tuple(self._running(each, size, homes.get(each.request_id, [])) for each in decoding),
+            waiting=tuple(
+                WaitingRequest(
+                    request_id=each.request_id,
+                    num_blocks=self._reserve_blocks(each, size),
+                    since_ms=snapshot.now_ms - each.age_ms,
+                )
+                for each in snapshot.requests
+                if each.state is RequestState.ADMITTED
+            ),
+            step=self.step(),
+            bytes_per_ms=self.bytes_per_ms(),
+        )
+        return view, ended
+
+    def step(self) -> StepTime:
+        """What a decode step takes, as far as it was seen. Never less than nothing, whatever the noise."""
+        fixed, row, kilo_tokens = (max(0.0, weight) for weight in self._step.weights)
+        return StepTime(fixed_ms=fixed, row_ms=row, token_ms=kilo_tokens / KILO)
+
+    def bytes_per_ms(self) -> float:
+        """The median of the last moves' copying, rounds while the request ran."""
+        speeds = sorted(self._speeds)
+        return speeds[len(speeds) // 2] if speeds else self._bytes_per_ms
+
+    def _learn_lengths(self, requests: Iterable[RequestSnapshot]) -> None:
+        finished = [each for each in requests if each.state is RequestState.FINISHED]
+        for request in finished:
+            if request.request_id not in self._ended:
+                self.lengths.ended(request.tokens)
+        self._ended = {each.request_id for each in finished}
+
+    def _learn_steps(self, workers: Iterable[WorkerSnapshot], decoding: Iterable[RequestSnapshot]) -> None:
+        """A sample of each worker that decoded since, and did nothing else."""
+        tokens: dict[str, int] = {}
+        for request in decoding:
+            tokens[request.decode_worker] = tokens.get(request.decode_worker, 0) + _num_tokens(request)
+        seen: dict[tuple[WorkerId, int], int] = {}
+        for worker in workers:
+            load, key = worker.load, (worker.worker_id, worker.incarnation)
+            if load is None:
+                continue
+            seen[key] = load.steps
+            stepped = load.steps > self._steps.get(key, load.steps)
+            if stepped and load.running and not load.prefill_backlog_tokens and tokens.get(worker.worker_id):
+                kilo_tokens = tokens[worker.worker_id] / KILO
+                self._step.learn((1.0, float(load.running), kilo_tokens), load.last_step_ms)
+        self._steps = seen
+
+    def _ended_moves(self, moves: Iterable[MoveRecord]) -> list[MoveRecord]:
+        over = {(each.request_id, each.at_ms): each for each in moves if each.outcome is not MoveOutcome.MOVING}
+        fresh = [move for key, move in over.items() if key not in self._known_moves]
+        self._known_moves = set(over)
+        for move in fresh:
+            if move.outcome is MoveOutcome.MOVED and move.bytes_moved >= SAMPLE_BYTES_LEAST and move.precopy_ms:
+                self._speeds.append(move.bytes_moved / move.precopy_ms)
+            self._moving_ms[move.request_id] = max(move.at_ms, self._moving_ms.get(move.request_id, 0))
+        return fresh
+
+    def _running(self, request: RequestSnapshot, size: int, homes: list[tuple[WorkerId, int]]) -> RunningRequest:
+        left_max = max(1, request.max_tokens - request.tokens)
+        return RunningRequest(
+            request_id=request.request_id,
+            worker_id=WorkerId(request.decode_worker),
+            num_tokens=_num_tokens(request),
+            left_tokens=self.lengths.left(request.tokens, left_max),
+            reserve_blocks=self._reserve_blocks(request, size),
+            moved_ms=self._moving_ms.get(request.request_id),
+            moving_to=WorkerId(request.moving_to) if request.moving_to else None,
+            homes=tuple(homes),
+        )
+
+    def _reserve_blocks(self, request: RequestSnapshot, size: int) -> int:
+        left_max = max(1, request.max_tokens - request.tokens)
+        return -(-(_num_tokens(request) + min(left_max, self._reserve_tokens)) // size)
+
+
+def _alive(worker: WorkerSnapshot) -> bool:
+    return worker.state != WorkerState.DEAD.value
+
+
+def _num_tokens(request: RequestSnapshot) -> int:
+    return request.prompt_tokens + request.tokens
+
+
+def _worker_view(worker: WorkerSnapshot, requests: Iterable[RequestSnapshot]) -> WorkerView:
+    info, load = worker.info, worker.load
+    coming = [
+        each
+        for each in requests
+        if each.state in COMING and each.decode_worker == worker.worker_id != each.prefill_worker
+    ]  # fmt: skip
+    expected = sum(_num_tokens(each) // info.block_size + 1 for each in coming)
+    blocks = None if load is None else load.blocks
+    return WorkerView(
+        worker_id=worker.worker_id,
+        ready=worker.state == WorkerState.READY.value,
+        draining=worker.state == WorkerState.DRAINING.value,
+        block_size=info.block_size,
+        block_bytes=info.block_bytes,
+        total_blocks=info.total_blocks,
+        held_blocks=0 if blocks is None else blocks.total - blocks.free - blocks.cached,
+        incoming_blocks=max(0, expected - (0 if blocks is None else blocks.granted)),
+        num_incoming=len(coming),
+        room_blocks=worker.num_free_blocks,
+    )

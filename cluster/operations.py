@@ -1,0 +1,202 @@
+"""Moves and drains, begun and followed: the shell around the rebalancer and the drains, on the router's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import assert_never
+
+from cluster.config import ClusterConfig
+from cluster.draining import (
+    DEADLINE_MS,
+    DEADLINE_MS_MAX,
+    DECODES,
+    OVER,
+    Back,
+    Drain,
+    DrainState,
+    Event,
+    Gone,
+    Leave,
+    TakeBack,
+    drainable,
+    left_on,
+)
+from cluster.membership import MemberState, StateChanged
+from cluster.observer import Observer
+from cluster.rebalancer import Rebalancer
+from cluster.registry import Registry
+from router.driver import Driver, WantedMove
+from router.move import MoveOutcome, MoveReason, MoveRecord
+from router.request import RequestState, StatusSnapshot
+from tandem.errors import DrainRefused, InvalidRequest, UnknownRequest
+from tandem.request import RequestId, WorkerId
+
+log = logging.getLogger(__name__)
+
+PERIOD_S = 0.2
+ENDED = (RequestState.FINISHED, RequestState.FAILED)
+
+
+class Operations:
+    """Looks at the cluster every PERIOD_S. `leave` (worker, incarnation, restart) ends a drained worker's process."""
+
+    def __init__(
+        self, *, driver: Driver, registry: Registry, config: ClusterConfig, leave: Callable[[WorkerId, int, bool], None]
+    ) -> None:
+        self._driver = driver
+        self._registry = registry
+        self._config = config
+        self._leave = leave
+        self._rebalancer = Rebalancer()
+        self._observer = Observer(
+            reserve_tokens=driver.config.decode_reserve_tokens, bytes_per_ms=driver.config.transfer_bytes_per_ms
+        )
+        self._drains: dict[WorkerId, Drain] = {}
+        self._obstacles: dict[WorkerId, str] = {}  # of workers that drain: why their requests did not move, lately
+        self._progress = asyncio.Condition()
+
+    # ---- what operators ask ----------------------------------------------------------------------------------------
+
+    async def migrate(self, request_id: str, to: str) -> MoveRecord:
+        """Moves a running request, named by its id or by how that ends; returns when the move is over.
+
+        Raises the TandemError that it is refused with.
+        """
+        found = self._find(request_id)
+        return await self._driver.move(found, WorkerId(to) if to else None, MoveReason.OPERATOR, "asked by an operator")
+
+    def _find(self, request_id: str) -> RequestId:
+        if not request_id:
+            raise InvalidRequest("request_id", "is missing; name a request of `tandem status`")
+        requests = self._driver.status().requests
+        if any(each.request_id == request_id for each in requests):
+            return RequestId(request_id)
+        named = [each for each in requests if each.request_id.endswith(request_id)]
+        running = [each for each in named if each.state not in ENDED] or named
+        if len(running) > 1:
+            raise InvalidRequest("request_id", f"{len(running)} requests end in {request_id!r}; give the whole id")
+        if not running:
+            raise UnknownRequest(f"no request of id {request_id!r} is known")
+        return running[0].request_id
+
+    def drain(self, worker: str, *, deadline_ms: int, restart: bool) -> Drain:
+        """Begins a drain. Raises InvalidRequest or DrainRefused saying why there is none."""
+        if deadline_ms > DEADLINE_MS_MAX:
+            raise InvalidRequest("deadline_ms", f"is {deadline_ms}, at most {DEADLINE_MS_MAX}")
+        membership = self._registry.membership
+        open_drains = [name for name, drain in self._drains.items() if drain.state not in OVER]
+        member = drainable(membership, worker, restart=restart, draining=open_drains)
+        now_ms = _now_ms()
+        drain = Drain(
+            worker_id=member.info.worker_id,
+            incarnation=member.incarnation,
+            restart=restart,
+            began_ms=now_ms,
+            deadline_ms=now_ms + (deadline_ms or DEADLINE_MS),
+            leave_ms=2_000 * self._config.stop_timeout_s,
+            start_ms=1_000 * self._config.start_timeout_s,
+        )
+        self._drains[drain.worker_id] = drain
+        self._obstacles.pop(drain.worker_id, None)
+        self._registry.drain(member)
+        drain.left = left_on(self._driver.status(), drain.worker_id, drain.incarnation, "")
+        log.info("worker=%s incarnation=%d drains, restart=%s", drain.worker_id, drain.incarnation, restart)
+        return drain
+
+    async def follow(self, drain: Drain) -> AsyncGenerator[Drain, None]:
+        """The drain, each time that something of it may have changed; the last time when it is over.
+
+        Raises DrainRefused when it was given up.
+        """
+        while True:
+            yield drain
+            if drain.state is DrainState.FAILED:
+                raise DrainRefused(drain.reason)
+            if drain.state in OVER:
+                return
+            async with self._progress:
+                await self._progress.wait()  # each period at the latest
+
+    # ---- what happens ------------------------------------------------------------------------------------------------
+
+    def ended(self, worker_id: str, incarnation: int, reason: str) -> None:
+        """The supervisor saw the worker's process end. `incarnation` 0: it never registered."""
+        drain = self._drains.get(WorkerId(worker_id))
+        if drain is not None and incarnation in (0, drain.incarnation):
+            self._handle(drain, Gone(reason))
+
+    def changed(self, change: StateChanged) -> None:
+        """Membership's view of a worker changed."""
+        drain = self._drains.get(change.worker_id)
+        if drain is None:
+            return
+        if change.state is MemberState.DEAD and change.incarnation == drain.incarnation:
+            self._handle(drain, Gone(change.reason))
+        elif change.state is MemberState.READY and change.incarnation > drain.incarnation:
+            self._handle(drain, Back(change.incarnation))
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Looks, plans and begins, for ever."""
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            self.tick()
+            async with self._progress:
+                self._progress.notify_all()
+
+    def tick(self) -> None:
+        """One look. Costs nothing where nothing could be moved."""
+        self._drains = {name: drain for name, drain in self._drains.items() if drain.state not in OVER}
+        decoding = [each for each in self._registry.membership.alive() if each.info.role in DECODES]
+        if not self._drains and not (self._config.rebalance and len(decoding) > 1):
+            return
+        snapshot = self._driver.status()
+        self._rebalance(snapshot)
+        now_ms = _now_ms()
+        for drain in self._drains.values():
+            obstacle = self._obstacles.get(drain.worker_id, "")
+            self._handle(drain, left_on(snapshot, drain.worker_id, drain.incarnation, obstacle))
+            drain.tick(now_ms)
+
+    def _rebalance(self, snapshot: StatusSnapshot) -> None:
+        view, ended = self._observer.look(snapshot)
+        for move in ended:
+            if move.outcome is MoveOutcome.FAILED:
+                self._rebalancer.failed(snapshot.now_ms, move.request_id, move.source, move.target)
+                self._obstacles[move.source] = f"{move.request_id} did not move to {move.target}: {move.error}"
+            else:
+                self._obstacles.pop(move.source, None)
+        planned = self._rebalancer.plan(snapshot.now_ms, view, drains_only=not self._config.rebalance)
+        sources = {move.request_id: move.source for move in planned}
+        wanted = [
+            WantedMove(request_id=each.request_id, to=each.target, reason=each.reason, why=each.why) for each in planned
+        ]
+        for refused in self._driver.request_moves(wanted):
+            self._rebalancer.refused(snapshot.now_ms, refused.request_id)
+            self._obstacles[sources[refused.request_id]] = str(refused.error)
+        for name in self._drains:
+            here = [each for each in view.running if each.worker_id == name]
+            if here and name not in sources.values() and not any(each.moving_to for each in here):
+                self._obstacles.setdefault(name, "no other worker that decodes is ready and has room")
+
+    def _handle(self, drain: Drain, event: Event) -> None:
+        before = drain.state
+        for action in drain.handle(_now_ms(), event):
+            match action:
+                case Leave(restart=restart):
+                    self._registry.drained(drain.worker_id, drain.incarnation, left=True, reason="drained")
+                    self._leave(drain.worker_id, drain.incarnation, restart)
+                case TakeBack(reason=reason):
+                    self._registry.drained(drain.worker_id, drain.incarnation, left=False, reason=reason)
+                case _:
+                    assert_never(action)
+        if drain.state is not before:
+            log.info("worker=%s drain: %s %s", drain.worker_id, drain.state.value, drain.reason)
+
+
+def _now_ms() -> int:
+    return time.monotonic_ns() // 1_000_000
