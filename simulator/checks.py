@@ -17,7 +17,8 @@ from tandem.errors import Cancelled, RequestLost, Unavailable
 from tandem.messages import Assign, AssignMode, CancelAssigned, OwnerIs, RouterMessage, StopMove, WorkerReport
 from tandem.request import FinishReason, RequestId, Token, TransferId, WorkerId
 
-MOVE_SLACK_MS = 3_000  # beyond its deadline: for the router to notice, and to hear the first token after it
+MOVE_SLACK_MS = 500  # for the router to notice that a move is late
+UNKNOWN_MAX_MS = 1_500  # a worker that hears and speaks knows of what it owns after this
 
 Incarnation = tuple[WorkerId, int]
 Contents = list[tuple[int, int]]  # blocks with their generations
@@ -46,7 +47,8 @@ class _Owned:
 
     epoch: int
     owner: Incarnation | None = None
-    targets: dict[TransferId, Incarnation] = field(default_factory=dict)  # of this epoch
+    targets: dict[TransferId, Incarnation] = field(default_factory=dict)  # of this epoch, and not cancelled
+    unknown_since_ms: int | None = None  # the owner is well, and has never heard of the request
 
 
 @dataclass(slots=True)
@@ -69,7 +71,7 @@ class Checks:
         self._requests: dict[RequestId, _Expected] = {}
         self._producers: dict[tuple[RequestId, int], Incarnation] = {}
         self._reached: dict[tuple[RequestId, int], int] = {}  # the highest index written in an epoch
-        self._asks: dict[tuple[RequestId, int, Incarnation], int] = {}  # the first index that a target would write
+        self._asks: dict[tuple[TransferId, Incarnation], int] = {}  # the first index that a target would write
         self._fences: dict[tuple[RequestId, int], int] = {}  # that index, once the router agreed to it
         self._standing: dict[tuple[Incarnation, RequestId], tuple[int, TransferId]] = {}  # a commit was requested
         self._settled: set[tuple[Incarnation, TransferId]] = set()  # its outcome was heard
@@ -151,15 +153,30 @@ class Checks:
             case OwnerIs(worker_id=owner_id, request_id=request_id) if owner_id is not None:
                 owned = self._owned[request_id]
                 owner = owner_id, message.incarnation
-                if message.epoch == owned.epoch + 1 and owner in owned.targets.values():
-                    self._commits(request_id, owned.epoch, owner)
-                    owned.epoch, owned.owner, owned.targets = message.epoch, owner, {}
+                if message.epoch == owned.epoch + 1 and owner == owned.targets.get(message.transfer_id):
+                    self._commits(request_id, owned.epoch, self._asks[message.transfer_id, owner])
+                    self._owned[request_id] = _Owned(message.epoch, owner)
                 elif (owner, message.epoch) != (owned.owner, owned.epoch):
                     raise Violation(f"the router says {message} in {owned}")
 
-    def _commits(self, request_id: RequestId, epoch: int, target: Incarnation) -> None:
+            case CancelAssigned(request_id=request_id):
+                targets = self._owned[request_id].targets
+                for transfer_id in [each for each, target in targets.items() if target == worker]:
+                    del targets[transfer_id]
+
+    def owner_is(self, now_ms: int, request_id: RequestId, *, known: bool) -> None:
+        """The owner of a request is well, as far as anybody can see; `known` says whether it has the request."""
+        owned = self._owned[request_id]
+        if known:
+            owned.unknown_since_ms = None
+        elif owned.unknown_since_ms is None:
+            owned.unknown_since_ms = now_ms
+        elif now_ms - owned.unknown_since_ms > UNKNOWN_MAX_MS:
+            raise Violation(f"{request_id}: its owner has not known of it for {now_ms - owned.unknown_since_ms} ms")
+
+    def _commits(self, request_id: RequestId, epoch: int, fence: int) -> None:
         """What the target will write first is what nobody wrote in the epoch before."""
-        fence = self._fences[request_id, epoch] = self._asks[request_id, epoch, target]
+        self._fences[request_id, epoch] = fence
         if self._reached.get((request_id, epoch), -1) >= fence:
             raise Violation(f"{request_id}: {self._producers[request_id, epoch]} wrote on beyond its fence at {fence}")
 
@@ -176,7 +193,7 @@ class Checks:
         for token in report.tokens:
             self._produced((worker_id, incarnation), token)
         for ask in report.commit_asks:
-            self._asks[ask.request_id, ask.from_epoch, (worker_id, incarnation)] = ask.next_index
+            self._asks[ask.transfer_id, (worker_id, incarnation)] = ask.next_index
         if report.load is not None and report.load.audit:
             raise Violation(f"{worker_id}: {report.load.audit}")
 

@@ -67,7 +67,7 @@ class Misfortune:
         world = self._world
         self._mend()
         for worker in world.workers.values():
-            worker.paused_until_ms = min(worker.paused_until_ms, world.schedule.now_ms + 1)
+            worker.resume()
             self._undrain(worker)
 
     # ---- the network -------------------------------------------------------------------------------------------------

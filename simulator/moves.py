@@ -23,30 +23,24 @@ class Movers:
         self._choices = choices
         self._num_tickets = 0
 
-    def act(self) -> None:
-        """Now, and again after a while."""
+    def delivered(self, request_id: RequestId) -> None:
+        """Tokens of this request came: it decodes, so that it may be moved."""
         world, choices = self._world, self._choices
-        if world.healed or not world.options.moves:
-            return
-        if choices.chance(world.options.moves):
-            for _ in range(1 + choices.choose(3) // 2):
-                self._ask()
-        world.schedule.after(5 + choices.choose(100), self.act)
+        if not world.healed and choices.chance(world.options.moves):
+            world.schedule.after(choices.choose(20), lambda: self._operate(request_id))
 
-    def _ask(self) -> None:
-        """Any request, any target: mostly such as make sense."""
+    def _operate(self, request_id: RequestId) -> None:
+        """An operator asks for what mostly makes sense: any target, any reason, sometimes an id that nobody has."""
         choices = self._choices
-        waiting = self._world.checks.unended()
-        nonsense = choices.choose(20)
-        if not waiting or nonsense == 19:
-            request_id = RequestId("nobody's")
-        else:
-            request_id = waiting[choices.choose(len(waiting))]
+        nonsense = choices.choose(40)
         workers = list(self._world.workers)
-        to = None if choices.choose(3) == 0 else workers[choices.choose(len(workers))]
-        if nonsense == 18:
+        to = None if choices.choose(3) < 2 else workers[choices.choose(len(workers))]
+        if nonsense == 39:
+            request_id = RequestId("nobody's")
+        elif nonsense == 38:
             to = WorkerId("nowhere")
-        self.ask(request_id, to, REASONS[choices.choose(len(REASONS))], "because")
+        reason = REASONS[max(0, choices.choose(2 * len(REASONS)) - len(REASONS))]
+        self.ask(request_id, to, reason, "because")
 
     def ask(self, request_id: RequestId, to: WorkerId | None, reason: MoveReason, why: str) -> None:
         """One MoveRequested, whose answer is awaited."""

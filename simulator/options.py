@@ -9,7 +9,7 @@ from simulator.choices import Choices
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """One world's size and faults. Faults are in a thousand occasions: a turn of misfortune, a frame, a step."""
+    """One world's size and faults; how often in a thousand turns of misfortune, frames, steps or tokens."""
 
     num_prefill: int
     num_decode: int
@@ -35,7 +35,7 @@ class Options:
     loss: int
     corruption: int
     clock_drift: int  # a clock gains or loses up to so many thousandths
-    moves: int  # so often, when a request may be moved, somebody asks for it
+    moves: int  # so often, when tokens of a request come, somebody wants it moved
     rebalances: bool
 
 
@@ -45,16 +45,17 @@ def draw_options(choices: Choices) -> Options:
     def sometimes(most: int) -> int:
         return choices.choose(2) * choices.choose(most + 1)
 
+    moves = sometimes(300)
     return Options(
         num_prefill=1 + choices.choose(2),
         num_decode=1 + choices.choose(3),
         num_mixed=choices.choose(4) // 3,
-        num_blocks=16 + 4 * choices.choose(8),
+        num_blocks=24 + 4 * choices.choose(8),
         reserve_tokens=16 * choices.choose(2),
-        num_requests=3 + choices.choose(10),
-        answer_tokens_max=16 + 32 * (choices.choose(3) // 2),
+        num_requests=3 + choices.choose(8),
+        answer_tokens_max=16 + 48 * (choices.choose(4) > 0 if moves else choices.choose(6) // 5),
         faulty_ms=1_000 + 1_000 * choices.choose(4),
-        delay_max_ms=1 + choices.choose(30),
+        delay_max_ms=1 + choices.choose(8 if moves else 30),
         step_max_ms=(1 + choices.choose(20)) * (1 + 24 * (choices.choose(4) // 3)),
         link_breaks=sometimes(300),
         peer_breaks=sometimes(400),
@@ -70,6 +71,6 @@ def draw_options(choices: Choices) -> Options:
         loss=sometimes(300),
         corruption=sometimes(300),
         clock_drift=sometimes(20),
-        moves=sometimes(600),
+        moves=moves,
         rebalances=bool(choices.choose(2)),
     )

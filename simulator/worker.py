@@ -17,7 +17,7 @@ from simulator.checks import Checks, Contents
 from simulator.choices import Choices
 from simulator.network import Clock, Schedule
 from tandem.messages import RouterMessage, WorkerAddress, WorkerInfo, WorkerReport
-from tandem.request import WorkerId
+from tandem.request import RequestId, WorkerId
 
 
 class VirtualWorker:
@@ -70,6 +70,19 @@ class VirtualWorker:
     def worker_id(self) -> WorkerId:
         return self.info.worker_id
 
+    @property
+    def hears(self) -> bool:
+        """Whether it lives, and does not stand still."""
+        return self.alive and self.paused_until_ms <= self._schedule.now_ms
+
+    def knows(self, request_id: RequestId, epoch: int) -> bool:
+        """Whether it has the request in this epoch, or in the one before, whose end it is about to hear of."""
+        for core in (self.core.prefill, self.core.decode):
+            mine = core.epoch_of(request_id)
+            if mine is not None and mine in (epoch, epoch - 1):
+                return True
+        return False
+
     def post(self, event: object) -> None:
         """Hands the core an event at its next turn."""
         if self.alive:
@@ -94,6 +107,12 @@ class VirtualWorker:
     def pause(self, duration_ms: int) -> None:
         """Stands still, as under SIGSTOP; its agent goes on."""
         self.paused_until_ms = max(self.paused_until_ms, self._schedule.now_ms + duration_ms)
+
+    def resume(self) -> None:
+        """Goes on, as after SIGCONT."""
+        self.paused_until_ms = self._schedule.now_ms
+        self._turn_due = False  # it would come when the pause was to end
+        self._turn(0)
 
     def kill(self) -> None:
         """The process and its agent are gone."""

@@ -18,7 +18,7 @@ from engine.step import Batch, BatchConfig
 from kv_transfer.handoff import HandoffConfig
 from kv_transfer.messages import TransferMessage
 from prefill_worker.config import PrefillConfig
-from router.config import RouterConfig
+from router.config import GRACE_MS, RouterConfig
 from router.core import RouterCore
 from router.events import (
     ClientGone,
@@ -108,7 +108,8 @@ class World:
             block_size=BLOCK_SIZE,
             vocab_size=VOCAB_SIZE,
             namespace=NAMESPACE,
-            move_limit_ms=ROUTER_CONFIG.move_deadline_ms,
+            # The last of it is the wait for the first token after the move, whose lack is noticed like any other's.
+            move_limit_ms=ROUTER_CONFIG.move_deadline_ms + GRACE_MS + ROUTER_CONFIG.decode_stall_ms,
         )
         self.owners = EmbeddedOwners()
         config = replace(ROUTER_CONFIG, decode_reserve_tokens=self.options.reserve_tokens)
@@ -121,6 +122,7 @@ class World:
         self._links: dict[tuple[WorkerId, int], _Link] = {}
         self._agents: dict[str, VirtualAgent] = {}
         self._misfortune = Misfortune(self, choices)
+        self._movers = Movers(self, choices)
         self._incarnation = 0
         self._session = 0
         self._num_requests = 0
@@ -142,7 +144,6 @@ class World:
             self.schedule.after(50 + self._choices.choose(options.faulty_ms), self._submit)
         self._tick()
         self._misfortune.strike()
-        self.schedule.after(50, Movers(self, self._choices).act)
         self.schedule.run(until_ms=50 + options.faulty_ms)
         self._heal()
         self.schedule.run(until_ms=self.schedule.now_ms + HEAL_LIMIT_MS, unless=self._at_rest)
@@ -188,7 +189,21 @@ class World:
     def _tick(self) -> None:
         self.feed(Tick())
         self.checks.moves_in_time(self.clock.now_ms)
+        self._look_at_owners()
         self.schedule.after(TICK_MS, self._tick)
+
+    def _look_at_owners(self) -> None:
+        """A request whose owner does not know of it is lost until the router's patience ends."""
+        for request_id in self.checks.unended():
+            record = self.owners.get(request_id)
+            if record is None:
+                continue
+            worker = self.workers[record.worker_id]
+            link = self._links.get((record.worker_id, record.incarnation))
+            well = worker.address.incarnation == record.incarnation and worker.hears and link is not None
+            apart = self._parts(ROUTER, record.worker_id) or self._parts(record.worker_id, ROUTER)
+            known = not well or apart or link is None or not link.down.open or worker.knows(request_id, record.epoch)
+            self.checks.owner_is(self.clock.now_ms, request_id, known=known)
 
     def feed(self, event: Event) -> None:
         """Something happens to the router."""
@@ -201,6 +216,7 @@ class World:
                         link.down.send(action.message)
                 case Deliver():
                     self.checks.delivered(action)
+                    self._movers.delivered(action.request_id)
                 case Finish() | Fail():
                     self.tell(f"{action.request_id} ended: {action}")
                     self.checks.ended(action)
