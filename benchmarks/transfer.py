@@ -23,7 +23,9 @@ from datetime import timedelta
 from benchmarks import report
 from engine.kv_pool import shared_memory
 from kv_transfer.agent_client import AgentClient
+from kv_transfer.agent_meeting import LinkMeeting
 from kv_transfer.agent_settings import AgentSettings, TransportChoice
+from kv_transfer.framed_socket import FramedSocket
 from kv_transfer.messages import AgentEvent, EndTransfer, ExpectFrames, FrameAcked, FrameFailed, FrameHeader, SendFrame
 from kv_transfer.transports import gloo, shm
 from kv_transfer.transports.channel import SourceEnd, TargetEnd
@@ -76,6 +78,17 @@ def exactly(sock: socket.socket, num_bytes: int) -> bytes:
     return data
 
 
+def make_groups(link: socket.socket, rank: int) -> list[gloo.Group]:
+    """Two pairs with the other process, met over the link."""
+    framed = FramedSocket(link, send_timeout_s=TIMEOUT_S)
+    groups = []
+    for epoch in (1, 2):
+        meeting = LinkMeeting(framed, pair_epoch=epoch, timeout_s=TIMEOUT_S)
+        groups.append(gloo.make_group(meeting, rank, host="127.0.0.1", timeout_s=TIMEOUT_S))
+    framed.close()
+    return groups
+
+
 # ---- the target's process ------------------------------------------------------------------------------------------
 
 
@@ -83,14 +96,12 @@ def target_main(control_fd: int, source_pool_fd: int) -> None:
     """Obeys the orders of the benchmark until its socket closes."""
     control = socket.socket(fileno=control_fd)
     _, pool = make_pool()
-    store, store_port = gloo.host_store("127.0.0.1", timeout_s=TIMEOUT_S)
+    gloo.load()
     listener = socket.create_server(("127.0.0.1", 0))
-    control.sendall(struct.pack("<QQ", store_port, listener.getsockname()[1]))
+    control.sendall(struct.pack("<Q", listener.getsockname()[1]))
     tcp, _ = listener.accept()
-    bare, verified = (
-        gloo.make_group(store, name, gloo.TARGET_RANK, host="127.0.0.1", timeout_s=TIMEOUT_S)
-        for name in ("bare", "verified")
-    )
+    meeting_sock, _ = listener.accept()
+    bare, verified = make_groups(meeting_sock, gloo.TARGET_RANK)
     ends: dict[str, TargetEnd] = {"gloo": gloo.GlooTarget(verified, pool, timeout_s=TIMEOUT_S)}
     ends["shm"] = shm.open_target(
         source_pool_fd, source_num_blocks=NUM_BLOCKS, target=pool, copy_frame=load_copy_frame(), corrupt_every=0
@@ -164,15 +175,11 @@ class Source:
                 [sys.executable, "-m", "benchmarks.transfer", *arguments], pass_fds=(theirs.fileno(), self.fd)
             )
         self._control.settimeout(60)
-        store_port, tcp_port = struct.unpack("<QQ", exactly(self._control, 16))
+        (tcp_port,) = struct.unpack("<Q", exactly(self._control, 8))
         self._tcp = socket.create_connection(("127.0.0.1", tcp_port))
         self._tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        store = gloo.join_store("127.0.0.1", store_port, timeout_s=TIMEOUT_S)
         copy_frame = load_copy_frame()
-        self._bare, verified = (
-            gloo.make_group(store, name, gloo.SOURCE_RANK, host="127.0.0.1", timeout_s=TIMEOUT_S)
-            for name in ("bare", "verified")
-        )
+        self._bare, verified = make_groups(socket.create_connection(("127.0.0.1", tcp_port)), gloo.SOURCE_RANK)
         self._ends: dict[str, SourceEnd] = {
             "shm": PullSource(self.pool),
             "gloo": gloo.GlooSource(verified, self.pool, copy_frame=copy_frame, timeout_s=TIMEOUT_S),

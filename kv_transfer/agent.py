@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -21,16 +22,14 @@ from kv_transfer.agent_context import AgentContext
 from kv_transfer.agent_incoming import IncomingLink
 from kv_transfer.agent_outgoing import OutgoingLink
 from kv_transfer.agent_settings import TransportChoice, from_arguments
-from kv_transfer.agent_store import GlooStore
 from kv_transfer.agent_wire import AgentReady, Ping
 from kv_transfer.endpoint import Endpoint, format_endpoint, parse_endpoint
 from kv_transfer.framed_socket import FramedSocket, LinkLost, address_family
 from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame
+from kv_transfer.transports import gloo
 
 logger = logging.getLogger(__name__)
 
-MAX_OUTGOING_LINKS = 256
-MAX_INCOMING_LINKS = 512
 EVENT_TIMEOUT_S = 60.0  # a worker that takes no event for so long is stuck
 PR_SET_PDEATHSIG = 1
 
@@ -44,7 +43,6 @@ class Agent:
         self._links: dict[Endpoint, OutgoingLink] = {}
         self._incoming: list[IncomingLink] = []
         settings = context.settings
-        self._store = GlooStore(settings.reachable_host, timeout_s=settings.group_timeout_ms / 1000)
         self._tcp = socket.create_server((settings.bind_host, 0), family=address_family(settings.bind_host), backlog=64)
         self._local_name = f"tandem-agent-{context.incarnation:016x}"
         self._local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -67,7 +65,7 @@ class Agent:
         for target, name in ((self._accept, "accept"), (self._tell, "tell")):
             threading.Thread(target=target, name=name, daemon=True).start()
         if self._context.settings.transport is TransportChoice.GLOO:
-            threading.Thread(target=self._store.open, name="torch", daemon=True).start()
+            threading.Thread(target=gloo.load, name="torch", daemon=True).start()
         self._control.send(AgentReady(endpoint=format_endpoint(self.endpoint), pid=os.getpid()))
         while True:
             command = self._control.receive(timeout_s=3600)
@@ -93,10 +91,12 @@ class Agent:
             return
         link = self._links.get(peer)
         if link is None:
-            self._make_room()
+            if not self._make_room():
+                self._context.refused(header, f"links to {len(self._links)} other peers are in use, which is the limit")
+                return
             link = self._links[peer] = OutgoingLink(self._context, peer)
             link.start()
-        if not link.submit(header):
+        if not link.submit(header, command.priority):
             self._context.refused(header, "the queue to the peer's agent is full")
 
     def _expect(self, command: ExpectFrames) -> None:
@@ -107,13 +107,14 @@ class Agent:
             return
         self._context.expect(command, source)
 
-    def _make_room(self) -> None:
-        """Closes the link that was idle for longest when there are too many."""
-        if len(self._links) < MAX_OUTGOING_LINKS:
-            return
+    def _make_room(self) -> bool:
+        """Closes the link that was idle for longest when there are too many. False: all are in use."""
+        if len(self._links) < self._context.settings.max_links:
+            return True
         idle = [peer for peer, link in self._links.items() if link.is_idle]
         if idle:
             self._links.pop(min(idle, key=lambda peer: self._links[peer].used_s)).close()
+        return bool(idle)
 
     # ---- the other threads ----
 
@@ -135,14 +136,23 @@ class Agent:
 
     def _welcome(self, connection: socket.socket) -> None:
         self._incoming = [link for link in self._incoming if link.is_alive()]
-        if len(self._incoming) >= MAX_INCOMING_LINKS:
+        if len(self._incoming) >= self._context.settings.max_links and not self._hang_up_idle():
             connection.close()
             return
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        link = IncomingLink(self._context, connection, self._store)
+        link = IncomingLink(self._context, connection)
         self._incoming.append(link)
         link.start()
+
+    def _hang_up_idle(self) -> bool:
+        """Ends the link over which no frame came for longest; its source makes it anew. False: all are in use."""
+        oldest = min((link for link in self._incoming if link.is_idle), key=lambda link: link.used_s, default=None)
+        if oldest is None:
+            return False
+        oldest.hang_up()
+        self._incoming.remove(oldest)
+        return True
 
     def _tell(self) -> None:
         while True:
@@ -159,6 +169,8 @@ def main(arguments: list[str]) -> int:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != start.parent_pid:
         return 1  # the worker died before the line above
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a gloo pair takes five, a link two
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is for the worker; this process goes with it
     logging.basicConfig(level=logging.WARNING, format=f"agent {os.getpid()} %(levelname)s %(message)s")
     control = FramedSocket(socket.socket(fileno=start.control_fd), send_timeout_s=EVENT_TIMEOUT_S)

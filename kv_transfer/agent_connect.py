@@ -9,14 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from kv_transfer.agent_context import AgentContext
+from kv_transfer.agent_meeting import LinkMeeting
 from kv_transfer.agent_settings import TransportChoice
-from kv_transfer.agent_wire import MAGIC, PROTOCOL_VERSION, ChannelAt, Denied, Hello, OpenChannel, Welcome
+from kv_transfer.agent_wire import MAGIC, PROTOCOL_VERSION, Denied, Hello, OpenChannel, Welcome
 from kv_transfer.endpoint import Endpoint
 from kv_transfer.framed_socket import FramedSocket, LinkLost
-from kv_transfer.transports.channel import ChannelLost, SourceEnd
+from kv_transfer.transports.channel import SourceEnd
 from kv_transfer.transports.pull import PullSource
-
-IMPORT_ALLOWANCE_S = 30.0  # the peer may have to import torch first
 
 
 class PeerRefused(Exception):
@@ -38,7 +37,7 @@ def connect(context: AgentContext, peer: Endpoint, *, pair_epoch: int) -> Connec
         transport = _greet(context, peer, sock)
         if transport == TransportChoice.SHM:
             return Connection(sock=sock, channel=PullSource(context.pool))
-        return Connection(sock=sock, channel=_open_gloo(context, peer, sock, pair_epoch))
+        return Connection(sock=sock, channel=_open_gloo(context, sock, pair_epoch))
     except BaseException:
         sock.close()
         raise
@@ -96,18 +95,14 @@ def _greet(context: AgentContext, peer: Endpoint, sock: FramedSocket) -> Transpo
     return TransportChoice.GLOO
 
 
-def _open_gloo(context: AgentContext, peer: Endpoint, sock: FramedSocket, pair_epoch: int) -> SourceEnd:
+def _open_gloo(context: AgentContext, sock: FramedSocket, pair_epoch: int) -> SourceEnd:
     from kv_transfer.transports import gloo
 
     sock.send(OpenChannel(pair_epoch=pair_epoch))
-    answer = sock.receive(IMPORT_ALLOWANCE_S)
-    if not isinstance(answer, ChannelAt) or answer.pair_epoch != pair_epoch:
-        raise ChannelLost("the peer's agent does not say where to meet for gloo")
+    gloo.load()  # while the peer does the same: the time of the meeting begins afterwards
     timeout_s = context.settings.group_timeout_ms / 1000
-    store = gloo.join_store(peer.host, answer.port, timeout_s=timeout_s)
     group = gloo.make_group(
-        store,
-        gloo.pair_name(context.incarnation, pair_epoch),
+        LinkMeeting(sock, pair_epoch=pair_epoch, timeout_s=timeout_s),
         gloo.SOURCE_RANK,
         host=context.settings.reachable_host,
         timeout_s=timeout_s,

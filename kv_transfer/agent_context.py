@@ -47,6 +47,8 @@ class AgentContext:
         self.incarnation = secrets.randbits(63)
         self.token = secrets.token_bytes(16)
         self.events: queue.SimpleQueue[AgentEvent | Ping] = queue.SimpleQueue()
+        self._num_urgent = 0
+        self._counting = threading.Lock()
         self._attempts = Attempts()
         self._changed = threading.Condition()
 
@@ -121,6 +123,16 @@ class AgentContext:
             self._settle(header.transfer_id, header.epoch)
 
     # ---- frames that leave ----
+
+    def count_urgent(self, change: int) -> None:
+        """So many more urgent frames wait, or fewer, at all links together."""
+        with self._counting:
+            self._num_urgent += change
+
+    @property
+    def urgent_wait(self) -> bool:
+        """Whether an urgent frame waits at any link."""
+        return self._num_urgent > 0
 
     def begin_sending(self, header: FrameHeader) -> bool:
         """Whether the frame may be read; then exactly one of the next three follows."""

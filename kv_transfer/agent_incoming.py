@@ -8,18 +8,18 @@ import os
 import queue
 import socket
 import threading
+import time
 
 from kv_transfer.agent_attempts import Verdict
 from kv_transfer.agent_connect import own_user
 from kv_transfer.agent_context import AgentContext
+from kv_transfer.agent_meeting import LinkMeeting
 from kv_transfer.agent_settings import TransportChoice
-from kv_transfer.agent_store import GlooStore
 from kv_transfer.agent_wire import (
     MAGIC,
     PROTOCOL_VERSION,
     Ack,
     Announce,
-    ChannelAt,
     Denied,
     Go,
     Hello,
@@ -41,12 +41,14 @@ SILENT_PINGS = 3  # a source that has not been heard of for so many keep-alives 
 class IncomingLink(threading.Thread):
     """Made for one accepted connection; ends with it."""
 
-    def __init__(self, context: AgentContext, connection: socket.socket, store: GlooStore) -> None:
+    def __init__(self, context: AgentContext, connection: socket.socket) -> None:
         super().__init__(name="from-peer", daemon=True)
         self._context = context
-        self._store = store
         self._sock = FramedSocket(connection, send_timeout_s=context.operation_timeout_s)
         self._source_agent = 0
+        self.used_s = time.monotonic()  # when a frame was announced last
+        self._num_open = 0  # frames that were announced and not answered
+        self._counting = threading.Lock()
         self._channel: TargetEnd | None = None
         self._arriving: queue.SimpleQueue[tuple[FrameHeader, int] | None] = queue.SimpleQueue()
         self._taker: threading.Thread | None = None
@@ -68,6 +70,11 @@ class IncomingLink(threading.Thread):
             if self._channel is not None:
                 self._channel.close()
             self._sock.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """No frame is under way."""
+        return self._num_open == 0
 
     def hang_up(self) -> None:
         """Asks the thread to end."""
@@ -154,6 +161,9 @@ class IncomingLink(threading.Thread):
 
     def _announced(self, message: Announce) -> None:
         header, checksum = message.header, message.checksum
+        self.used_s = time.monotonic()
+        with self._counting:
+            self._num_open += 1
         if self._channel is None:
             raise LinkLost("a frame before its channel")
         answer = self._context.take(header, checksum, source_agent=self._source_agent)
@@ -200,14 +210,17 @@ class IncomingLink(threading.Thread):
             self._nack(header, "not granted: the attempt ended while the frame arrived")
 
     def _ack(self, header: FrameHeader, checksum: int) -> None:
-        self._sock.send(
+        self._answer(
             Ack(transfer_id=header.transfer_id, epoch=header.epoch, sequence=header.sequence, checksum=checksum)
         )
 
     def _nack(self, header: FrameHeader, reason: str) -> None:
-        self._sock.send(
-            Nack(transfer_id=header.transfer_id, epoch=header.epoch, sequence=header.sequence, reason=reason)
-        )
+        self._answer(Nack(transfer_id=header.transfer_id, epoch=header.epoch, sequence=header.sequence, reason=reason))
+
+    def _answer(self, answer: Ack | Nack) -> None:
+        with self._counting:
+            self._num_open -= 1
+        self._sock.send(answer)
 
     # ---- gloo ----
 
@@ -216,11 +229,9 @@ class IncomingLink(threading.Thread):
 
         own = self._context
         timeout_s = own.settings.group_timeout_ms / 1000
-        store, port = self._store.open()
-        self._sock.send(ChannelAt(pair_epoch=message.pair_epoch, port=port))
+        gloo.load()
         group = gloo.make_group(
-            store,
-            gloo.pair_name(self._source_agent, message.pair_epoch),
+            LinkMeeting(self._sock, pair_epoch=message.pair_epoch, timeout_s=timeout_s),
             gloo.TARGET_RANK,
             host=own.settings.reachable_host,
             timeout_s=timeout_s,

@@ -2,6 +2,9 @@
 
 A link that breaks or hangs is dropped with its channel and made anew once, under the next pair epoch; what was
 announced and not answered is announced again. When that fails too, every frame for the peer fails.
+
+Of frames that wait, urgent ones go first, whichever peer of this agent they are for; others take half the window at
+most, so that an urgent one that comes has few ahead of it.
 """
 
 from __future__ import annotations
@@ -11,13 +14,14 @@ import os
 import select
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from kv_transfer.agent_connect import Connection, PeerRefused, connect
 from kv_transfer.agent_context import AgentContext
 from kv_transfer.agent_wire import Ack, Announce, Go, Nack, Ping
 from kv_transfer.endpoint import Endpoint
+from kv_transfer.frame_queue import URGENT, FrameQueue, Waiting, urgency
 from kv_transfer.framed_socket import LinkLost
 from kv_transfer.messages import FrameHeader
 from kv_transfer.transports.channel import ChannelLost
@@ -25,17 +29,21 @@ from tandem.request import TransferId
 
 logger = logging.getLogger(__name__)
 
-MAX_QUEUED_FRAMES = 8192
 MAX_LOSSES = 2  # in a row, without an answer in between
+HELD_S = 0.01  # until a frame that gives way is looked at again
 
 FrameKey = tuple[TransferId, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Announced:
-    header: FrameHeader
+    waiting: Waiting
     checksum: int
     deadline_s: float
+
+    @property
+    def header(self) -> FrameHeader:
+        return self.waiting.header
 
 
 class OutgoingLink(threading.Thread):
@@ -45,7 +53,8 @@ class OutgoingLink(threading.Thread):
         super().__init__(name=f"to-{peer.incarnation:x}", daemon=True)
         self._context = context
         self._peer = peer
-        self._queue: deque[FrameHeader] = deque()
+        self._queue = FrameQueue()
+        self._queueing = threading.Lock()
         self._announced: OrderedDict[FrameKey, _Announced] = OrderedDict()
         self._connection: Connection | None = None
         self._pair_epoch = 0
@@ -59,12 +68,14 @@ class OutgoingLink(threading.Thread):
 
     # ---- from other threads ----
 
-    def submit(self, header: FrameHeader) -> bool:
+    def submit(self, header: FrameHeader, priority: int) -> bool:
         """Queues a frame. False: the queue is full."""
-        if len(self._queue) >= MAX_QUEUED_FRAMES:
-            return False
         self.used_s = time.monotonic()
-        self._queue.append(header)
+        with self._queueing:
+            if not self._queue.put(header, priority, now_ms=_now_ms()):
+                return False
+        if priority == URGENT:
+            self._context.count_urgent(1)
         os.eventfd_write(self._wake, 1)
         return True
 
@@ -111,8 +122,8 @@ class OutgoingLink(threading.Thread):
     def _announce(self) -> None:
         """Fills the window."""
         connection = self._connection
-        while connection and self._queue and len(self._announced) < self._context.settings.window_frames:
-            header = self._queue.popleft()
+        while connection and (waiting := self._next()) is not None:
+            header = waiting.header
             if not self._context.begin_sending(header):
                 continue  # the attempt has ended meanwhile
             key = (header.transfer_id, header.epoch, header.sequence)
@@ -125,8 +136,31 @@ class OutgoingLink(threading.Thread):
                 self._context.failed(header, str(error))
                 continue
             deadline_s = time.monotonic() + self._context.operation_timeout_s
-            self._announced[key] = _Announced(header=header, checksum=checksum, deadline_s=deadline_s)
+            self._announced[key] = _Announced(waiting=waiting, checksum=checksum, deadline_s=deadline_s)
             connection.sock.send(Announce(header=header, checksum=checksum))
+
+    def _next(self) -> Waiting | None:
+        """Takes the frame that is due off the queue when there is room for it."""
+        now_ms, window = _now_ms(), self._context.settings.window_frames
+        with self._queueing:
+            waiting = self._queue.peek(now_ms=now_ms)
+            if waiting is None:
+                return None
+            gives_way = urgency(waiting, now_ms=now_ms) != URGENT
+            if len(self._announced) >= (max(1, window // 2) if gives_way else window):
+                return None
+            if gives_way and self._context.urgent_wait:
+                return None
+            self._queue.take(waiting)
+        if waiting.priority == URGENT:
+            self._context.count_urgent(-1)
+        return waiting
+
+    def _put_back(self, waiting: Waiting) -> None:
+        with self._queueing:
+            self._queue.put_back(waiting)
+        if waiting.priority == URGENT:
+            self._context.count_urgent(1)
 
     def _wait(self) -> None:
         poller = select.poll()
@@ -136,6 +170,8 @@ class OutgoingLink(threading.Thread):
         due_s = [frame.deadline_s for frame in self._announced.values()]
         if self._connection is not None:
             due_s.append(self._next_ping_s())
+            if self._queue and len(self._announced) < self._context.settings.window_frames:
+                due_s.append(time.monotonic() + HELD_S)
         timeout_ms = max(0, int((min(due_s) - time.monotonic()) * 1000) + 1) if due_s else None
         for fd, _ in poller.poll(timeout_ms):
             if fd == self._wake:
@@ -200,14 +236,14 @@ class OutgoingLink(threading.Thread):
 
     def _lost(self, reason: str) -> None:
         """Drops the link; frames that were announced go back to the head of the queue, to be sent once more."""
-        self._losses += 1
+        self._losses += not self.is_idle
         if self._losses >= MAX_LOSSES:
             self._give_up(reason)
             return
         self._hang_up()
         for frame in reversed(self._announced.values()):
             self._context.set_back(frame.header)
-            self._queue.appendleft(frame.header)
+            self._put_back(frame.waiting)
         self._announced.clear()
 
     def _give_up(self, reason: str) -> None:
@@ -218,7 +254,13 @@ class OutgoingLink(threading.Thread):
         for header in headers:
             self._context.set_back(header)
         self._announced.clear()
-        while self._queue:
-            headers.append(self._queue.popleft())
+        with self._queueing:
+            queued = self._queue.clear()
+        self._context.count_urgent(-sum(waiting.priority == URGENT for waiting in queued))
+        headers += [waiting.header for waiting in queued]
         where = f"agent at {self._peer.host}:{self._peer.port}"
         self._context.link_failed({(header.transfer_id, header.epoch) for header in headers}, f"{where}: {reason}")
+
+
+def _now_ms() -> int:
+    return time.monotonic_ns() // 1_000_000

@@ -29,6 +29,7 @@ class AgentSettings:
     keepalive_ms: int = 5_000
     stuck_timeout_ms: int = 10_000  # without a sign of life from its agent the worker kills it
     window_frames: int = 4  # announced to one peer and not yet answered
+    max_links: int = 64  # to peers, and as many from peers; one more closes the one that was idle for longest
     corrupt_every: int = 0  # fault to test with: damages each n-th frame that arrives; 0 is off
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class AgentStart:
 
 _NUMBERS = (
     "connect_timeout_ms", "operation_timeout_ms", "group_timeout_ms", "keepalive_ms", "stuck_timeout_ms",
-    "window_frames", "corrupt_every",
+    "window_frames", "max_links", "corrupt_every",
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from kv_transfer.messages import (
 from tandem.request import TransferId
 
 MAGIC = b"tandem-kv"
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 # ---- between a worker and its agent, once, at the start ------------------------------------------------------------
@@ -81,11 +81,12 @@ class OpenChannel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChannelAt:
-    """Target to source: the port of the store where both ends meet, at the host of the target's endpoint."""
+class Meet:
+    """Either way, while a pair is made: one thing that torch.distributed lets its two ends know of each other."""
 
     pair_epoch: int
-    port: int
+    key: str
+    value: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +134,7 @@ class Ping:
     answer: bool
 
 
-LinkMessage = Hello | Welcome | Denied | OpenChannel | ChannelAt | Announce | Go | Ack | Nack | Ping
+LinkMessage = Hello | Welcome | Denied | OpenChannel | Meet | Announce | Go | Ack | Nack | Ping
 Message = AgentCommand | AgentEvent | AgentReady | LinkMessage
 
 # ---- the codec -----------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ _FRAME_KEY = (("transfer_id", _TEXT), ("epoch", _U64), ("sequence", _U64))
 
 _MESSAGES: dict[int, tuple[type[Any], tuple[tuple[str, str], ...]]] = {
     1: (AgentReady, (("endpoint", _TEXT), ("pid", _U32))),
-    2: (SendFrame, (("header", _HEADER), ("endpoint", _TEXT))),
+    2: (SendFrame, (("header", _HEADER), ("endpoint", _TEXT), ("priority", _U32))),
     3: (
         ExpectFrames,
         (
@@ -192,7 +193,7 @@ _MESSAGES: dict[int, tuple[type[Any], tuple[tuple[str, str], ...]]] = {
     33: (Welcome, (("nonce", _BYTES), ("transport", _TEXT))),
     34: (Denied, (("reason", _TEXT),)),
     35: (OpenChannel, (("pair_epoch", _U64),)),
-    36: (ChannelAt, (("pair_epoch", _U64), ("port", _U32))),
+    36: (Meet, (("pair_epoch", _U64), ("key", _TEXT), ("value", _BYTES))),
     37: (Announce, (("header", _HEADER), ("checksum", _U64))),
     38: (Go, _FRAME_KEY),
     39: (Ack, (*_FRAME_KEY, ("checksum", _U64))),

@@ -1,8 +1,8 @@
 """Frames over torch.distributed's gloo: one two-rank group for one direction between two agents, and one pair epoch.
 
-A group is built directly on a store that the target hosts, never with new_group: a pair that breaks or hangs takes
-only itself down, and is made anew under the next pair epoch. A frame is one message of all its blocks. It leaves
-straight from the pool where its blocks are neighbours, else from a staging buffer; it arrives in staging and is
+A group is built directly, over the link of the two agents (meeting.py), never with new_group: a pair that breaks or
+hangs takes only itself down, and is made anew under the next pair epoch. A frame is one message of all its blocks. It
+leaves straight from the pool where its blocks are neighbours, else from a staging buffer; it arrives in staging and is
 scattered only when it checks, so that a hung operation never has a hand on a block. torch is imported when the first
 group is made.
 """
@@ -12,20 +12,19 @@ from __future__ import annotations
 import ctypes
 import queue
 import re
-import socket
+from contextlib import suppress
 from datetime import timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol, cast
 
-from kv_transfer.framed_socket import address_family
 from kv_transfer.messages import FrameHeader
 from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, SourceEnd, TargetEnd
+from kv_transfer.transports.meeting import Meeting, meeting_store
 from kv_transfer.transports.memory import CopyFrame, MappedPool, bytes_at, hash_frame
 from kv_transfer.transports.pull import check_frame, flip_bit
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import Store  # type: ignore[attr-defined]
 
 SOURCE_RANK, TARGET_RANK = 0, 1
 MAX_FRAME_BYTES = 64 << 20
@@ -45,55 +44,26 @@ class Group(Protocol):
     def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Work: ...
 
 
-def host_store(host: str, *, timeout_s: float) -> tuple[Store, int]:
-    """A store that listens on `host` alone, and its port. One serves all channels that end at this agent."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    listener = socket.create_server((host, 0), family=address_family(host))
-    port = listener.getsockname()[1]
-    try:
-        store = TCPStore(
-            host,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s),
-            master_listen_fd=listener.fileno(),
-        )
-    except RuntimeError as error:
-        listener.close()
-        raise ChannelLost(f"no store on {host}: {_first_line(error)}") from None
-    listener.detach()  # the store closes it
-    return store, port
+def load() -> None:
+    """Imports torch, which takes a second or two, ahead of the first group."""
 
 
-def join_store(host: str, port: int, *, timeout_s: float) -> Store:
-    """The source's view of the target's store. Raises ChannelLost when it does not answer in time."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+def make_group(meeting: Meeting, rank: int, *, host: str, timeout_s: float) -> Group:
+    """One end of a pair. `host` is this end's own address.
 
-    try:
-        return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        raise ChannelLost(f"the store at {host}:{port} does not answer: {_first_line(error)}") from None
-
-
-def make_group(store: Store, prefix: str, rank: int, *, host: str, timeout_s: float) -> Group:
-    """One end of a pair. `host` is this end's own address. Blocks until the other end joins. Raises ChannelLost."""
-    from torch.distributed import PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]
+    Blocks until the other end joins, bounded by the meeting and then by `timeout_s`. Raises ChannelLost, and what the
+    meeting raises.
+    """
+    from torch.distributed import ProcessGroupGloo
 
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timedelta(seconds=timeout_s)
     options._threads = 1
     options._devices = [ProcessGroupGloo.create_device(hostname=host)]
     try:
-        return cast(Group, ProcessGroupGloo(PrefixStore(prefix, store), rank, 2, options))
+        return cast(Group, ProcessGroupGloo(meeting_store(meeting), rank, 2, options))
     except RuntimeError as error:
-        raise ChannelLost(f"the pair {prefix} was not joined: {_first_line(error)}") from None
-
-
-def pair_name(source_agent: int, pair_epoch: int) -> str:
-    """The rendezvous of one pair at the target's store: never used twice, so that no stale address is found there."""
-    return f"{source_agent:016x}/{pair_epoch}"
+        raise ChannelLost(f"the pair was not joined: {_first_line(error)}") from None
 
 
 class GlooSource(SourceEnd):
@@ -231,6 +201,9 @@ class GlooTarget(TargetEnd):
     def close(self) -> None:
         """Drops the group. A receive that still waits has only staging to write, and ends by its own timeout."""
         self._group = None
+        with suppress(queue.Empty):  # what nobody takes any more would keep the pair's connections open
+            while True:
+                self._posted.get_nowait()
 
 
 def _key(header: FrameHeader) -> tuple[str, int, int]:

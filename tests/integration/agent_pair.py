@@ -153,9 +153,10 @@ class Pair:
             num_bytes=len(source) * self.source.block_bytes,
         )
 
-    def send(self, header: FrameHeader, *, endpoint: str | None = None) -> None:
+    def send(self, header: FrameHeader, *, endpoint: str | None = None, priority: int = 0) -> None:
         """The source asks its agent to move the frame."""
-        self.source.tell(SendFrame(header=header, endpoint=endpoint or self.target.info.endpoint))
+        endpoint = endpoint or self.target.info.endpoint
+        self.source.tell(SendFrame(header=header, endpoint=endpoint, priority=priority))
 
     def end(self, end: End, transfer: str = "t", *, epoch: int = 1, timeout_s: float = 20) -> None:
         """One side ends its part and waits for quiet."""

@@ -67,7 +67,7 @@ def expectations(draw: st.DrawFn) -> ExpectFrames:
 frames = {"transfer_id": transfers, "epoch": u64, "sequence": u64}
 messages: st.SearchStrategy[aw.Message] = st.one_of(
     st.builds(aw.AgentReady, endpoint=text, pid=u32),
-    st.builds(SendFrame, header=headers(), endpoint=text),
+    st.builds(SendFrame, header=headers(), endpoint=text, priority=u32),
     expectations(),
     st.builds(EndTransfer, transfer_id=transfers, epoch=u64),
     st.builds(FrameLanded, **frames, target_blocks=st.lists(u32, max_size=4).map(tuple), num_bytes=u64, checksum=u64),
@@ -81,7 +81,7 @@ messages: st.SearchStrategy[aw.Message] = st.one_of(
     st.builds(aw.Welcome, nonce=st.binary(max_size=32), transport=text),
     st.builds(aw.Denied, reason=text),
     st.builds(aw.OpenChannel, pair_epoch=u64),
-    st.builds(aw.ChannelAt, pair_epoch=u64, port=u32),
+    st.builds(aw.Meet, pair_epoch=u64, key=text, value=st.binary(max_size=32)),
     st.builds(aw.Announce, header=headers(), checksum=u64),
     st.builds(aw.Go, **frames),
     st.builds(aw.Ack, **frames, checksum=u64),
