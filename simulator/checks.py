@@ -261,6 +261,11 @@ class Checks:
             if state not in (BlockState.OWNED, BlockState.EXPORTED) or ledger.generation(block) != generation:
                 raise Violation(f"{worker_id}: block {block} of the step under way is {state.value}")
 
+    def leaves(self, worker_id: WorkerId, ledger: BlockLedger, num_held: int) -> None:
+        """A drained worker leaves: nobody may need anything of it."""
+        if num_held or not at_baseline(ledger):
+            raise Violation(f"{worker_id} leaves with {num_held} requests or attempts, and {ledger.counts()}")
+
     # ---- moves -------------------------------------------------------------------------------------------------------
 
     def move_asked(self, now_ms: int, ticket: int, request_id: RequestId) -> None:
@@ -275,6 +280,10 @@ class Checks:
         if isinstance(answer, MoveEnded) and answer.record.outcome is MoveOutcome.MOVING:
             raise Violation(f"{answer}: it has ended and goes on")
         self._in_time(now_ms, answer.ticket, move)
+
+    def answer(self, ticket: int) -> MoveRefused | MoveEnded | None:
+        """What became of a move so far."""
+        return self._moves[ticket].answer
 
     def _in_time(self, now_ms: int, ticket: int, move: _Move) -> None:
         if now_ms - move.at_ms > self._move_limit_ms + MOVE_SLACK_MS:

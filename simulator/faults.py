@@ -125,11 +125,7 @@ class Misfortune:
         for other in world.workers.values():
             if other is not worker and self._choices.choose(2):
                 world.later(lambda other=other: other.peer_gone(address), 30)  # type: ignore[misc]
-        world.later(lambda: self._restart(worker), 50)
-
-    def _restart(self, worker: VirtualWorker) -> None:
-        if self._world.workers[worker.worker_id] is worker and not worker.alive:
-            self._world.start_worker(worker.worker_id, worker.info.role)
+        world.later(lambda: world.restart(worker), 50)
 
     def _declare_dead(self, worker: VirtualWorker) -> None:
         """The router takes a living worker for dead; it goes on for a while, then it is ended and started anew."""
@@ -141,7 +137,7 @@ class Misfortune:
         def end() -> None:
             if worker.alive:
                 world.kill(worker)
-                self._restart(worker)
+                world.restart(worker)
 
         world.later(end, 50)
 
@@ -159,8 +155,12 @@ class Misfortune:
         world.schedule.after(100 * (1 + self._choices.choose(30)), lambda: suspected(False))
 
     def _drain(self, worker: VirtualWorker) -> None:
-        """It gets nothing new; after a while it does again."""
+        """It gets nothing new; after a while it does again, or it leaves."""
         world, address = self._world, worker.address
+        if self._choices.choose(2):
+            world.tell(f"{worker.worker_id} is to leave")
+            world.movers.drain(worker)
+            return
         world.tell(f"{worker.worker_id} drains")
         world.feed(WorkerDraining(worker_id=address.worker_id, incarnation=address.incarnation, draining=True))
         world.schedule.after(100 * (1 + self._choices.choose(50)), lambda: self._undrain(worker))

@@ -1,18 +1,26 @@
-"""Who has requests moved in a world: operators who ask for anything, also for nonsense, and the rebalancer."""
+"""Who has requests moved in a world: operators who ask for anything, drains that let a worker leave, the rebalancer."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from router.events import MoveRequested
-from router.move import MoveReason
+from cluster.draining import Drain, Leave, left_on
+from cluster.observer import Observer
+from cluster.rebalancer import Rebalancer, RebalancerConfig
+from router.events import MoveRefused, MoveRequested, WorkerDraining
+from router.move import MoveOutcome, MoveReason
+from router.request import StatusSnapshot
 from simulator.choices import Choices
+from simulator.worker import VirtualWorker
 from tandem.request import RequestId, WorkerId
 
 if TYPE_CHECKING:
     from simulator.world import World
 
 REASONS = tuple(MoveReason)
+PERIOD_MS = 150
+DRAIN_MS = 3_000
+REBALANCER = RebalancerConfig(dwell_ms=300, return_ms=500, backoff_ms=300, fixed_cost_ms=1.0, hold_ms=100)
 
 
 class Movers:
@@ -22,6 +30,73 @@ class Movers:
         self._world = world
         self._choices = choices
         self._num_tickets = 0
+        self._drains: list[Drain] = []
+        self._rebalancer = Rebalancer(REBALANCER)
+        self._observer = Observer(reserve_tokens=world.options.reserve_tokens, bytes_per_ms=1_000)
+
+    def look(self) -> None:
+        """Now, and again after a while."""
+        world = self._world
+        if world.healed:
+            return
+        if self._drains or world.options.rebalances:
+            snapshot = world.router.status(world.clock.now_ms)
+            if world.options.rebalances:
+                self._rebalance(snapshot)
+            self._drains = [each for each in self._drains if not self._is_over(each, snapshot)]
+        world.schedule.after(PERIOD_MS, self.look)
+
+    # ---- the rebalancer ----------------------------------------------------------------------------------------------
+
+    def _rebalance(self, snapshot: StatusSnapshot) -> None:
+        view, ended = self._observer.look(snapshot)
+        for move in ended:
+            if move.outcome is MoveOutcome.FAILED:
+                self._rebalancer.failed(snapshot.now_ms, move.request_id, move.source, move.target)
+        for planned in self._rebalancer.plan(snapshot.now_ms, view):
+            if self._ask(planned.request_id, planned.target, planned.reason, planned.why):
+                self._rebalancer.refused(snapshot.now_ms, planned.request_id)
+
+    # ---- drains ------------------------------------------------------------------------------------------------------
+
+    def drain(self, worker: VirtualWorker) -> None:
+        """The worker is to leave once nothing is left on it, and to come back as another incarnation."""
+        address = worker.address
+        known = [(each.worker_id, each.incarnation) for each in self._drains]
+        if (address.worker_id, address.incarnation) in known:
+            return
+        now_ms = self._world.clock.now_ms
+        drain = Drain(
+            worker_id=address.worker_id,
+            incarnation=address.incarnation,
+            restart=True,
+            began_ms=now_ms,
+            deadline_ms=now_ms + DRAIN_MS,
+            leave_ms=1_000,
+            start_ms=1_000,
+        )
+        self._drains.append(drain)
+        self._tell_router(drain, draining=True)
+
+    def _is_over(self, drain: Drain, snapshot: StatusSnapshot) -> bool:
+        """Looks at a drain; it is over when its worker is gone, leaves, or takes work again."""
+        world = self._world
+        worker = world.workers[drain.worker_id]
+        if not worker.alive or worker.address.incarnation != drain.incarnation:
+            return True
+        looked = left_on(snapshot, drain.worker_id, drain.incarnation, "")
+        for action in drain.handle(world.clock.now_ms, looked):
+            if isinstance(action, Leave):
+                world.leaves(worker)
+            else:
+                self._tell_router(drain, draining=False)
+            return True
+        return False
+
+    def _tell_router(self, drain: Drain, *, draining: bool) -> None:
+        self._world.feed(WorkerDraining(worker_id=drain.worker_id, incarnation=drain.incarnation, draining=draining))
+
+    # ---- operators ---------------------------------------------------------------------------------------------------
 
     def delivered(self, request_id: RequestId) -> None:
         """Tokens of this request came: it decodes, so that it may be moved."""
@@ -40,12 +115,13 @@ class Movers:
         elif nonsense == 38:
             to = WorkerId("nowhere")
         reason = REASONS[max(0, choices.choose(2 * len(REASONS)) - len(REASONS))]
-        self.ask(request_id, to, reason, "because")
+        self._ask(request_id, to, reason, "because")
 
-    def ask(self, request_id: RequestId, to: WorkerId | None, reason: MoveReason, why: str) -> None:
-        """One MoveRequested, whose answer is awaited."""
+    def _ask(self, request_id: RequestId, to: WorkerId | None, reason: MoveReason, why: str) -> bool:
+        """One MoveRequested, whose answer is awaited; whether it was refused."""
         self._num_tickets += 1
         ticket, world = self._num_tickets, self._world
         world.tell(f"move {ticket}: {request_id} to {to} ({reason.value})")
         world.checks.move_asked(world.clock.now_ms, ticket, request_id)
         world.feed(MoveRequested(request_id=request_id, to=to, reason=reason, why=why, ticket=ticket))
+        return isinstance(world.checks.answer(ticket), MoveRefused)

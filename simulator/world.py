@@ -38,6 +38,7 @@ from router.events import (
     Submitted,
     Tick,
     WorkerJoined,
+    WorkerLost,
 )
 from router.store import EmbeddedOwners
 from simulator.agents import AgentFaults, VirtualAgent
@@ -122,7 +123,7 @@ class World:
         self._links: dict[tuple[WorkerId, int], _Link] = {}
         self._agents: dict[str, VirtualAgent] = {}
         self._misfortune = Misfortune(self, choices)
-        self._movers = Movers(self, choices)
+        self.movers = Movers(self, choices)
         self._incarnation = 0
         self._session = 0
         self._num_requests = 0
@@ -144,6 +145,7 @@ class World:
             self.schedule.after(50 + self._choices.choose(options.faulty_ms), self._submit)
         self._tick()
         self._misfortune.strike()
+        self.movers.look()
         self.schedule.run(until_ms=50 + options.faulty_ms)
         self._heal()
         self.schedule.run(until_ms=self.schedule.now_ms + HEAL_LIMIT_MS, unless=self._at_rest)
@@ -199,11 +201,16 @@ class World:
             if record is None:
                 continue
             worker = self.workers[record.worker_id]
-            link = self._links.get((record.worker_id, record.incarnation))
-            well = worker.address.incarnation == record.incarnation and worker.hears and link is not None
-            apart = self._parts(ROUTER, record.worker_id) or self._parts(record.worker_id, ROUTER)
-            known = not well or apart or link is None or not link.down.open or worker.knows(request_id, record.epoch)
+            heard = worker.address.incarnation == record.incarnation and self._is_heard(worker)
+            known = not heard or worker.knows(request_id, record.epoch)
             self.checks.owner_is(self.clock.now_ms, request_id, known=known)
+
+    def _is_heard(self, worker: VirtualWorker) -> bool:
+        """Whether router and worker can hear one another now."""
+        worker_id = worker.worker_id
+        link = self._links.get((worker_id, worker.address.incarnation))
+        apart = self._parts(ROUTER, worker_id) or self._parts(worker_id, ROUTER)
+        return worker.hears and link is not None and link.down.open and not apart
 
     def feed(self, event: Event) -> None:
         """Something happens to the router."""
@@ -216,7 +223,7 @@ class World:
                         link.down.send(action.message)
                 case Deliver():
                     self.checks.delivered(action)
-                    self._movers.delivered(action.request_id)
+                    self.movers.delivered(action.request_id)
                 case Finish() | Fail():
                     self.tell(f"{action.request_id} ended: {action}")
                     self.checks.ended(action)
@@ -388,6 +395,22 @@ class World:
         """The process and its agent are gone."""
         worker.kill()
         self._agents.pop(worker.address.endpoint, None)
+
+    def restart(self, worker: VirtualWorker) -> None:
+        """Another incarnation takes the place of one that is gone."""
+        if self.workers[worker.worker_id] is worker and not worker.alive:
+            self.start_worker(worker.worker_id, worker.info.role)
+
+    def leaves(self, worker: VirtualWorker) -> None:
+        """It has been drained: its process ends, and another one starts."""
+        self.tell(f"{worker.worker_id} leaves")
+        if self._is_heard(worker):
+            self.checks.leaves(worker.worker_id, worker.ledger, _num_held(worker))
+        address = worker.address
+        self.drop_link(worker)
+        self.feed(WorkerLost(worker_id=address.worker_id, incarnation=address.incarnation, reason="drained"))
+        self.kill(worker)
+        self.later(lambda: self.restart(worker), 50)
 
     def kill_agent(self, worker: VirtualWorker) -> None:
         """Only the agent."""
