@@ -75,6 +75,8 @@ def carried(request: Request, ask: CommitAsk) -> tuple[list[Token], str]:
         due = len(request.answer) + len(fresh)
         if token.index > due:
             return [], f"the commit carries token {token.index} where {due} is due"
+        if fresh and fresh[-1].finish is not None:
+            return [], f"the commit carries token {token.index} after token {fresh[-1].index}, which ends the answer"
         if token.index == due:
             fresh.append(token)
         elif token.index < len(request.answer) and token.token_id != request.answer[token.index].token_id:

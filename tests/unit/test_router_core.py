@@ -116,6 +116,7 @@ def test_a_doubled_commit_is_answered_accepted_again(rig: Rig) -> None:
         (D, 1, 0, (), "next_index is 0"),
         (D, 1, 3, (token(1, 2),), "carries token 2 where 1 is due"),
         (D, 1, 1, (token(1, 0, None, 7),), "token 0 is 7 in the commit, 100 was delivered"),
+        (D, 1, 3, (token(1, 1, FinishReason.STOP), token(1, 2)), "carries token 2 after token 1, which ends"),
     ],
 )
 def test_a_commit_that_does_not_fit_is_refused(
