@@ -185,8 +185,11 @@ class SourceMigration(SourceEnd[MigrationState]):
     def _advance(self, now_ms: int) -> Actions:
         """Sends what this round still has; when all of it is there, begins the next one or fences the request."""
         assert self._window is not None
-        if self.num_ready >= self.num_blocks - 1:  # the last granted block begins to fill
-            return self._fence_or_fail(now_ms, "the request has outgrown the room that the target granted")
+        outgrown = "the request has outgrown the room that the target granted"
+        if self.num_ready >= self.num_blocks:
+            return self._fail(now_ms, outgrown)
+        if self.num_ready == self.num_blocks - 1:  # the last granted block begins to fill
+            return self._fence_or_fail(now_ms, outgrown)
         actions = self._send(now_ms, self._round_end, PRECOPY_PRIORITY)
         if self._window.num_acked < self._round_end:
             return actions

@@ -452,7 +452,8 @@ def test_request_that_outgrows_its_room_is_fenced_when_half_of_it_is_there(
     num_acked: int, expected: list[type]
 ) -> None:
     grant = replace(GRANT, blocks=GRANT.blocks[:4], generations=(0,) * 4)
-    source = machine([Start(), grant, *(acked(each) for each in range(num_acked))], offer=replace(OFFER, num_tokens=20))
+    way = [Start(), grant, *(acked(each) for each in range(num_acked))]
+    source = machine(way, offer=replace(OFFER, num_tokens=20))
     assert kinds(source.handle(BEGAN_MS, BlocksReady(num=4))) == expected, "the fifth block begins to fill"
 
 
