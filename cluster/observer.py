@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from cluster.outlook import AnswerLengths, ClusterView, RunningRequest, StepTime, WaitingRequest, WorkerView
-from router.cost import KILO, LeastSquares
+from router.cost import LeastSquares
 from router.fleet import WorkerState
 from router.move import MoveOutcome, MoveRecord
 from router.request import RequestSnapshot, RequestState, StatusSnapshot, WorkerSnapshot
@@ -14,10 +15,21 @@ from tandem.messages import Role
 from tandem.request import RequestId, WorkerId
 
 DECODES = (Role.DECODE, Role.MIXED)
-STEP_PRIOR = (10.0, 2.0, 1.0)  # ms, ms a request, ms a thousand tokens: a first guess, as router/cost.py makes it
+STEP_PRIOR = (10.0, 0.0, 0.0)  # ms: no batch is taken to be slow before one was seen to be
+ROWS_SCALE, TOKENS_SCALE = 32.0, 16_384.0  # a step's first samples tell of what is fixed rather than of its batch
+SAMPLE_STEPS = 10
 SAMPLE_BYTES_LEAST = 1 << 20  # a smaller move says more of round trips than of bandwidth
 SAMPLES_MAX = 20
 COMING = (RequestState.PREFILLING, RequestState.HANDING_OFF)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """A worker at the beginning of a sample: since when it has decoded the same requests, and nothing else."""
+
+    at_ms: int
+    steps: int
+    requests: frozenset[RequestId]
 
 
 class Observer:
@@ -32,7 +44,7 @@ class Observer:
         self._bytes_per_ms = bytes_per_ms
         # Nothing is forgotten: batches that stay alike for long would leave no trace of what a larger one costs.
         self._step = LeastSquares(STEP_PRIOR, forgetting=1.0)
-        self._steps: dict[tuple[WorkerId, int], int] = {}  # steps of each worker incarnation when it was last seen
+        self._marks: dict[tuple[WorkerId, int], _Mark] = {}
         self._ended: set[RequestId] = set()
         self._moving_ms: dict[RequestId, int] = {}  # when a request was last seen moving
         self._known_moves: set[tuple[RequestId, int]] = set()  # that are over, by their beginning
@@ -43,7 +55,7 @@ class Observer:
         workers = [each for each in snapshot.workers if each.info.role in DECODES and _alive(each)]
         decoding = [each for each in snapshot.requests if each.state is RequestState.DECODING]
         self._learn_lengths(snapshot.requests)
-        self._learn_steps(workers, decoding)
+        self._learn_steps(snapshot.now_ms, workers, decoding)
         for request in decoding:
             if request.moving_to:
                 self._moving_ms[request.request_id] = snapshot.now_ms
@@ -74,8 +86,8 @@ class Observer:
 
     def step(self) -> StepTime:
         """What a decode step takes, as far as it was seen. Never less than nothing, whatever the noise."""
-        fixed, row, kilo_tokens = (max(0.0, weight) for weight in self._step.weights)
-        return StepTime(fixed_ms=fixed, row_ms=row, token_ms=kilo_tokens / KILO)
+        fixed, rows, tokens = (max(0.0, weight) for weight in self._step.weights)
+        return StepTime(fixed_ms=fixed, row_ms=rows / ROWS_SCALE, token_ms=tokens / TOKENS_SCALE)
 
     def bytes_per_ms(self) -> float:
         """The median of the last moves' copying, rounds while the request ran."""
@@ -89,22 +101,28 @@ class Observer:
                 self.lengths.ended(request.tokens)
         self._ended = {each.request_id for each in finished}
 
-    def _learn_steps(self, workers: Iterable[WorkerSnapshot], decoding: Iterable[RequestSnapshot]) -> None:
-        """A sample of each worker that decoded since, and did nothing else."""
-        tokens: dict[str, int] = {}
+    def _learn_steps(self, now_ms: int, workers: Iterable[WorkerSnapshot], decoding: Iterable[RequestSnapshot]) -> None:
+        """A sample of each worker that has taken some steps over one batch: their mean, which is steadier than one."""
+        here: dict[str, list[RequestSnapshot]] = {}
         for request in decoding:
-            tokens[request.decode_worker] = tokens.get(request.decode_worker, 0) + _num_tokens(request)
-        seen: dict[tuple[WorkerId, int], int] = {}
+            here.setdefault(request.decode_worker, []).append(request)
+        marks = {}
         for worker in workers:
-            load, key = worker.load, (worker.worker_id, worker.incarnation)
-            if load is None:
+            key, load, batch = (worker.worker_id, worker.incarnation), worker.load, here.get(worker.worker_id, [])
+            disturbed = load is None or load.prefill_backlog_tokens or load.waiting or load.running != len(batch)
+            if load is None or disturbed or not batch or any(each.moving_to for each in batch):
                 continue
-            seen[key] = load.steps
-            stepped = load.steps > self._steps.get(key, load.steps)
-            if stepped and load.running and not load.prefill_backlog_tokens and tokens.get(worker.worker_id):
-                kilo_tokens = tokens[worker.worker_id] / KILO
-                self._step.learn((1.0, float(load.running), kilo_tokens), load.last_step_ms)
-        self._steps = seen
+            mark, requests = self._marks.get(key), frozenset(each.request_id for each in batch)
+            if mark is not None and mark.requests == requests:
+                num_steps = load.steps - mark.steps
+                if num_steps < SAMPLE_STEPS:
+                    marks[key] = mark
+                    continue
+                tokens = sum(_num_tokens(each) for each in batch)
+                features = (1.0, len(batch) / ROWS_SCALE, tokens / TOKENS_SCALE)
+                self._step.learn(features, (now_ms - mark.at_ms) / num_steps)
+            marks[key] = _Mark(now_ms, load.steps, requests)
+        self._marks = marks
 
     def _ended_moves(self, moves: Iterable[MoveRecord]) -> list[MoveRecord]:
         over = {(each.request_id, each.at_ms): each for each in moves if each.outcome is not MoveOutcome.MOVING}

@@ -37,6 +37,7 @@ from tandem.request import RequestId, WorkerId
 log = logging.getLogger(__name__)
 
 PERIOD_S = 0.2
+FIGURES_S = 1.0  # the source may tell of a move a moment after the target's first token has ended it
 ENDED = (RequestState.FINISHED, RequestState.FAILED)
 
 
@@ -65,8 +66,15 @@ class Operations:
 
         Raises the TandemError that it is refused with.
         """
-        found = self._find(request_id)
-        return await self._driver.move(found, WorkerId(to) if to else None, MoveReason.OPERATOR, "asked by an operator")
+        found, target = self._find(request_id), WorkerId(to) if to else None
+        move = await self._driver.move(found, target, MoveReason.OPERATOR, "asked by an operator")
+        until_s = time.monotonic() + FIGURES_S
+        while move.outcome is MoveOutcome.MOVED and not move.rounds and time.monotonic() < until_s:
+            await asyncio.sleep(FIGURES_S / 20)
+            known = self._driver.status().moves
+            same = [each for each in known if (each.request_id, each.at_ms) == (move.request_id, move.at_ms)]
+            move = same[0] if same else move
+        return move
 
     def _find(self, request_id: str) -> RequestId:
         if not request_id:

@@ -80,11 +80,11 @@ class ClusterUnderTest(Served):
 
 
 def unsettled(document: dict[str, Any]) -> list[str]:
-    """What is still under way, or wrong, in a state: workers that are not ready, blocks held, requests, audits."""
+    """What is still under way, or wrong, in a state: workers not ready, blocks held, requests, audits."""
     found = []
     for worker in document["workers"]:
         name, blocks = worker["id"], worker["kv_blocks"]
-        if worker["state"] != "ready":
+        if worker["state"] not in ("ready", "left"):
             found.append(f"{name} is {worker['state']}: {worker['reason']}")
         if sum(blocks[state] for state in BLOCK_STATES) != blocks["total"]:
             found.append(f"{name}: the counts do not sum to the pool: {blocks}")

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,7 +132,7 @@ class Load:
         self._concurrency = concurrency
         self.outcome = Outcome()
 
-    async def run(self, wanted: Sequence[Wanted]) -> Outcome:
+    async def run(self, wanted: Iterable[Wanted]) -> Outcome:
         """Sends all of them; returns when each has ended or its client has left."""
         waiting = iter(wanted)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=16)

@@ -1,0 +1,211 @@
+"""Moves and drains on real clusters: by command, under load, and refused; every stream as if nothing had happened."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster_under_test import ClusterUnderTest, unsettled
+from mixed_load import Load, Mix, requests
+
+from engine.fake_runner import expected_tokens
+from tandem.client import Client
+from tandem.request import Sampling
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
+
+PROMPT = [number * 5 % 256 for number in range(300)]
+WORKERS = ("decode-0", "prefill-0", "decode-1", "prefill-1")
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterUnderTest]:
+    """Two and two, on which nothing moves that nobody asked for."""
+    arguments = ("--prefill", "2", "--decode", "2", "--kv-memory", "1MiB", "--fake-step-ms", "4", "--no-rebalance")
+    with ClusterUnderTest(*arguments, run_dir=tmp_path_factory.mktemp("run")) as served:
+        yield served
+
+
+class Answering:
+    """One long answer under way."""
+
+    def __init__(self, cluster: ClusterUnderTest, num_tokens: int, *, prompt: list[int] = PROMPT) -> None:
+        self._cluster, self._num, self._prompt = cluster, num_tokens, prompt
+        self._pool = ThreadPoolExecutor(1)
+        before = {each["id"] for each in cluster.document()["requests"]}
+        self._result = self._pool.submit(self._ask)
+        self.request = decoding(cluster, lambda each: each["id"] not in before)
+
+    def _ask(self) -> list[int]:
+        with Client(self._cluster.grpc_address, timeout_s=120) as client:
+            return list(client.generate(self._prompt, temperature=0.0, max_tokens=self._num).token_ids)
+
+    def assert_exact(self) -> None:
+        assert self._result.result(120) == expected_tokens(self._prompt, GREEDY, self._num, 256)
+        self._pool.shutdown()
+
+
+def decoding(cluster: ClusterUnderTest, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """A request that is being decoded, and has written something."""
+    for _ in range(200):
+        for each in cluster.document()["requests"]:
+            if each["state"] == "decoding" and each["tokens"] > 2 and wanted(each):
+                found: dict[str, Any] = each
+                return found
+        threading.Event().wait(0.05)
+    raise AssertionError("nothing is being decoded")
+
+
+def other(worker: str) -> str:
+    return {"decode-0": "decode-1", "decode-1": "decode-0"}[worker]
+
+
+def test_a_request_is_moved_by_command_to_and_fro(cluster: ClusterUnderTest) -> None:
+    answering = Answering(cluster, 1500)
+    request_id, home = answering.request["id"], answering.request["decode_worker"]
+    for place in (other(home), home):
+        done = cluster.command("migrate", request_id[-8:], "--to", place, "--json")
+        assert done.returncode == 0, done.stderr
+        move = json.loads(done.stdout)
+        assert (move["request"], move["from"], move["to"]) == (request_id, other(place), place)
+        assert (move["outcome"], move["reason"], move["error"]) == ("moved", "operator", "")
+        assert move["blocks"] + move["blocks_reused"] > 300 // 16
+        assert move["rounds"] >= 1
+        assert move["bytes"] > 0
+    done = cluster.command("migrate", request_id)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{request_id} moved from {home} to {other(home)}: ")
+    answering.assert_exact()
+    document = cluster.settled()
+    [request] = [each for each in document["requests"] if each["id"] == request_id]
+    assert (request["num_moves"], request["num_replacements"]) == (3, 0)
+    moves = [each for each in document["moves"] if each["request"] == request_id]
+    assert [each["outcome"] for each in moves] == ["moved"] * 3
+    shown = cluster.command("status").stdout
+    assert "operator" in shown
+    assert cluster.mishaps() == []
+
+
+def test_what_cannot_be_moved_is_refused_in_one_sentence(cluster: ClusterUnderTest) -> None:
+    answering = Answering(cluster, 1500)
+    request_id, home = answering.request["id"], answering.request["decode_worker"]
+    for arguments, sentence in (
+        (("nothing-of-that-name",), "no request of id 'nothing-of-that-name' is known"),
+        ((request_id, "--to", "decode-9"), "to: no worker of id 'decode-9' is known"),
+        ((request_id, "--to", home), f"{request_id} cannot be moved to {home}: it is there"),
+        (
+            (request_id, "--to", "prefill-0"),
+            f"{request_id} cannot be moved to prefill-0: that worker's role is prefill",
+        ),
+    ):
+        done = cluster.command("migrate", *arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {sentence}\n")
+    answering.assert_exact()
+    done = cluster.command("migrate", request_id)
+    assert done.returncode == 1
+    assert "finished" in done.stderr
+
+
+def test_a_rolling_restart_of_every_worker_under_load(cluster: ClusterUnderTest) -> None:
+    """The pools are exchanged one worker after the other: no request fails, no token differs."""
+    before = {each["id"]: (each["incarnation"], each["pid"]) for each in cluster.settled()["workers"]}
+    load = Load(url=cluster.url, grpc_address=cluster.grpc_address, concurrency=24)
+    wanted = requests(Mix(max_tokens_min=30, max_tokens_max=500, abandoned=0.05, several=0.05), 5000, seed=11)
+
+    async def restart_all() -> list[str]:
+        told: list[str] = []
+        task = asyncio.create_task(load.run(itertools.takewhile(lambda _: len(told) < len(WORKERS), wanted)))
+        while load.outcome.num_ended < 10:
+            await asyncio.sleep(0.05)
+        for worker in WORKERS:
+            ended = await asyncio.to_thread(cluster.command, "drain", worker, "--restart", "--deadline", "60")
+            assert ended.returncode == 0, ended.stderr
+            told.append(ended.stdout)
+        await task
+        return told
+
+    told = asyncio.run(restart_all())
+    outcome = load.outcome
+    assert outcome.wrong == [], f"{len(outcome.wrong)} wrong, the first: {outcome.wrong[0]}"
+    assert outcome.errors == []
+    assert outcome.num_completed > 40
+    assert all("a fresh one starts" in each and "is done; incarnation" in each for each in told)
+    document = cluster.settled()
+    after = {each["id"]: (each["incarnation"], each["pid"]) for each in document["workers"]}
+    assert {name: incarnation for name, (incarnation, _) in after.items()} == {
+        name: incarnation + 1 for name, (incarnation, _) in before.items()
+    }
+    assert not {pid for _, pid in before.values()} & {pid for _, pid in after.values()}
+    drains = [each for each in document["moves"] if each["reason"] == "drain"]
+    assert sum(each["outcome"] == "moved" for each in drains) > 3
+    assert not any("started again" in line for line in cluster.lines), "a drain is no crash"
+    assert cluster.mishaps() == []
+
+
+def test_a_drain_that_cannot_end_is_given_up(cluster: ClusterUnderTest) -> None:
+    """With nobody to go to, what runs there is not done in time: the worker takes work again."""
+    assert cluster.command("drain", "decode-1").returncode == 0  # for good: see the last test
+    answering = Answering(cluster, 1500)
+    done = cluster.command("drain", "decode-0")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: decode-0 is the last ready worker that writes tokens; drain it with --restart, or not at all\n"
+    )
+    done = cluster.command("drain", "decode-0", "--restart", "--deadline", "1")
+    assert done.returncode == 1
+    assert "decode-0 still has 1 requests and " in done.stderr
+    assert "no other worker that decodes is ready and has room; it takes work again" in done.stderr
+    assert cluster.workers()["decode-0"]["state"] == "ready"
+    answering.assert_exact()
+    assert cluster.greedy(PROMPT, 20) == expected_tokens(PROMPT, GREEDY, 20, 256)
+
+
+def test_a_pool_shrinks_by_drains_and_says_what_cannot_be_drained(cluster: ClusterUnderTest) -> None:
+    pids = {each["id"]: each["pid"] for each in cluster.document()["workers"]}
+    alive = {process.pid for process in cluster.tree()}
+    assert pids["decode-1"] not in alive
+    done = cluster.command("drain", "prefill-1", "--json")
+    assert done.returncode == 0, done.stderr
+    states = [json.loads(line)["state"] for line in done.stdout.splitlines()]
+    assert states[0] == "emptying"
+    assert states[-1] == "done"
+    workers = cluster.workers()
+    assert {name: each["state"] for name, each in workers.items()} == {
+        "decode-0": "ready", "decode-1": "left", "prefill-0": "ready", "prefill-1": "left",
+    }  # fmt: skip
+    for worker, sentence in (
+        (
+            "decode-7",
+            "worker: no worker of id 'decode-7' is known; there are: decode-0, decode-1, prefill-0, prefill-1",
+        ),
+        ("decode-1", "decode-1 was drained and has left"),
+        ("prefill-0", "prefill-0 is the last ready worker that reads prompts; drain it with --restart, or not at all"),
+    ):
+        done = cluster.command("drain", worker)
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {sentence}\n")
+    assert cluster.greedy(PROMPT, 20) == expected_tokens(PROMPT, GREEDY, 20, 256)
+    assert unsettled(cluster.settled()) == []
+    assert cluster.mishaps() == []
+
+
+def test_a_worker_that_will_run_out_of_memory_is_relieved_unasked(tmp_path: Path) -> None:
+    """All requests are on one worker, since the other one was exchanged: together they will not fit there."""
+    arguments = ("--prefill", "1", "--decode", "2", "--kv-memory", "64KiB", "--fake-step-ms", "6")
+    with ClusterUnderTest(*arguments, run_dir=tmp_path) as cluster:  # 512 blocks
+        answers = [Answering(cluster, 1900, prompt=[*PROMPT[number:], number]) for number in range(6)]
+        drained = cluster.command("drain", "decode-1", "--restart")
+        assert drained.returncode == 0, drained.stderr
+        for each in answers:
+            each.assert_exact()
+        moves = [each for each in cluster.settled()["moves"] if each["reason"] == "pressure"]
+        assert [each["to"] for each in moves if each["outcome"] == "moved"][:1] == ["decode-1"]
+        assert "decode-0 will be" in moves[0]["why"]
+        assert cluster.mishaps() == []
