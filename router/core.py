@@ -1,7 +1,7 @@
 """A request from admission to its last token, as a table of states and events, and the owner records of all requests.
 
 The sentence it keeps: every admitted request ends exactly once, and each token index is delivered once and in order.
-The owner record is the only commit point of a handoff (design.md 3): a target asks for it with CommitAsk, which is a
+The owner record is the only commit point of a handoff or a move (design.md 3): a target asks for it with CommitAsk, a
 compare-and-swap on (epoch, transfer). Epochs grow over all requests of this core and are never used twice, so nothing
 of an earlier attempt, or of an earlier request of the same id, can be taken for the current one.
 """
@@ -357,6 +357,7 @@ class RouterCore:
         self._fleet.arrived(target, request.request_id)
         if request.move is not None:
             self._moves.committed(request)
+            self._look_again = True  # there is room at its source
         request.state = RequestState.DECODING
         request.stage_deadline_ms = self._now_ms + self._config.decode_stall_ms
         request.tell(self._now_ms, f"{target.worker_id} owns it at epoch {owner.epoch}")

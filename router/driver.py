@@ -342,7 +342,7 @@ class Driver:
                 log.info("request=%s failed: %s", request_id, error)
                 self._end(request_id, None, error)
             case MoveRefused(ticket=ticket, error=error):
-                log.info("request=%s is not moved: %s", action.request_id, error)
+                log.debug("request=%s is not moved: %s", action.request_id, error)
                 self._move_ended(ticket, error)
             case MoveEnded(ticket=ticket, record=record):
                 log.info(

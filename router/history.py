@@ -90,7 +90,9 @@ class MoveHistory:
             blocks_moved=max(record.blocks_moved, stats.blocks_moved),
             blocks_reused=max(record.blocks_reused, stats.blocks_reused),
             bytes_moved=max(record.bytes_moved, stats.bytes),
+            tokens_recomputed=max(record.tokens_recomputed, stats.tokens_recomputed),
             precopy_ms=max(record.precopy_ms, stats.precopy_ms),
+            fence_ms=max(record.fence_ms, stats.fence_ms),
         )
         return True
 

@@ -62,6 +62,8 @@ class MoveRecord:
     blocks_moved: int = 0
     blocks_reused: int = 0
     bytes_moved: int = 0
+    tokens_recomputed: int = 0  # by the target, where the tail came as token ids
     precopy_ms: int = 0
+    fence_ms: int = 0  # of the pause: from the fence until the source heard of the commit
     pause_ms: int = 0  # from the last token before to the first token after, as the router delivered them
     at_ms: int = 0

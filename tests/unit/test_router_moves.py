@@ -117,7 +117,7 @@ def test_the_figures_of_both_ends_are_in_the_record_whenever_they_come(moving: M
     moving.token(D2, 3, 3, FinishReason.LENGTH)
     moving.report(D, transfers=(source,))
     (record,) = moving.core.status(moving.now_ms).moves
-    assert (record.rounds, record.precopy_ms) == (2, 33)
+    assert (record.rounds, record.precopy_ms, record.fence_ms) == (2, 33, 2)
     assert (record.blocks_moved, record.blocks_reused, record.bytes_moved) == (2, 1, 2_000)
     assert moving.shown().transferred.blocks_moved == 0  # that is about the handoff
 
