@@ -6,13 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from cli import drain, migrate
 from cli.main import app, main
-from cli.status import to_document
+from cli.status import move_table, to_document
 from cluster.config import ClusterConfig, flag_of
+from cluster.draining import DrainState
 from tandem.v1 import admin_pb2 as pb
 
 RUNNER = CliRunner()
@@ -27,7 +31,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_every_verb_has_help() -> None:
-    for verb in ("serve", "status", "down", "config"):
+    for verb in ("serve", "status", "migrate", "drain", "down", "config"):
         done = RUNNER.invoke(app, [verb, "--help"])
         assert done.exit_code == 0, done.output
         assert "Usage" in done.output
@@ -68,8 +72,8 @@ def test_a_wrong_setting_is_one_line_and_status_2(
 def test_no_cluster_is_one_line_and_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    for verb in ("status", "down"):
-        assert run_main(monkeypatch, verb, "--run-dir", str(tmp_path)) == 1
+    for verb in (["status"], ["down"], ["migrate", "r"], ["drain", "w"]):
+        assert run_main(monkeypatch, *verb, "--run-dir", str(tmp_path)) == 1
         assert capsys.readouterr().err.startswith("error: no cluster runs here")
 
 
@@ -95,6 +99,54 @@ def test_status_as_json_names_every_field_and_keeps_numbers() -> None:
     [request] = document["requests"]
     assert {request[key] for key in ("state", "prefill_worker", "decode_worker")} == {""}
     assert {request[key] for key in ("tokens", "blocks_moved", "tokens_recomputed")} == {0}
+
+
+def move_from(source: str, **fields: Any) -> pb.MoveStatus:
+    return pb.MoveStatus(**fields, **{"from": source})
+
+
+MOVE = move_from(
+    "decode-0", request="req-1", to="decode-1", reason="balance", why="w", outcome="moved", rounds=2, blocks=9,
+    bytes=2**40, precopy_ms=30, pause_ms=12, at_ms=2**41,
+)  # fmt: skip
+
+
+def test_moves_are_shown_as_json_and_as_a_table() -> None:
+    document = json.loads(json.dumps(to_document(pb.StatusResponse(moves=[MOVE]))))
+    assert document["moves"] == [
+        {
+            "request": "req-1", "from": "decode-0", "to": "decode-1", "reason": "balance", "why": "w",
+            "outcome": "moved", "error": "", "rounds": 2, "blocks": 9, "blocks_reused": 0, "bytes": 2**40,
+            "precopy_ms": 30, "pause_ms": 12, "at_ms": 2**41,
+        }
+    ]  # fmt: skip
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(move_table(pb.StatusResponse(moves=[MOVE])))
+    heads, row = capture.get().splitlines()
+    assert heads.split() == ["move", "of", "from", "to", "reason", "outcome", "rounds", "MB", "pause"]
+    assert row.split() == ["req-1", "decode-0", "decode-1", "balance", "moved", "2", "1099511.6", "12", "ms"]
+
+
+def test_how_a_move_went_is_one_sentence() -> None:
+    assert migrate.sentence(MOVE).startswith("req-1 moved from decode-0 to decode-1: 9 blocks in 2 rounds, ")
+    failed = move_from("a", request="r", to="b", outcome="failed", error="no room")
+    assert migrate.sentence(failed) == "r was not moved to b and runs on at a: no room"
+    ended = move_from("a", request="r", to="b", outcome="ended", error="cancelled")
+    assert migrate.sentence(ended) == "r was not moved to b and ended at a: cancelled"
+
+
+@pytest.mark.parametrize("state", [each.value for each in DrainState if each is not DrainState.FAILED])
+def test_each_state_of_a_drain_has_words(state: str) -> None:
+    progress = pb.DrainProgress(worker="decode-0", incarnation=2**40, state=state, elapsed_ms=1500)
+    assert drain.sentence(progress).startswith("    1.5 s  decode-0 ")
+    assert drain.document(progress)["incarnation"] == 2**40
+
+
+def test_a_wrong_deadline_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = RUNNER.invoke(app, ["drain", "decode-0", "--deadline", "0"])
+    assert done.exit_code == 2
+    assert "--deadline" in done.output
 
 
 def test_quick_commands_import_neither_torch_nor_ray() -> None:
