@@ -42,6 +42,8 @@ from tandem.messages import Migrate, MoveFailed, OwnerIs, OwnerQuery, StopMove, 
 from tandem.request import RequestId, TransferId
 
 TOKEN_MS_SHARE = 0.2  # of the newest step in the moving average
+# Taking the blocks of a request that is being copied would waste the copy: it leaves at once, or the move is given up.
+LEAVING = {MigrationState.PRECOPY, MigrationState.FENCING, MigrationState.TAIL, MigrationState.COMMITTING}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -297,9 +299,8 @@ class MoveSources:
         actions: list[Action] = []
         for asked in move.machine.handle(now_ms, event):
             actions += self._do(now_ms, move, asked)
-        # Copying blocks of a request is in vain when they are taken for an older one: then it had better leave at once.
-        if move.request.moving in (None, move.machine.attempt.transfer_id):
-            move.sequence.preemptible = move.machine.state is not MigrationState.PRECOPY
+        if move.request.moving in (None, attempt_id := move.machine.attempt.transfer_id):
+            move.sequence.leaving = move.request.moving == attempt_id and move.machine.state in LEAVING
         return actions
 
     def _do(self, now_ms: int, move: _Move, asked: MigrationAction) -> list[Action]:

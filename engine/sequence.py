@@ -28,6 +28,7 @@ class Sequence:
     priority: float = 0.0  # prefill order: lower first, then first come first served
     held: bool = False  # not run until resumed; never preempted meanwhile
     preemptible: bool = True  # its blocks may be taken for an older sequence; it is prefilled again later
+    leaving: bool = False  # it is being copied elsewhere: who wants its blocks waits for it to go, or to give up
     num_cached_tokens: int = 0  # found in the prefix cache at its (last) start
     num_preemptions: int = 0
     hashes: list[BlockHash] = field(default_factory=list)  # of the leading full blocks, as far as known

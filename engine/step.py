@@ -356,9 +356,12 @@ class Batch:
         return True
 
     def _victim(self, wanting: Sequence, rows: dict[RequestId, StepRow]) -> Sequence | None:
-        """The youngest preemptible sequence that is not planned already and no older than the one that wants."""
+        """The youngest preemptible sequence that is not planned already and no older than the one that wants.
+
+        None, so that it waits, also when the next to be taken is leaving: whoever moves it looks after each step.
+        """
         for sequence in reversed(self._sequences.values()):
-            if sequence.arrival < wanting.arrival:
+            if sequence.arrival < wanting.arrival or (sequence.started and sequence.leaving):
                 return None
             usable = sequence.started and sequence.preemptible and not sequence.held
             if usable and sequence.request_id not in rows:
