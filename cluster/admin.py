@@ -187,6 +187,7 @@ def move_status(move: MoveRecord, now_ms: int) -> pb.MoveStatus:
         blocks_reused=move.blocks_reused,
         bytes=move.bytes_moved,
         precopy_ms=move.precopy_ms,
+        fence_ms=move.fence_ms,
         pause_ms=move.pause_ms,
         at_ms=time.time_ns() // 1_000_000 - (now_ms - move.at_ms),
     )

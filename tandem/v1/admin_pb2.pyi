@@ -115,7 +115,7 @@ class RequestStatus(_message.Message):
     def __init__(self, id: _Optional[str] = ..., state: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokens: _Optional[int] = ..., blocks_moved: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., blocks_granted: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., first_frame_ms: _Optional[int] = ..., last_chunk_start_ms: _Optional[int] = ..., committed_ms: _Optional[int] = ..., tokens_cached: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., ttft_ms: _Optional[int] = ..., num_replacements: _Optional[int] = ..., mode: _Optional[str] = ..., num_moves: _Optional[int] = ..., moving_to: _Optional[str] = ...) -> None: ...
 
 class MoveStatus(_message.Message):
-    __slots__ = ("request", "to", "reason", "why", "outcome", "error", "rounds", "blocks", "bytes", "precopy_ms", "pause_ms", "at_ms", "blocks_reused")
+    __slots__ = ("request", "to", "reason", "why", "outcome", "error", "rounds", "blocks", "bytes", "precopy_ms", "pause_ms", "at_ms", "blocks_reused", "fence_ms")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     FROM_FIELD_NUMBER: _ClassVar[int]
     TO_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +130,7 @@ class MoveStatus(_message.Message):
     PAUSE_MS_FIELD_NUMBER: _ClassVar[int]
     AT_MS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_REUSED_FIELD_NUMBER: _ClassVar[int]
+    FENCE_MS_FIELD_NUMBER: _ClassVar[int]
     request: str
     to: str
     reason: str
@@ -143,7 +144,8 @@ class MoveStatus(_message.Message):
     pause_ms: int
     at_ms: int
     blocks_reused: int
-    def __init__(self, request: _Optional[str] = ..., to: _Optional[str] = ..., reason: _Optional[str] = ..., why: _Optional[str] = ..., outcome: _Optional[str] = ..., error: _Optional[str] = ..., rounds: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., precopy_ms: _Optional[int] = ..., pause_ms: _Optional[int] = ..., at_ms: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., **kwargs) -> None: ...
+    fence_ms: int
+    def __init__(self, request: _Optional[str] = ..., to: _Optional[str] = ..., reason: _Optional[str] = ..., why: _Optional[str] = ..., outcome: _Optional[str] = ..., error: _Optional[str] = ..., rounds: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., precopy_ms: _Optional[int] = ..., pause_ms: _Optional[int] = ..., at_ms: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., fence_ms: _Optional[int] = ..., **kwargs) -> None: ...
 
 class StatusResponse(_message.Message):
     __slots__ = ("workers", "requests", "model", "http_address", "grpc_address", "router_pid", "moves")

@@ -130,3 +130,22 @@ def test_no_registry_at_all() -> None:
         await registration.close()
 
     asyncio.run(body())
+
+
+def test_a_drained_worker_is_asked_to_leave() -> None:
+    async def body() -> None:
+        async with registry() as place:
+            registration = Registration(registry=place.address, info=INFO, gone_s=10)
+            await registration.register()
+            beating = asyncio.create_task(registration.beat(pulse))
+            assert (await next_change(place)).state is MemberState.READY
+            place.registry.drain(place.membership.members[D0])
+            place.registry.drained(D0, 1, left=False, reason="late")
+            assert [(await next_change(place)).state for _ in range(2)] == [MemberState.DRAINING, MemberState.READY]
+            place.registry.drain(place.membership.members[D0])
+            place.registry.drained(D0, 1, left=True, reason="drained")
+            with pytest.raises(RegistrationOver, match="the registry asked the worker to leave"):
+                await asyncio.wait_for(beating, 20)
+            await registration.close()
+
+    asyncio.run(body())

@@ -102,7 +102,9 @@ def test_status_as_json_names_every_field_and_keeps_numbers() -> None:
 
 
 def move_from(source: str, **fields: Any) -> pb.MoveStatus:
-    return pb.MoveStatus(**fields, **{"from": source})
+    move = pb.MoveStatus(**fields)
+    setattr(move, "from", source)
+    return move
 
 
 MOVE = move_from(
@@ -117,7 +119,7 @@ def test_moves_are_shown_as_json_and_as_a_table() -> None:
         {
             "request": "req-1", "from": "decode-0", "to": "decode-1", "reason": "balance", "why": "w",
             "outcome": "moved", "error": "", "rounds": 2, "blocks": 9, "blocks_reused": 0, "bytes": 2**40,
-            "precopy_ms": 30, "pause_ms": 12, "at_ms": 2**41,
+            "precopy_ms": 30, "fence_ms": 0, "pause_ms": 12, "at_ms": 2**41,
         }
     ]  # fmt: skip
     console = Console(width=80)

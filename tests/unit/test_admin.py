@@ -1,0 +1,199 @@
+"""The operators' service over real gRPC, on a cluster whose workers only register: what is refused, and how."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+import pytest
+
+from cluster.admin import Addresses, Admin
+from cluster.config import load
+from cluster.membership import Heartbeat, Membership, MemberState, StateChanged
+from cluster.operations import Operations
+from cluster.registry import Registry
+from router.driver import Driver
+from tandem.messages import Role, WorkerInfo
+from tandem.request import WorkerId
+from tandem.v1 import admin_pb2 as pb
+from tandem.v1 import admin_pb2_grpc, worker_pb2_grpc
+from tandem.wire import encode_worker_info
+
+WORKERS = ("prefill-0", "decode-0", "decode-1")
+
+
+@dataclass
+class Place:
+    """One router process without its edge: the stub of its operators' service, and what lies behind."""
+
+    stub: admin_pb2_grpc.AdminStub
+    registry: Registry
+    operations: Operations
+    left: list[tuple[str, int, bool]]
+    address: str
+
+    def state(self, worker: str) -> MemberState:
+        return self.registry.membership.members[WorkerId(worker)].state
+
+    async def join(self, worker: str) -> int:
+        """Registers a worker that answers no call and says nothing but that it lives; returns its incarnation."""
+        info = WorkerInfo(
+            worker_id=WorkerId(worker), role=Role(worker.split("-")[0]), control="127.0.0.1:1", endpoint="e", pid=1,
+            agent_pid=2, model="m", namespace="n", fingerprint="f", exact=True, dtype="float32", block_size=16,
+            total_blocks=8, context_tokens=128, block_bytes=64,
+        )  # fmt: skip
+        async with grpc.aio.insecure_channel(self.address) as channel:
+            registry = worker_pb2_grpc.RegistryStub(channel)  # type: ignore[no-untyped-call]
+            reply = await registry.Register(encode_worker_info(info), timeout=10)
+        beat = Heartbeat(
+            worker_id=info.worker_id, incarnation=reply.incarnation, steps=0, runnable=False, agent_pid=2
+        )  # fmt: skip
+        self.registry._take(beat)
+        return int(reply.incarnation)
+
+
+@asynccontextmanager
+async def place() -> AsyncIterator[Place]:
+    membership = Membership(heartbeat_ms=60_000)  # nobody is missed
+    left: list[tuple[str, int, bool]] = []
+
+    def changed(change: StateChanged) -> None:
+        operations.changed(change)
+
+    async with Driver() as driver:
+        registry = Registry(membership=membership, driver=driver, on_change=changed)
+        config = load({"model": "fake", "stop_timeout_s": 1, "start_timeout_s": 1}, {}).config
+        operations = Operations(
+            driver=driver, registry=registry, config=config, leave=lambda *asked: left.append(asked)
+        )  # fmt: skip
+        admin = Admin(
+            membership=membership,
+            driver=driver,
+            operations=operations,
+            addresses=lambda: Addresses(model="m", http="h", grpc="g"),
+            stop=lambda reason: None,
+        )
+        server = grpc.aio.server()
+        admin_pb2_grpc.add_AdminServicer_to_server(admin, server)  # type: ignore[no-untyped-call]
+        worker_pb2_grpc.add_RegistryServicer_to_server(registry, server)  # type: ignore[no-untyped-call]
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        looking = asyncio.create_task(operations.run())
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+            here = Place(stub, registry, operations, left, address)
+            for worker in WORKERS:
+                await here.join(worker)
+            try:
+                yield here
+            finally:
+                looking.cancel()
+                await asyncio.gather(looking, return_exceptions=True)
+                await server.stop(None)
+
+
+def run(case: Callable[[Place], Awaitable[None]]) -> None:
+    async def body() -> None:
+        async with place() as here:
+            await case(here)
+
+    asyncio.run(body())
+
+
+async def refused(call: Awaitable[object]) -> tuple[grpc.StatusCode, str, str]:
+    """Status, code and sentence that a call ends with."""
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await call
+    trailers: Iterable[tuple[str, str | bytes]] = ended.value.trailing_metadata() or ()  # type: ignore[assignment]
+    return ended.value.code(), str(dict(trailers)["tandem-code"]), str(ended.value.details())
+
+
+async def drained(here: Place, worker: str, **asked: object) -> list[str]:
+    """The states that a drain tells, doubled ones once."""
+    states = []
+    async for progress in here.stub.Drain(pb.DrainRequest(worker=worker, **asked), timeout=30):  # type: ignore[arg-type]
+        states.append(progress.state)
+    return list(dict.fromkeys(states))
+
+
+def test_what_cannot_be_moved_is_named() -> None:
+    async def case(here: Place) -> None:
+        asked = await refused(here.stub.Migrate(pb.MigrateRequest(request_id="x"), timeout=10))
+        assert asked == (grpc.StatusCode.NOT_FOUND, "unknown_request", "no request of id 'x' is known")
+        code, name, sentence = await refused(here.stub.Migrate(pb.MigrateRequest(), timeout=10))
+        assert (code, name) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_request")
+        assert sentence.startswith("request_id: is missing")
+
+    run(case)
+
+
+@pytest.mark.parametrize(
+    ("worker", "deadline_ms", "status", "code", "sentence"),
+    [
+        ("x", 0, grpc.StatusCode.INVALID_ARGUMENT, "invalid_request", "worker: no worker of id 'x' is known"),
+        ("", 0, grpc.StatusCode.INVALID_ARGUMENT, "invalid_request", "worker: is missing"),
+        ("decode-0", 3_600_001, grpc.StatusCode.INVALID_ARGUMENT, "invalid_request", "deadline_ms: is 3600001"),
+        ("prefill-0", 0, grpc.StatusCode.FAILED_PRECONDITION, "drain_refused", "prefill-0 is the last ready worker"),
+    ],
+)
+def test_what_cannot_be_drained_is_named(
+    worker: str, deadline_ms: int, status: grpc.StatusCode, code: str, sentence: str
+) -> None:
+    async def case(here: Place) -> None:
+        ended = await refused(drained(here, worker, deadline_ms=deadline_ms))
+        assert ended[:2] == (status, code)
+        assert ended[2].startswith(sentence)
+        assert {here.state(name) for name in WORKERS} == {MemberState.READY}
+
+    run(case)
+
+
+def test_a_worker_that_tells_nothing_is_not_taken_for_empty() -> None:
+    async def case(here: Place) -> None:
+        draining = asyncio.create_task(refused(drained(here, "decode-0", deadline_ms=700)))
+        while here.state("decode-0") is not MemberState.DRAINING:
+            await asyncio.sleep(0.01)
+        _, _, again = await refused(drained(here, "decode-0"))
+        assert again == "decode-0 is draining already"
+        _, _, last = await refused(drained(here, "decode-1"))
+        assert last.startswith("decode-1 is the last ready worker that writes tokens")
+        status, code, sentence = await draining
+        assert (status, code) == (grpc.StatusCode.FAILED_PRECONDITION, "drain_refused")
+        assert "it has not reported its load; it takes work again" in sentence
+        assert here.state("decode-0") is MemberState.READY
+        assert here.left == []
+
+    run(case)
+
+
+def test_a_drain_goes_on_when_its_caller_goes_away() -> None:
+    async def case(here: Place) -> None:
+        call = here.stub.Drain(pb.DrainRequest(worker="decode-0", deadline_ms=600), timeout=30)
+        assert (await call.read()).state == "emptying"
+        call.cancel()
+        await asyncio.sleep(0.2)
+        assert here.state("decode-0") is MemberState.DRAINING
+        while here.state("decode-0") is MemberState.DRAINING:
+            await asyncio.sleep(0.05)
+        assert here.state("decode-0") is MemberState.READY
+
+    run(case)
+
+
+def test_a_worker_that_dies_meanwhile_was_not_drained() -> None:
+    async def case(here: Place) -> None:
+        draining = asyncio.create_task(refused(drained(here, "decode-0", restart=True)))
+        while here.state("decode-0") is not MemberState.DRAINING:
+            await asyncio.sleep(0.01)
+        here.registry.ended("decode-0", 1, "exit code 1")
+        here.operations.ended("decode-0", 1, "exit code 1")
+        assert (await draining)[2] == "decode-0 died while it drained: exit code 1"
+        assert here.left == []
+        assert await here.join("decode-0") == 2
+        assert here.state("decode-0") is MemberState.READY
+
+    run(case)
