@@ -125,13 +125,13 @@ class DecodeCore:
         return self.moves.has_attempt(transfer_id)
 
     def audit(self, now_ms: int) -> list[str]:
-        """Quarantines that do not end."""
+        """Quarantines that do not end, and reads of what has left."""
         late = []
         for transfer, each in self._attempts.items():
             since_ms = each.machine.quarantined_since_ms if each.machine is not None else None
             if since_ms is not None and now_ms - since_ms > self.config.handoff.quarantine_warn_ms:
                 late.append(f"transfer {transfer} is in quarantine for {now_ms - since_ms} ms")
-        return late
+        return [*late, *self.moves.audit(now_ms)]
 
     def stories(self) -> list[str]:
         """The story of every attempt that is not closed."""
@@ -513,7 +513,10 @@ class DecodeCore:
         too_large = self._batch.refusal(num_tokens=len(tokens), request_id=assign.request_id)
         if too_large is not None:
             self._leave(request)
-            failed = request_failed(assign.request_id, accept.epoch, "invalid_request", too_large, retryable=False)
+            # A request that ran elsewhere is no bad request; a worker with a larger pool may take it.
+            failed = request_failed(
+                assign.request_id, accept.epoch, "invalid_request", too_large, retryable=assign.move
+            )
             return [request.report(failed)]
         blocks = list(self._ledger.blocks_of(request.owner))
         self._run(request, tokens=tokens, num_computed=accept.num_computed, blocks=blocks)

@@ -54,6 +54,7 @@ class _Move:
     sequence: Sequence
     migrate: Migrate
     machine: SourceMigration
+    ended_ms: int | None = None  # since then only the agent keeps it open
 
 
 class MoveSources:
@@ -90,6 +91,13 @@ class MoveSources:
     def stories(self) -> list[str]:
         """The story of every attempt that is not closed."""
         return [f"move {key}: {each.machine.state}: {each.machine.story}" for key, each in self._moves.items()]
+
+    def audit(self, now_ms: int) -> list[str]:
+        """Attempts that are over but whose blocks an agent still reads."""
+        warn_ms = self._config.handoff.quarantine_warn_ms
+        since = [(key, each.ended_ms) for key, each in self._moves.items() if each.ended_ms is not None]
+        late = [(key, now_ms - at_ms) for key, at_ms in since if now_ms - at_ms > warn_ms]
+        return [f"transfer {key} is over for {for_ms} ms and its agent is not quiet" for key, for_ms in late]
 
     def next_deadline_ms(self) -> int | None:
         """When a Tick is wanted at the latest; None: not at all."""
@@ -299,6 +307,8 @@ class MoveSources:
         actions: list[Action] = []
         for asked in move.machine.handle(now_ms, event):
             actions += self._do(now_ms, move, asked)
+        if move.ended_ms is None and not move.machine.alive:
+            move.ended_ms = now_ms
         if move.request.moving in (None, attempt_id := move.machine.attempt.transfer_id):
             move.sequence.leaving = move.request.moving == attempt_id and move.machine.state in LEAVING
         return actions

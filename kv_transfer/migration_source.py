@@ -128,7 +128,7 @@ class SourceMigration(SourceEnd[MigrationState]):
         self.fenced_ms: int | None = None
         self._round_end = 0  # blocks that are there when this round is over
         self._round_blocks = 0
-        self._frame_ms: float | None = None  # how long the newest frame was under way
+        self._frame_ms: float | None = None  # the shortest time that a frame was under way
         self._sent_ms: dict[int, int] = {}
         self._computed = 0  # tokens whose KV the target gets; known in TAIL
         self._tokens: tuple[Token, ...] = ()
@@ -282,7 +282,8 @@ class SourceMigration(SourceEnd[MigrationState]):
         if self._window.acked(event.sequence, event.checksum) is None:
             self.num_ignored += 1
             return []
-        self._frame_ms = float(now_ms - self._sent_ms[event.sequence])
+        frame_ms = float(now_ms - self._sent_ms[event.sequence])
+        self._frame_ms = frame_ms if self._frame_ms is None else min(frame_ms, self._frame_ms)
         return [EndExport(sequence=event.sequence), *self._send_more(now_ms)]
 
     def _frame_failed(self, now_ms: int, event: FrameFailed) -> Actions:

@@ -366,3 +366,18 @@ def test_second_attempt_begins_while_frames_of_the_first_are_still_read() -> Non
     bench.line.extend(quiet)
     bench.settle()
     bench.finish("b")
+
+
+def test_edge_22_agent_that_does_not_fall_silent_shows_in_the_audit() -> None:
+    bench = Bench()
+    bench.start(num_tokens=9)
+    to_precopy(bench)
+    bench.line.clear()
+    bench.say("a", stop_move(bench))
+    bench.now_ms += 30_001
+    (line,) = bench["a"].core.decode.audit(bench.now_ms)
+    assert line == f"transfer {bench.transfer} is over for 30001 ms and its agent is not quiet"
+    assert bench["a"].ledger.counts().exported > 0
+    bench.handle("a", AgentLost(reason="reaped"))
+    assert not bench["a"].core.decode.audit(bench.now_ms)
+    assert not bench["a"].ledger.counts().exported
