@@ -27,7 +27,7 @@ from kv_transfer.agent_meeting import LinkMeeting
 from kv_transfer.agent_settings import AgentSettings, TransportChoice
 from kv_transfer.framed_socket import FramedSocket
 from kv_transfer.messages import AgentEvent, EndTransfer, ExpectFrames, FrameAcked, FrameFailed, FrameHeader, SendFrame
-from kv_transfer.transports import gloo, shm
+from kv_transfer.transports import gloo, pair, shm
 from kv_transfer.transports.channel import SourceEnd, TargetEnd
 from kv_transfer.transports.memory import MappedPool, bytes_at, copy_then_hash, load_copy_frame
 from kv_transfer.transports.pull import PullSource
@@ -78,7 +78,7 @@ def exactly(sock: socket.socket, num_bytes: int) -> bytes:
     return data
 
 
-def make_groups(link: socket.socket, rank: int) -> list[gloo.Group]:
+def make_groups(link: socket.socket, rank: int) -> list[pair.Group]:
     """Two pairs with the other process, met over the link."""
     framed = FramedSocket(link, send_timeout_s=TIMEOUT_S)
     groups = []
@@ -101,8 +101,8 @@ def target_main(control_fd: int, source_pool_fd: int) -> None:
     control.sendall(struct.pack("<Q", listener.getsockname()[1]))
     tcp, _ = listener.accept()
     meeting_sock, _ = listener.accept()
-    bare, verified = make_groups(meeting_sock, gloo.TARGET_RANK)
-    ends: dict[str, TargetEnd] = {"gloo": gloo.GlooTarget(verified, pool, timeout_s=TIMEOUT_S)}
+    bare, verified = make_groups(meeting_sock, pair.TARGET_RANK)
+    ends: dict[str, TargetEnd] = {"gloo": gloo.target_end(verified, pool, timeout_s=TIMEOUT_S)}
     ends["shm"] = shm.open_target(
         source_pool_fd, source_num_blocks=NUM_BLOCKS, target=pool, copy_frame=load_copy_frame(), corrupt_every=0
     )
@@ -135,10 +135,10 @@ def _take_tcp(tcp: socket.socket, pool: MappedPool, frame_bytes: int, num_frames
             got += tcp.recv_into(view[got:])
 
 
-def _take_bare(control: socket.socket, group: gloo.Group, pool: MappedPool, frame_bytes: int, num_frames: int) -> None:
-    def post(sequence: int) -> gloo.Work:
+def _take_bare(control: socket.socket, group: pair.Group, pool: MappedPool, frame_bytes: int, num_frames: int) -> None:
+    def post(sequence: int) -> pair.Work:
         tensor = gloo.tensor_at(pool.base + start_of(sequence, frame_bytes), frame_bytes)
-        return group.recv([tensor], gloo.SOURCE_RANK, 0)
+        return group.recv([tensor], pair.SOURCE_RANK, 0)
 
     posted = [post(sequence) for sequence in range(min(IN_FLIGHT, num_frames))]
     for sequence in range(num_frames):
@@ -179,10 +179,10 @@ class Source:
         self._tcp = socket.create_connection(("127.0.0.1", tcp_port))
         self._tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         copy_frame = load_copy_frame()
-        self._bare, verified = make_groups(socket.create_connection(("127.0.0.1", tcp_port)), gloo.SOURCE_RANK)
+        self._bare, verified = make_groups(socket.create_connection(("127.0.0.1", tcp_port)), pair.SOURCE_RANK)
         self._ends: dict[str, SourceEnd] = {
             "shm": PullSource(self.pool),
-            "gloo": gloo.GlooSource(verified, self.pool, copy_frame=copy_frame, timeout_s=TIMEOUT_S),
+            "gloo": gloo.source_end(verified, self.pool, copy_frame=copy_frame, timeout_s=TIMEOUT_S),
         }
         exactly(self._control, 1)
 
@@ -204,10 +204,10 @@ class Source:
     def bare(self, frame_bytes: int, num_frames: int) -> None:
         """What gloo itself takes: plain sends and receives, a few in flight."""
         self._control.sendall(ORDER.pack(b"bare", frame_bytes, num_frames))
-        flying: list[gloo.Work] = []
+        flying: list[pair.Work] = []
         for sequence in range(num_frames):
             tensor = gloo.tensor_at(self.pool.base + start_of(sequence, frame_bytes), frame_bytes)
-            flying.append(self._bare.send([tensor], gloo.TARGET_RANK, 0))
+            flying.append(self._bare.send([tensor], pair.TARGET_RANK, 0))
             if len(flying) == IN_FLIGHT:
                 exactly(self._control, 1)
                 flying.pop(0).wait(timedelta(seconds=TIMEOUT_S))

@@ -96,15 +96,15 @@ def _greet(context: AgentContext, peer: Endpoint, sock: FramedSocket) -> Transpo
 
 
 def _open_gloo(context: AgentContext, sock: FramedSocket, pair_epoch: int) -> SourceEnd:
-    from kv_transfer.transports import gloo
+    from kv_transfer.transports import gloo, pair
 
     sock.send(OpenChannel(pair_epoch=pair_epoch))
     gloo.load()  # while the peer does the same: the time of the meeting begins afterwards
     timeout_s = context.settings.group_timeout_ms / 1000
     group = gloo.make_group(
         LinkMeeting(sock, pair_epoch=pair_epoch, timeout_s=timeout_s),
-        gloo.SOURCE_RANK,
+        pair.SOURCE_RANK,
         host=context.settings.reachable_host,
         timeout_s=timeout_s,
     )
-    return gloo.GlooSource(group, context.pool, copy_frame=context.copy_frame, timeout_s=context.operation_timeout_s)
+    return gloo.source_end(group, context.pool, copy_frame=context.copy_frame, timeout_s=context.operation_timeout_s)

@@ -225,18 +225,18 @@ class IncomingLink(threading.Thread):
     # ---- gloo ----
 
     def _open_gloo(self, message: OpenChannel) -> None:
-        from kv_transfer.transports import gloo
+        from kv_transfer.transports import gloo, pair
 
         own = self._context
         timeout_s = own.settings.group_timeout_ms / 1000
         gloo.load()
         group = gloo.make_group(
             LinkMeeting(self._sock, pair_epoch=message.pair_epoch, timeout_s=timeout_s),
-            gloo.TARGET_RANK,
+            pair.TARGET_RANK,
             host=own.settings.reachable_host,
             timeout_s=timeout_s,
         )
-        self._channel = gloo.GlooTarget(
+        self._channel = gloo.target_end(
             group, own.pool, timeout_s=own.operation_timeout_s, corrupt_every=own.settings.corrupt_every
         )
         self._taker = threading.Thread(target=self._take_all, name="taker", daemon=True)

@@ -1,51 +1,33 @@
 """Frames over torch.distributed's gloo: one two-rank group for one direction between two agents, and one pair epoch.
 
 A group is built directly, over the link of the two agents (meeting.py), never with new_group: a pair that breaks or
-hangs takes only itself down, and is made anew under the next pair epoch. A frame is one message of all its blocks. It
-leaves straight from the pool where its blocks are neighbours, else from a staging buffer; it arrives in staging and is
-scattered only when it checks, so that a hung operation never has a hand on a block. torch is imported when the first
-group is made.
+hangs takes only itself down, and is made anew under the next pair epoch. torch is imported when the first group is
+made.
 """
 
 from __future__ import annotations
 
 import ctypes
-import queue
-import re
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
-from kv_transfer.messages import FrameHeader
-from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, SourceEnd, TargetEnd
+from kv_transfer.transports.channel import ChannelLost
 from kv_transfer.transports.meeting import Meeting, meeting_store
-from kv_transfer.transports.memory import CopyFrame, MappedPool, bytes_at, hash_frame
-from kv_transfer.transports.pull import check_frame, flip_bit
+from kv_transfer.transports.memory import CopyFrame, MappedPool, bytes_at, copy_then_hash, hash_frame
+from kv_transfer.transports.pair import Group, PairSource, PairTarget, Work, first_line
+from kv_transfer.transports.pull import flip_bit
 
 if TYPE_CHECKING:
     import torch
 
-SOURCE_RANK, TARGET_RANK = 0, 1
-MAX_FRAME_BYTES = 64 << 20
-STAGING_SLOTS = 3  # one filling, one on the wire, one being checked
 
-
-class Work(Protocol):
-    """One operation under way."""
-
-    def wait(self, timeout: timedelta) -> bool: ...
-
-
-class Group(Protocol):
-    """What is used of torch's process group."""
-
-    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Work: ...
-    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Work: ...
+CONNECT_ROUNDS = 5  # gloo waits so many times its timeout for the other end to connect
 
 
 def load() -> None:
     """Imports torch, which takes a second or two, ahead of the first group."""
+    import torch.distributed  # noqa: F401
 
 
 def make_group(meeting: Meeting, rank: int, *, host: str, timeout_s: float) -> Group:
@@ -57,157 +39,76 @@ def make_group(meeting: Meeting, rank: int, *, host: str, timeout_s: float) -> G
     from torch.distributed import ProcessGroupGloo
 
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._timeout = timedelta(seconds=timeout_s)
+    options._timeout = timedelta(seconds=timeout_s / CONNECT_ROUNDS)
     options._threads = 1
     options._devices = [ProcessGroupGloo.create_device(hostname=host)]
     try:
         return cast(Group, ProcessGroupGloo(meeting_store(meeting), rank, 2, options))
     except RuntimeError as error:
-        raise ChannelLost(f"the pair was not joined: {_first_line(error)}") from None
+        raise ChannelLost(f"the pair was not joined: {first_line(error)}") from None
 
 
-class GlooSource(SourceEnd):
-    """The sending rank. One thread uses it."""
+def source_end(group: Group, pool: MappedPool, *, copy_frame: CopyFrame, timeout_s: float) -> PairSource:
+    """The end that frames leave from. An operation that takes longer than `timeout_s` ends the pair."""
+    return PairSource(group, HostMemory(pool, copy_frame), HostWaiter(timeout_s))
 
-    needs_go = True
 
-    def __init__(self, group: Group, pool: MappedPool, *, copy_frame: CopyFrame, timeout_s: float) -> None:
-        self._group: Group | None = group
+def target_end(group: Group, pool: MappedPool, *, timeout_s: float, corrupt_every: int = 0) -> PairTarget:
+    """The end that frames arrive at; `timeout_s` as above."""
+    memory, waiter = HostMemory(pool, copy_then_hash), HostWaiter(timeout_s)  # this end gathers nothing
+    return PairTarget(group, memory, waiter, post_timeout_s=timeout_s, corrupt_every=corrupt_every)
+
+
+class HostWaiter:
+    """A wait that comes to its end closes all connections of the group."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout = timedelta(seconds=timeout_s)
+
+    def wait(self, work: Work) -> None:
+        """Lets other threads run meanwhile."""
+        work.wait(self._timeout)
+
+    def drop(self, works: Iterable[Work]) -> None:
+        """Nothing to do: with the group and its operations the connections are gone."""
+
+
+class HostMemory:
+    """Blocks of a mapped pool; the checksum is xxh3-64 of the frame's bytes."""
+
+    def __init__(self, pool: MappedPool, copy_frame: CopyFrame) -> None:
         self._pool = pool
         self._copy_frame = copy_frame
-        self._timeout = timedelta(seconds=timeout_s)
-        self._prepared: dict[tuple[str, int, int], torch.Tensor] = {}
-        self._staged: dict[tuple[str, int, int], torch.Tensor] = {}
-        self._free: list[torch.Tensor] = []
-        self._sends: dict[tuple[str, int, int], Work] = {}
+        self.block_bytes = pool.block_bytes
+        self.check = pool.check
 
-    def prepare(self, header: FrameHeader) -> int:
-        """Hashes the blocks where they lie when they are neighbours, else while gathering them."""
-        check_frame(header, self._pool.block_bytes)
-        self._pool.check(header.source_blocks)
-        base, size, blocks = self._pool.base, self._pool.block_bytes, header.source_blocks
-        key = _key(header)
-        if all(after == before + 1 for before, after in pairwise(blocks)):
-            start = base + blocks[0] * size
-            self._prepared[key] = tensor_at(start, header.num_bytes)
-            return hash_frame(start, (0,), header.num_bytes)
-        buffer = self._buffer(header.num_bytes)
-        self._staged[key] = buffer
-        self._prepared[key] = buffer[: header.num_bytes]
-        return self._copy_frame(buffer.data_ptr(), range(len(blocks)), base, blocks, size)
+    def staging(self, num_bytes: int) -> torch.Tensor:
+        """Not pinned: nothing but the CPU reads it."""
+        import torch
 
-    def push(self, header: FrameHeader) -> None:
-        """Sends the frame; what the socket does not take at once goes on in gloo's own thread."""
-        if self._group is None:
-            raise ChannelLost("the channel is closed")
-        key = _key(header)
-        try:
-            self._sends[key] = self._group.send([self._prepared[key]], TARGET_RANK, 0)
-        except RuntimeError as error:
-            raise ChannelLost(f"send: {_first_line(error)}") from None
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
-    def finish(self, header: FrameHeader) -> None:
-        """Reaps the send, which is over when the target has the frame, and takes the staging buffer back."""
-        key = _key(header)
-        work = self._sends.pop(key, None)
-        try:
-            if work is not None:
-                work.wait(self._timeout)
-        except RuntimeError as error:
-            raise ChannelLost(f"send: {_first_line(error)}") from None
-        self._prepared.pop(key, None)
-        buffer = self._staged.pop(key, None)
-        if buffer is not None:
-            self._free.append(buffer)
+    def in_place(self, first: int, num_blocks: int) -> torch.Tensor:
+        """Without a copy."""
+        return tensor_at(self._pool.base + first * self.block_bytes, num_blocks * self.block_bytes)
 
-    def close(self) -> None:
-        """Drops the group: its connections close, and the peer's receives fail."""
-        self._group = None
-        self._sends.clear()
-        self._prepared.clear()
-        self._staged.clear()
+    def gather(self, frame: torch.Tensor, blocks: Sequence[int]) -> int:
+        """Copy and hash in one pass."""
+        return self._copy_frame(frame.data_ptr(), range(len(blocks)), self._pool.base, blocks, self.block_bytes)
 
-    def _buffer(self, num_bytes: int) -> torch.Tensor:
-        for at, buffer in enumerate(self._free):
-            if buffer.numel() >= num_bytes:
-                return self._free.pop(at)
-        if self._free:
-            self._free.pop()  # too small: let it go rather than hold ever more
-        return _staging(num_bytes)
+    def scatter(self, blocks: Sequence[int], frame: torch.Tensor) -> None:
+        """Block by block."""
+        size, start = self.block_bytes, frame.data_ptr()
+        for at, block in enumerate(blocks):
+            ctypes.memmove(self._pool.base + block * size, start + at * size, size)
 
+    def checksum(self, frame: torch.Tensor) -> int:
+        """One pass."""
+        return hash_frame(frame.data_ptr(), (0,), frame.numel())
 
-class GlooTarget(TargetEnd):
-    """The receiving rank. `post` on one thread, `take` on another."""
-
-    def __init__(
-        self,
-        group: Group,
-        pool: MappedPool,
-        *,
-        timeout_s: float,
-        corrupt_every: int = 0,
-    ) -> None:
-        self._group: Group | None = group
-        self._pool = pool
-        self._timeout_s = timeout_s
-        self._corrupt_every = corrupt_every
-        self._num_frames = 0
-        self._slots: queue.Queue[torch.Tensor | None] = queue.Queue()
-        for _ in range(STAGING_SLOTS):
-            self._slots.put(None)  # made when first needed
-        self._posted: queue.Queue[tuple[Work, torch.Tensor]] = queue.Queue()
-
-    def post(self, header: FrameHeader) -> None:
-        """Waits for a staging slot and posts the receive into it."""
-        check_frame(header, self._pool.block_bytes)
-        if header.num_bytes > MAX_FRAME_BYTES:
-            raise ValueError(f"num_bytes: is {header.num_bytes}, at most {MAX_FRAME_BYTES} are taken at once")
-        self._pool.check(header.target_blocks)
-        try:
-            slot = self._slots.get(timeout=self._timeout_s)
-        except queue.Empty:
-            raise ChannelLost(f"no staging slot within {self._timeout_s:g} s") from None
-        group = self._group
-        if group is None:
-            raise ChannelLost("the channel is closed")
-        if slot is None or slot.numel() < header.num_bytes:
-            slot = _staging(header.num_bytes)
-        try:
-            work = group.recv([slot[: header.num_bytes]], SOURCE_RANK, 0)
-        except RuntimeError as error:
-            raise ChannelLost(f"receive: {_first_line(error)}") from None
-        self._posted.put((work, slot))
-
-    def take(self, header: FrameHeader, checksum: int) -> None:
-        """Waits for the bytes in staging, checks them, and only then scatters them into the target blocks."""
-        work, slot = self._posted.get_nowait()
-        try:
-            work.wait(timedelta(seconds=self._timeout_s))
-        except RuntimeError as error:
-            raise ChannelLost(f"receive: {_first_line(error)}") from None
-        try:
-            size, start = self._pool.block_bytes, slot.data_ptr()
-            self._num_frames += 1
-            if self._corrupt_every and self._num_frames % self._corrupt_every == 0:
-                flip_bit(start)
-            found = hash_frame(start, (0,), header.num_bytes)
-            if found != checksum:
-                raise FrameCorrupt(f"checksum {found:016x}, announced {checksum:016x}")
-            for at, block in enumerate(header.target_blocks):
-                ctypes.memmove(self._pool.base + block * size, start + at * size, size)
-        finally:
-            self._slots.put(slot)
-
-    def close(self) -> None:
-        """Drops the group. A receive that still waits has only staging to write, and ends by its own timeout."""
-        self._group = None
-        with suppress(queue.Empty):  # what nobody takes any more would keep the pair's connections open
-            while True:
-                self._posted.get_nowait()
-
-
-def _key(header: FrameHeader) -> tuple[str, int, int]:
-    return header.transfer_id, header.epoch, header.sequence
+    def damage(self, frame: torch.Tensor) -> None:
+        """The first byte."""
+        flip_bit(frame.data_ptr())
 
 
 def tensor_at(address: int, num_bytes: int) -> torch.Tensor:
@@ -215,14 +116,3 @@ def tensor_at(address: int, num_bytes: int) -> torch.Tensor:
     import torch
 
     return torch.frombuffer(bytes_at(address, num_bytes), dtype=torch.uint8)
-
-
-def _staging(num_bytes: int) -> torch.Tensor:
-    import torch
-
-    return torch.empty(num_bytes, dtype=torch.uint8)
-
-
-def _first_line(error: Exception) -> str:
-    # "[file:line] what happened. Advice to read other logs": the middle is what an operator needs.
-    return re.sub(r"^\[[^\]]*\] ", "", str(error)).partition("\n")[0].partition(". This is")[0][:200]

@@ -54,15 +54,20 @@ class MappedPool:
 
     def check(self, blocks: Sequence[int]) -> None:
         """Raises ValueError when the pool has no such block."""
-        for block in blocks:
-            if not 0 <= block < self.num_blocks:
-                raise ValueError(f"block: is {block}, must be from 0 to {self.num_blocks - 1}")
+        check_blocks(blocks, self.num_blocks)
 
     def close(self) -> None:
         """Unmaps it; no operation on it may be under way. Idempotent."""
         if self._base is not None:
             _libc.munmap(self._base, self._size)
             self._base = None
+
+
+def check_blocks(blocks: Sequence[int], num_blocks: int) -> None:
+    """Raises ValueError when a pool of so many blocks has not all of them."""
+    for block in blocks:
+        if not 0 <= block < num_blocks:
+            raise ValueError(f"block: is {block}, must be from 0 to {num_blocks - 1}")
 
 
 def bytes_at(address: int, num_bytes: int) -> ctypes.Array[ctypes.c_ubyte]:

@@ -11,17 +11,23 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
 
 from engine.kv_pool import shared_memory
 from kv_transfer.agent_meeting import LinkMeeting
 from kv_transfer.framed_socket import FramedSocket
 from kv_transfer.messages import FrameHeader
-from kv_transfer.transports import gloo, shm
+from kv_transfer.transports import gloo, pair, shm
 from kv_transfer.transports.channel import ChannelLost, SourceEnd, TargetEnd
 from kv_transfer.transports.meeting import Meeting
 from kv_transfer.transports.memory import MappedPool, load_copy_frame
 from kv_transfer.transports.pull import PullSource, PullTarget
 from tandem.request import TransferId
+
+if TYPE_CHECKING:
+    from kv_transfer.transports.device_memory import DeviceMemory
 
 HOST = "127.0.0.1"
 NUM_BLOCKS, BLOCK_BYTES = 16, 8192
@@ -49,6 +55,13 @@ class Pool:
     def mapping(self) -> MappedPool:
         """One more, which is the caller's to close."""
         return MappedPool(self.fd, num_blocks=self.num_blocks, block_bytes=self.block_bytes, writable=True)
+
+    def on_device(self) -> DeviceMemory:
+        """The same blocks as torch has them on a device, which is the CPU."""
+        from kv_transfer.transports.device_memory import DeviceMemory
+
+        whole = gloo.tensor_at(self.mapped.base, self.num_blocks * self.block_bytes)
+        return DeviceMemory(whole.view(self.num_blocks, self.block_bytes))
 
     def read(self, block: int) -> bytes:
         """A block's bytes as its worker sees them."""
@@ -104,13 +117,13 @@ def both(make: Callable[[Meeting, int], object]) -> list[object]:
     made: dict[int, object] = {}
 
     def join() -> None:
-        made[gloo.TARGET_RANK] = make(QueueMeeting(back, there), gloo.TARGET_RANK)
+        made[pair.TARGET_RANK] = make(QueueMeeting(back, there), pair.TARGET_RANK)
 
     thread = threading.Thread(target=join)
     thread.start()
-    made[gloo.SOURCE_RANK] = make(QueueMeeting(there, back), gloo.SOURCE_RANK)
+    made[pair.SOURCE_RANK] = make(QueueMeeting(there, back), pair.SOURCE_RANK)
     thread.join()
-    return [made[gloo.SOURCE_RANK], made[gloo.TARGET_RANK]]
+    return [made[pair.SOURCE_RANK], made[pair.TARGET_RANK]]
 
 
 def make_ends(transport: str, source: Pool, target: Pool) -> Ends:
@@ -122,6 +135,13 @@ def make_ends(transport: str, source: Pool, target: Pool) -> Ends:
     elif transport == "inproc":
         source_end = PullSource(source.mapped)
         target_end = PullTarget(source=source.mapping(), target=target.mapped, copy_frame=load_copy_frame())
+    elif transport == "device-gloo":  # what NCCL uses of torch, on the CPU
+        source_end, target_end = _device_gloo_ends(source, target)
+    elif transport == "device-pull":  # what CUDA IPC uses of torch, on the CPU
+        from kv_transfer.transports.cuda_ipc import DevicePullSource, DevicePullTarget
+
+        source_end = DevicePullSource(source.on_device())
+        target_end = DevicePullTarget(source.on_device().pool, target.on_device(), on_hang=pytest.fail)
     else:
         assert transport == "shm"
         source_end, target_end = PullSource(source.mapped), _shm_target(source.fd, source.num_blocks, target)
@@ -130,7 +150,21 @@ def make_ends(transport: str, source: Pool, target: Pool) -> Ends:
 
 def _gloo_ends(source: Pool, target: Pool) -> tuple[SourceEnd, TargetEnd]:
     def make(meeting: Meeting, rank: int) -> SourceEnd | TargetEnd:
-        return _gloo_end(meeting, rank, source if rank == gloo.SOURCE_RANK else target)
+        return _gloo_end(meeting, rank, source if rank == pair.SOURCE_RANK else target)
+
+    source_end, target_end = both(make)
+    assert isinstance(source_end, SourceEnd)
+    assert isinstance(target_end, TargetEnd)
+    return source_end, target_end
+
+
+def _device_gloo_ends(source: Pool, target: Pool) -> tuple[SourceEnd, TargetEnd]:
+    def make(meeting: Meeting, rank: int) -> SourceEnd | TargetEnd:
+        group = gloo.make_group(meeting, rank, host=HOST, timeout_s=TIMEOUT_S)
+        waiter = gloo.HostWaiter(TIMEOUT_S)
+        if rank == pair.SOURCE_RANK:
+            return pair.PairSource(group, source.on_device(), waiter)
+        return pair.PairTarget(group, target.on_device(), waiter, post_timeout_s=TIMEOUT_S)
 
     source_end, target_end = both(make)
     assert isinstance(source_end, SourceEnd)
@@ -140,9 +174,9 @@ def _gloo_ends(source: Pool, target: Pool) -> tuple[SourceEnd, TargetEnd]:
 
 def _gloo_end(meeting: Meeting, rank: int, pool: Pool) -> SourceEnd | TargetEnd:
     group = gloo.make_group(meeting, rank, host=HOST, timeout_s=TIMEOUT_S)
-    if rank == gloo.TARGET_RANK:
-        return gloo.GlooTarget(group, pool.mapped, timeout_s=TIMEOUT_S)
-    return gloo.GlooSource(group, pool.mapped, copy_frame=load_copy_frame(), timeout_s=TIMEOUT_S)
+    if rank == pair.TARGET_RANK:
+        return gloo.target_end(group, pool.mapped, timeout_s=TIMEOUT_S)
+    return gloo.source_end(group, pool.mapped, copy_frame=load_copy_frame(), timeout_s=TIMEOUT_S)
 
 
 def _shm_target(source_fd: int, source_num_blocks: int, target: Pool) -> TargetEnd:
@@ -192,7 +226,7 @@ class Peer:
             )
         self.sock = FramedSocket(ours, send_timeout_s=TIMEOUT_S)
         self._answer()  # its imports are done
-        rank = gloo.SOURCE_RANK if role == "target" else gloo.TARGET_RANK
+        rank = pair.SOURCE_RANK if role == "target" else pair.TARGET_RANK
         self.end = _end_in_process(transport, rank, self.sock, source, target)
         self._answer()
 
@@ -222,8 +256,8 @@ def _end_in_process(transport: str, rank: int, sock: FramedSocket, source: Pool,
     """The end of `rank`, made while the other process makes its own."""
     if transport == "gloo":
         meeting = LinkMeeting(sock, pair_epoch=1, timeout_s=20)
-        return _gloo_end(meeting, rank, source if rank == gloo.SOURCE_RANK else target)
-    if rank == gloo.SOURCE_RANK:
+        return _gloo_end(meeting, rank, source if rank == pair.SOURCE_RANK else target)
+    if rank == pair.SOURCE_RANK:
         return PullSource(source.mapped)
     return _shm_target(source.fd, source.num_blocks, target)
 
@@ -237,7 +271,7 @@ def _run_peer(arguments: list[str]) -> None:
     if transport == "gloo":
         gloo.load()
     print("ready", flush=True)
-    rank = gloo.SOURCE_RANK if role == "source" else gloo.TARGET_RANK
+    rank = pair.SOURCE_RANK if role == "source" else pair.TARGET_RANK
     end = _end_in_process(transport, rank, sock, source, target)
     print("open", flush=True)
     for line in sys.stdin:

@@ -10,20 +10,23 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
+from typing import NoReturn
 
 import psutil
 import pytest
 from channel_ends import BLOCK_BYTES, HOST, NUM_BLOCKS, TIMEOUT_S, Ends, Peer, Pool, QueueMeeting, frame, make_ends
 
 from kv_transfer.messages import FrameHeader
-from kv_transfer.transports import gloo, inproc, shm
+from kv_transfer.transports import gloo, inproc, nccl, pair, shm
 from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, SourceEnd, TargetEnd
 from kv_transfer.transports.meeting import MAX_KEYS, meeting_store
 from kv_transfer.transports.memory import MappedPool, load_copy_frame
 
-IN_FLIGHT = gloo.STAGING_SLOTS
+IN_FLIGHT = pair.STAGING_SLOTS
 
-every_transport = pytest.mark.parametrize("transport", ["inproc", "shm", "gloo"])
+every_transport = pytest.mark.parametrize("transport", ["inproc", "shm", "gloo", "device-pull", "device-gloo"])
+OVER_GLOO = ("gloo", "device-gloo")  # a frame of these lands in staging, and is lost with its pair
 between_processes = pytest.mark.parametrize("transport", ["shm", "gloo"])
 pytestmark = pytest.mark.usefixtures("no_process_left")
 
@@ -165,7 +168,7 @@ def test_more_frames_than_there_is_staging_for_take_no_more_memory(ends: Ends, t
     checksums = [ends.source.prepare(header) for header in headers]
     for header in headers[:IN_FLIGHT]:
         ends.target.post(header)
-    if transport == "gloo":  # the others land in the target blocks themselves
+    if transport in OVER_GLOO:  # the others land in the target blocks themselves
         with pytest.raises(ChannelLost, match="no staging slot within 2 s"):
             ends.target.post(headers[-1])
     waiting = threading.Timer(0.2, lambda: _push_and_take(ends, headers[0], checksums[0]))
@@ -290,7 +293,7 @@ def test_a_target_that_waits_while_its_source_closes_is_let_go(ends: Ends, trans
     ends.target.post(header)
     closing = threading.Timer(0.2, ends.source.close)
     closing.start()
-    if transport == "gloo":
+    if transport in OVER_GLOO:
         began = time.monotonic()
         with pytest.raises(ChannelLost):
             ends.target.take(header, checksum)
@@ -312,7 +315,7 @@ def test_after_a_loss_a_new_channel_between_the_same_pools_works(
     header = frame((1,), (1,))
     checksum = ends.source.prepare(header)
     ends.target.post(header)
-    if transport == "gloo":
+    if transport in OVER_GLOO:
         with pytest.raises(ChannelLost):
             ends.target.take(header, checksum)  # never pushed: a hung operation ends by its timeout
     ends.close()
@@ -370,26 +373,69 @@ def test_channels_that_come_and_go_leave_no_thread_descriptor_or_memory(
 
 def test_a_gloo_frame_over_the_limit_is_refused_before_memory_is_taken(pools: tuple[Pool, Pool]) -> None:
     ends = make_ends("gloo", *pools)
-    num = gloo.MAX_FRAME_BYTES // BLOCK_BYTES + 1
+    num = pair.MAX_FRAME_BYTES // BLOCK_BYTES + 1
     with pytest.raises(ValueError, match="num_bytes: is 67117056, at most 67108864 are taken at once"):
         ends.target.post(frame((0,) * num, (0,) * num))
     ends.close()
 
 
 def test_a_gloo_pair_that_nobody_joins_or_whose_other_end_falls_silent_fails_within_its_time() -> None:
+    gloo.load()
     said: queue.Queue[tuple[str, bytes]] = queue.Queue()
     heard: queue.Queue[tuple[str, bytes]] = queue.Queue()
-    for rank in (gloo.SOURCE_RANK, gloo.TARGET_RANK):
+    for rank in (pair.SOURCE_RANK, pair.TARGET_RANK):
         began = time.monotonic()
         with pytest.raises(ChannelLost, match="says nothing"):
             gloo.make_group(QueueMeeting(said, heard), rank, host=HOST, timeout_s=TIMEOUT_S)
         assert time.monotonic() - began < TIMEOUT_S + 1
-    # The other end said where it is, and is not there any more.
-    heard.put(("0/1", dict(said.queue)["0/1"]))
+    for _ in range(4):  # which end connects to the other is drawn by their ports
+        heard.put(("0/1", dict(said.queue)["0/1"]))  # it said where it is, and is not there any more
+        began = time.monotonic()
+        with pytest.raises(ChannelLost):
+            gloo.make_group(QueueMeeting(said, heard), pair.SOURCE_RANK, host=HOST, timeout_s=1)
+        assert time.monotonic() - began < 3
+
+
+class Hung:
+    """An operation that does not end."""
+
+    def is_completed(self) -> bool:
+        return False
+
+    def wait(self, timeout: timedelta) -> bool:
+        raise AssertionError("nobody waits for it but by polling")
+
+
+class Killed(Exception):
+    """The agent would have ended itself."""
+
+
+def _kill(reason: str) -> NoReturn:
+    raise Killed(reason)
+
+
+def test_an_nccl_operation_that_hangs_or_is_dropped_under_way_ends_the_agent() -> None:
+    waiter = nccl.PollingWaiter(0.2, _kill)
     began = time.monotonic()
-    with pytest.raises(ChannelLost):
-        gloo.make_group(QueueMeeting(said, heard), gloo.SOURCE_RANK, host=HOST, timeout_s=TIMEOUT_S)
-    assert time.monotonic() - began < 2 * TIMEOUT_S + 1
+    with pytest.raises(Killed, match=r"has not ended within 0\.2 s"):
+        waiter.wait(Hung())
+    assert time.monotonic() - began < 1
+    with pytest.raises(Killed, match="closed with operations under way"):
+        waiter.drop([Hung()])
+    waiter.drop([])
+
+
+def test_a_devices_checksum_sees_every_bit_and_every_place(pools: tuple[Pool, Pool]) -> None:
+    memory = pools[0].on_device()
+    frame_bytes = memory.in_place(2, 2)
+    found = {memory.checksum(frame_bytes)}
+    for at in (0, 7, 8, BLOCK_BYTES - 1, BLOCK_BYTES, 2 * BLOCK_BYTES - 1):
+        for bit in (1, 128):
+            frame_bytes[at] ^= bit
+            found.add(memory.checksum(frame_bytes))
+            frame_bytes[at] ^= bit
+    found.add(memory.gather(memory.staging(2 * BLOCK_BYTES), (3, 2)))
+    assert len(found) == 14
 
 
 def test_a_meeting_takes_few_keys() -> None:

@@ -1,0 +1,76 @@
+"""Blocks of a pool that torch reaches on a device, as frames: copies and a checksum in whole-tensor operations.
+
+On a GPU this has not been run; the tests run it on the CPU, over gloo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kv_transfer.transports.memory import check_blocks
+
+WORD_BYTES = 8
+FACTOR = -7046029254386353131  # odd, so that no word's bits are lost: 2^64 / golden ratio, as a signed number
+
+
+class DeviceMemory:
+    """`pool` is a tensor of bytes, (num_blocks, block_bytes). Every method returns when the device is done.
+
+    The checksum is the sum modulo 2^64 of the frame's 64 bit words, each mixed with its place as MurmurHash3's
+    finalizer mixes: it sees bits that flipped, words that are missing and blocks that changed places. It is no defence
+    against intent.
+    """
+
+    def __init__(self, pool: torch.Tensor) -> None:
+        if pool.dim() != 2 or pool.dtype != torch.uint8 or pool.shape[1] % WORD_BYTES:
+            raise ValueError(f"pool: is {pool.dtype} of shape {tuple(pool.shape)}, must be rows of whole words")
+        self.pool = pool
+        self.block_bytes = int(pool.shape[1])
+
+    def check(self, blocks: Sequence[int]) -> None:
+        """Raises ValueError when the pool has no such block."""
+        check_blocks(blocks, self.pool.shape[0])
+
+    def staging(self, num_bytes: int) -> torch.Tensor:
+        """On the pool's device."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.pool.device)
+
+    def in_place(self, first: int, num_blocks: int) -> torch.Tensor:
+        """Without a copy."""
+        return self.pool[first : first + num_blocks].view(-1)
+
+    def gather(self, frame: torch.Tensor, blocks: Sequence[int]) -> int:
+        """Through no other buffer."""
+        torch.index_select(self.pool, 0, self._index(blocks), out=frame.view(-1, self.block_bytes))
+        return self.checksum(frame)
+
+    def scatter(self, blocks: Sequence[int], frame: torch.Tensor) -> None:
+        """Block ids are distinct."""
+        self.pool.index_copy_(0, self._index(blocks), frame.view(-1, self.block_bytes))
+        self._synchronize()
+
+    def checksum(self, frame: torch.Tensor) -> int:
+        """With temporaries of the frame's size."""
+        words = frame.view(torch.int64)
+        mixed = torch.arange(words.numel(), device=words.device).mul_(FACTOR).bitwise_xor_(words).mul_(FACTOR)
+        mixed.bitwise_xor_(mixed >> 32).mul_(FACTOR)
+        total: int = int(mixed.sum())  # waits for the device
+        return total & ((1 << 64) - 1)
+
+    def damage(self, frame: torch.Tensor) -> None:
+        """The first byte."""
+        frame[0] ^= 0x40
+
+    def pull(self, blocks: Sequence[int], source: torch.Tensor, source_blocks: Sequence[int]) -> int:
+        """Copies blocks of another pool that this device reaches into ours, and gives the checksum of what is ours."""
+        self.pool.index_copy_(0, self._index(blocks), source.index_select(0, self._index(source_blocks)))
+        return self.checksum(self.pool.index_select(0, self._index(blocks)).view(-1))
+
+    def _index(self, blocks: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(blocks, dtype=torch.int64, device=self.pool.device)
+
+    def _synchronize(self) -> None:
+        if self.pool.is_cuda:
+            torch.cuda.current_stream(self.pool.device).synchronize()
