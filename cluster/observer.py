@@ -52,8 +52,11 @@ class Observer:
 
     def look(self, snapshot: StatusSnapshot) -> tuple[ClusterView, list[MoveRecord]]:
         """The view now, and the moves that ended since the last one."""
-        workers = [each for each in snapshot.workers if each.info.role in DECODES and _alive(each)]
         decoding = [each for each in snapshot.requests if each.state is RequestState.DECODING]
+        # A prefill worker decodes what came while no decode worker was there.
+        busy = {each.decode_worker for each in decoding}
+        alive = [each for each in snapshot.workers if each.state != WorkerState.DEAD.value]
+        workers = [each for each in alive if each.info.role in DECODES or each.worker_id in busy]
         self._learn_lengths(snapshot.requests)
         self._learn_steps(snapshot.now_ms, workers, decoding)
         for request in decoding:
@@ -152,10 +155,6 @@ class Observer:
         return -(-(_num_tokens(request) + min(left_max, self._reserve_tokens)) // size)
 
 
-def _alive(worker: WorkerSnapshot) -> bool:
-    return worker.state != WorkerState.DEAD.value
-
-
 def _num_tokens(request: RequestSnapshot) -> int:
     return request.prompt_tokens + request.tokens
 
@@ -171,7 +170,7 @@ def _worker_view(worker: WorkerSnapshot, requests: Iterable[RequestSnapshot]) ->
     blocks = None if load is None else load.blocks
     return WorkerView(
         worker_id=worker.worker_id,
-        ready=worker.state == WorkerState.READY.value,
+        ready=worker.state == WorkerState.READY.value and info.role in DECODES,
         draining=worker.state == WorkerState.DRAINING.value,
         block_size=info.block_size,
         block_bytes=info.block_bytes,

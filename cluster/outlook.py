@@ -41,10 +41,10 @@ class WaitingRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerView:
-    """One worker that decodes. Blocks held are those that are neither free nor only cached."""
+    """One worker that decodes something, or may. Blocks held are those that are neither free nor only cached."""
 
     worker_id: WorkerId
-    ready: bool  # it may take requests
+    ready: bool  # it may take requests, and give some away for the sake of others
     draining: bool
     block_size: int
     block_bytes: int

@@ -82,6 +82,14 @@ def test_a_view_has_what_decodes_and_who_waits() -> None:
     assert (waiting.num_blocks, waiting.since_ms) == (10, 300)
 
 
+def test_a_prefill_worker_that_decodes_may_only_give_away() -> None:
+    workers = [worker("d0"), worker("p0", role=Role.PREFILL), worker("p1", role=Role.PREFILL, state="draining")]
+    seen = view_of(status(0, workers, [request("a", "p0"), request("b", "p1")]))
+    assert [(each.worker_id, each.ready, each.draining) for each in seen.workers] == [
+        ("d0", True, False), ("p0", False, False), ("p1", False, True),
+    ]  # fmt: skip
+
+
 def test_handoffs_on_their_way_count_until_they_have_blocks() -> None:
     coming = [request("a", "d0", RequestState.PREFILLING), request("b", "d0", RequestState.HANDING_OFF)]
     here = request("c", "d0", RequestState.PREFILLING, prefill_worker="d0")
