@@ -128,17 +128,15 @@ class Outlook:
         chosen = self.requests if requests is None else requests
         ordered = sorted(chosen, key=lambda each: -each.left_tokens)
         size, held = self.worker.block_size, self.virtual_blocks + extra_blocks
+        within = sum(self.blocks_of(each) for each in ordered if each.left_tokens < steps)
         ended = sum(self.blocks_of(each) for each in ordered)
         peak = held
         for num, each in enumerate(ordered, start=1):
             ended -= self.blocks_of(each)  # of those that end before this one
             grown = num * min(each.left_tokens, steps) / size
-            gone = ended if each.left_tokens < steps else self._ended_within(ordered, steps)
+            gone = ended if each.left_tokens < steps else within
             peak = max(peak, math.ceil(held - gone + grown))
         return peak
-
-    def _ended_within(self, ordered: Sequence[RunningRequest], steps: float) -> int:
-        return sum(self.blocks_of(each) for each in ordered if each.left_tokens < steps)
 
 
 class AnswerLengths:

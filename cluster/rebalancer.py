@@ -16,7 +16,10 @@ from cluster.outlook import ClusterView, Outlook, RunningRequest, WaitingRequest
 from router.move import MoveReason
 from tandem.request import RequestId, WorkerId
 
+# Bounds of what one decision costs.
 QUICKEST = 4  # workers that a balancing move is weighed for
+ROOMIEST = 4  # workers that room is looked for on
+GRAINS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,10 +151,10 @@ class _Case:
 
     def movable(self, source: Outlook) -> list[RunningRequest]:
         """Requests of the source that may move: not moving, at rest long enough, and with enough ahead of them."""
-        found = []
+        found, step_ms = [], source.step_ms
         for each in source.requests:
             rested = each.moved_ms is None or self.now_ms - each.moved_ms >= self.config.dwell_ms
-            left_ms = each.left_tokens * source.step_ms
+            left_ms = each.left_tokens * step_ms
             if each.moving_to is None and rested and left_ms > self.config.left_over_copy * self.copy_ms(source, each):
                 found.append(each)
         return found
@@ -276,42 +279,59 @@ def _pressure(case: _Case) -> None:
 def _balance(case: _Case) -> None:
     """Every token waits for its worker's step: the slowest batch gives to the quickest while that saves waiting."""
     for source in sorted(case.sources(), key=lambda each: -each.step_ms):
-        best: tuple[float, PlannedMove, RunningRequest] | None = None
+        found: list[tuple[float, _Evened, PlannedMove]] = []
+        movable = case.movable(source)
         for target in sorted(case.targets(source), key=lambda each: each.step_ms)[:QUICKEST]:
-            if source.step_ms < case.config.imbalance_least * target.step_ms:
+            if not movable or source.step_ms < case.config.imbalance_least * target.step_ms:
                 continue
-            # One of twenty cannot take a tenth off the maximum. All moves to come can, if `imbalance_least` holds (the
-            # even share is then less than 0.9 of it); each takes more than a tenth of what they can.
-            worthwhile_ms = case.config.improvement_least * (source.step_ms - target.step_ms) / 2
-            for request in case.movable(source):
-                slower = case.view.step.of(len(target.requests) + 1, target.num_tokens + request.num_tokens)
-                quicker = case.view.step.of(len(source.requests) - 1, source.num_tokens - request.num_tokens)
-                largest = max(slower, quicker)
-                if source.step_ms - largest <= worthwhile_ms or not case.suits(target, request):
-                    continue
-                gain_ms = _waiting_saved_ms(case, source, target, request, quicker, slower)
-                cost_ms = case.cost_ms(source, request)
-                if gain_ms <= cost_ms or (best is not None and gain_ms - cost_ms <= best[0]):
-                    continue
-                why = (
-                    f"a step takes {source.step_ms:.1f} ms on {source.worker.worker_id} and {target.step_ms:.1f} ms "
-                    f"on {target.worker.worker_id}; after this {quicker:.1f} and {slower:.1f} ms"
-                )
-                move = _planned(MoveReason.BALANCE, source, target, request, why, gain_ms, case)
-                best = gain_ms - cost_ms, move, request
+            for evened in _evened(case, source, target, movable):
+                cost_ms = case.cost_ms(source, evened.request)
+                if evened.gain_ms > cost_ms:
+                    why = (
+                        f"a step takes {source.step_ms:.1f} ms on {source.worker.worker_id} and {target.step_ms:.1f} "
+                        f"ms on {target.worker.worker_id}; after this {evened.source_ms:.1f} and "
+                        f"{evened.target_ms:.1f} ms"
+                    )
+                    move = _planned(MoveReason.BALANCE, source, target, evened.request, why, evened.gain_ms, case)
+                    found.append((evened.gain_ms - cost_ms, evened, move))
+        found.sort(key=lambda each: -each[0])
+        best = next((each for each in found if case.suits(each[1].target, each[1].request)), None)
         if best is not None:
-            case.take(best[1], best[2])
+            case.take(best[2], best[1].request)
 
 
-def _waiting_saved_ms(
-    case: _Case, source: Outlook, target: Outlook, request: RunningRequest, quicker_ms: float, slower_ms: float
-) -> float:
-    """Waiting that all requests of both workers are spared, as long as the request runs, within a bound."""
-    here, there = len(source.requests), len(target.requests)
-    before = here * source.step_ms + there * target.step_ms
-    after = (here - 1) * quicker_ms + (there + 1) * slower_ms
-    steps = min(request.left_tokens, case.config.balance_ms / max(source.step_ms, 0.1))
-    return (before - after) * steps
+@dataclass(frozen=True, slots=True)
+class _Evened:
+    """What moving one request would make of the steps of two workers, and the waiting that it saves."""
+
+    request: RunningRequest
+    target: Outlook
+    source_ms: float
+    target_ms: float
+    gain_ms: float
+
+
+def _evened(case: _Case, source: Outlook, target: Outlook, movable: list[RunningRequest]) -> Iterator[_Evened]:
+    """The moves that take enough off the source's step.
+
+    One of twenty cannot take a tenth off the maximum. All moves to come can, if `imbalance_least` holds (the even share
+    is then at most 0.9 of it); each takes more than a tenth of what they can.
+
+    What is gained is the waiting that all requests of both workers are spared, as long as the request runs, in bounds.
+    """
+    step, source_ms, target_ms = case.view.step, source.step_ms, target.step_ms
+    here, there, source_tokens, target_tokens = (
+        len(source.requests), len(target.requests), source.num_tokens, target.num_tokens,
+    )  # fmt: skip
+    worthwhile_ms = case.config.improvement_least * (source_ms - target_ms) / 2
+    steps_max = case.config.balance_ms / max(source_ms, 0.1)
+    for request in movable:
+        quicker = step.of(here - 1, source_tokens - request.num_tokens)
+        slower = step.of(there + 1, target_tokens + request.num_tokens)
+        if source_ms - max(slower, quicker) > worthwhile_ms:
+            before = here * source_ms + there * target_ms
+            after = (here - 1) * quicker + (there + 1) * slower
+            yield _Evened(request, target, quicker, slower, (before - after) * min(request.left_tokens, steps_max))
 
 
 def _defragment(case: _Case) -> None:
@@ -320,7 +340,7 @@ def _defragment(case: _Case) -> None:
         return
     head = case.view.waiting[0]
     waits_ms = case.now_ms - head.since_ms
-    hosts = case.sources()
+    hosts = sorted(case.sources(), key=lambda each: -each.worker.room_blocks)[:ROOMIEST]
     if waits_ms < case.config.hold_ms or any(each.worker.room_blocks >= head.num_blocks for each in case.workers()):
         return
     best: tuple[float, Outlook, list[tuple[RunningRequest, Outlook]]] | None = None
@@ -343,20 +363,25 @@ def _defragment(case: _Case) -> None:
 
 
 def _cheapest_set(case: _Case, host: Outlook, wanted: int) -> list[tuple[RunningRequest, Outlook]]:
-    """Requests of the host, each with its target, that free the blocks wanted for the least copying; empty: none do."""
-    cheapest: dict[int, tuple[float, tuple[RunningRequest, ...]]] = {0: (0.0, ())}  # by blocks freed, up to `wanted`
+    """Requests of the host, each with its target, that free the blocks wanted for the least copying; empty: none do.
+
+    Blocks are counted in GRAINSths of what is wanted, a request's rounded down.
+    """
+    grain = -(-wanted // GRAINS)
+    full = -(-wanted // grain)
+    cheapest: dict[int, tuple[float, tuple[RunningRequest, ...]]] = {0: (0.0, ())}  # by grains freed, up to `full`
     for request in case.movable(host):
+        request_ms, grains = case.cost_ms(host, request), host.blocks_of(request) // grain
         for freed, (cost_ms, chosen) in list(cheapest.items()):
-            more = min(wanted, freed + host.blocks_of(request))
-            total_ms = cost_ms + case.cost_ms(host, request)
+            more, total_ms = min(full, freed + grains), cost_ms + request_ms
             if more not in cheapest or total_ms < cheapest[more][0]:
                 cheapest[more] = total_ms, (*chosen, request)
-    if wanted not in cheapest:
+    if full not in cheapest:
         return []
     room = {each.worker.worker_id: each.worker.room_blocks for each in case.targets(host)}
     targets = {each.worker.worker_id: each for each in case.targets(host)}
     placed = []
-    for request in sorted(cheapest[wanted][1], key=lambda each: -each.num_tokens):
+    for request in sorted(cheapest[full][1], key=lambda each: -each.num_tokens):
         fitting = [name for name in room if room[name] > host.blocks_of(request) and case.suits(targets[name], request)]
         if not fitting:
             return []
