@@ -53,6 +53,7 @@ from kv_transfer.migration_source import (
     Starved,
     tail_by_ids,
 )
+from kv_transfer.plan import SendWindow
 from tandem.messages import OwnerIs, StopMove, WorkerAddress
 from tandem.request import RequestId, Token, TransferId, WorkerId
 
@@ -226,6 +227,20 @@ def test_nothing_is_copied_that_the_target_has() -> None:
     assert kinds(source.handle(BEGAN_MS, everything)) == [Hold]
     assert kinds(source.handle(BEGAN_MS, Fenced(num_computed=12, tokens=()))) == [CommitRequest]
     assert kinds(source.handle(BEGAN_MS, owner("target", 4))) == [HandedOver, Closed], "no agent ever heard of it"
+
+
+def test_window_is_complete_only_when_it_is_known_how_many_blocks_there_are() -> None:
+    window = SendWindow(num_blocks=None, num_reused=1, credits=4, blocks_per_frame=2)
+    assert [(each.first, each.num) for each in window.due(3)] == [(1, 2)]
+    assert (window.num_acked, window.complete) == (1, False)
+    window.acked(0, 7)
+    assert (window.num_acked, window.complete) == (3, False), "the request may still grow"
+    window.close(4)
+    assert [(each.first, each.num) for each in window.due(9)] == [(3, 1)], "and no block beyond"
+    window.acked(1, 8)
+    assert window.complete
+    with pytest.raises(AssertionError, match="closed at 4 blocks already"):
+        window.close(5)
 
 
 def test_figures_of_a_move_are_those_of_its_times() -> None:

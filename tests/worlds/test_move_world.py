@@ -7,19 +7,27 @@ fenced, every request ends, and all blocks are back at their baseline.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 from move_world import MoveWorld
-from pair_world import Asked, Faults
+from pair_world import BLOCK, Asked, Faults
 
 from cluster.worker_core import WorkerCoreConfig
 from decode_worker.config import DecodeConfig
-from kv_transfer.handoff import HandoffConfig
+from engine.events import PeerGone, Tick
+from engine.fake_runner import fake_layout
+from engine.step import Batch
+from kv_transfer import migration_source
+from kv_transfer.handoff import HandedOver, HandoffConfig, Row
+from kv_transfer.messages import Cancel
+from kv_transfer.migration_source import MIGRATION_TABLE, MigrationState, SourceMigration
 from tandem.request import Sampling
 
-NUM_SEEDS = int(os.environ.get("TANDEM_HANDOFF_SEEDS", "500"))
+NUM_SEEDS = int(os.environ.get("TANDEM_MOVE_SEEDS", "100"))
 BATCHES = 10
+LAYOUT = fake_layout(block_size=BLOCK)
 PROMPT = tuple(range(5, 16))  # eleven tokens, blocks of four
 SAMPLINGS = {
     "greedy": Sampling(max_tokens=14),
@@ -155,16 +163,18 @@ def run_seed(seed: int) -> MoveWorld:
     # The cores' own times are in virtual milliseconds, of which an event takes one on average.
     handoff = HandoffConfig(move_margin_tokens=8 if tight else 64, fence_limit_ms=50 if seed % 2 else 500)
     config = WorkerCoreConfig(decode=DecodeConfig(handoff=handoff))
-    world = MoveWorld(seed=seed, names=("p0", "d0", "d1", "d2"), num_blocks=19 if tight else 60, config=config)
+    world = MoveWorld(
+        seed=seed, names=("p0", "d0", "d1", "d2"), num_blocks=60 - 41 * tight - 4 * (seed % 9 == 0), config=config
+    )
     random = world.random
     world.faults = Faults(
         lose=random.choice((0.0, 0.05, 0.2)),
         double=random.choice((0.0, 0.1)),
         overtake=random.random() < 0.7,
         fail_frame=random.choice((0.0, 0.1, 0.3)),
-        kill=random.choice((0.0, 0.0, 0.2)),
+        kill=random.choice((0.0, 0.0, 0.1)),
         cancel=random.choice((0.0, 0.1, 0.3)),
-        agent=random.choice((0.0, 0.2, 0.5)),
+        agent=random.choice((0.0, 0.1, 0.3)),
         leave_cancels=random.random() < 0.3,
     )
     if seed % 7 == 0:
@@ -188,15 +198,15 @@ def run_seed(seed: int) -> MoveWorld:
             at = random.choice(("d0", "d1", "d2"))
             asked = world.request(f"r{num_asked}", prompt, sampling, at=at, local=random.random() < 0.4)
             requests.append(asked)
-            for chance, strike in ((world.faults.kill, world.kill), (world.faults.agent, world.kill_agent)):
-                if world.hits(chance):
-                    victim = random.choice(("p0", "d0", "d1", "d2"))
-                    world.later(lambda strike=strike, victim=victim: strike(victim), f"strike {victim}")  # type: ignore[misc]
         if requests and random.random() < moves:
             asked = random.choice(requests)
             moving = world.move(asked, random.choice(("d0", "d1", "d2", "p0")))
             if moving is not None and world.hits(world.faults.cancel):
                 world.later(lambda asked=asked: world.cancel(asked, "client gone") if not asked.end else None, "cancel")  # type: ignore[misc]
+            for chance, strike in ((world.faults.kill, world.kill), (world.faults.agent, world.kill_agent)):
+                if moving is not None and world.hits(chance):
+                    victim = random.choice((moving.source, moving.target))
+                    world.later(lambda strike=strike, victim=victim: strike(victim), f"strike {victim}")  # type: ignore[misc]
         if not world.step_one() and not left:
             break
     world.run()
@@ -223,3 +233,83 @@ def test_the_worlds_reach_what_they_are_for() -> None:
     assert moved > 60
     for meant in ("finished", "client gone", "revoked", "outgrown", "died"):
         assert meant in reasons, meant
+
+
+def run_pressed(seed: int) -> tuple[MoveWorld, bool]:
+    """A worker that runs out of blocks while it moves requests away; and whether one left at once for that reason."""
+    handoff = HandoffConfig(move_margin_tokens=16, credits=1, max_frame_bytes=LAYOUT.block_bytes)
+    config = WorkerCoreConfig(decode=DecodeConfig(handoff=handoff))
+    world = MoveWorld(seed=seed, num_blocks=20, config=config)
+    fled = False
+    requests = [
+        world.request(f"r{number}", tuple(range(number, number + 9)), Sampling(max_tokens=26), at="d0")
+        for number in range(4)
+    ]
+    for _ in range(20_000):
+        if world.random.random() < 0.1:
+            world.move(world.random.choice(requests), world.random.choice(("d0", "d1")))
+        stories = world.workers["d0"].core.decode.moves.stories()
+        fled = fled or any("Starved: precopy -> fencing" in story for story in stories)
+        if not world.step_one():
+            break
+    world.run()
+    world.check()
+    return world, fled
+
+
+def test_worker_that_runs_out_of_blocks_while_it_moves_requests() -> None:
+    moved, num_fled, reasons = 0, 0, ""
+    for seed in range(30):
+        world, fled = run_pressed(seed)
+        moved += world.moved
+        num_fled += fled
+        reasons += "\n".join(world.ended)
+    assert moved >= 20
+    assert num_fled >= 1
+    assert "the request lost its blocks to an older one" in reasons
+
+
+# ---- planted bugs ----------------------------------------------------------------------------------------------------
+
+
+def _resume_on_a_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source takes silence for a refusal."""
+
+    def plant(self: SourceMigration, now_ms: int, reason: str) -> object:
+        return self._fail(now_ms, reason)
+
+    monkeypatch.setattr(SourceMigration, "_revoke", plant)
+    running = Row(lambda machine, now_ms, event: machine._revoke(now_ms, "silence"), (MigrationState.RUNNING,))
+    table: dict[tuple[MigrationState, type], Row[MigrationState]] = dict(MIGRATION_TABLE)
+    table.update({(MigrationState.COMMITTING, kind): running for kind in (Cancel, PeerGone)})
+    tick = MIGRATION_TABLE[MigrationState.COMMITTING, Tick]
+    table[MigrationState.COMMITTING, Tick] = Row(tick.step, (*tick.to, MigrationState.RUNNING, MigrationState.FREED))
+    monkeypatch.setattr(migration_source, "MIGRATION_TABLE", table)
+
+
+def _fence_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request is handed over as it was before the step that still runs it."""
+    monkeypatch.setattr(Batch, "is_running", lambda self, request_id: False)
+
+
+def _free_before_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source gives its blocks up with the commit request, whatever the answer."""
+    send = SourceMigration._send_tail
+
+    def plant(self: SourceMigration, now_ms: int) -> object:
+        asked = send(self, now_ms)
+        return [*asked, HandedOver()] if self.state is MigrationState.COMMITTING else asked
+
+    monkeypatch.setattr(SourceMigration, "_send_tail", plant)
+
+
+@pytest.mark.parametrize("plant", [_resume_on_a_guess, _fence_within_a_step, _free_before_the_answer])
+def test_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+
+    def search() -> None:
+        for seed in range(300):
+            run_seed(seed)
+
+    with pytest.raises((AssertionError, KeyError)):
+        search()
