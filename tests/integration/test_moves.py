@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from cluster_under_test import ClusterUnderTest, unsettled
 from mixed_load import Load, Mix, requests
+from served import wait_until
 
 from engine.fake_runner import expected_tokens
 from tandem.client import Client
@@ -21,6 +22,7 @@ from tandem.request import Sampling
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
 
+LONG = 7000  # tokens: half a minute, longer than any test needs
 PROMPT = [number * 5 % 256 for number in range(300)]
 WORKERS = ("decode-0", "prefill-0", "decode-1", "prefill-1")
 GREEDY = Sampling(temperature=0.0)
@@ -35,22 +37,40 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterUnderTe
 
 
 class Answering:
-    """One long answer under way."""
+    """A long answer under way, which ends when the test has seen enough of it."""
 
-    def __init__(self, cluster: ClusterUnderTest, num_tokens: int, *, prompt: list[int] = PROMPT) -> None:
-        self._cluster, self._num, self._prompt = cluster, num_tokens, prompt
-        self._pool = ThreadPoolExecutor(1)
+    def __init__(self, cluster: ClusterUnderTest, *, prompt: list[int] = PROMPT, num_tokens: int = LONG) -> None:
+        self._expected = expected_tokens(prompt, GREEDY, num_tokens, 256)
+        self._client = Client(cluster.grpc_address, timeout_s=120)
         before = {each["id"] for each in cluster.document()["requests"]}
-        self._result = self._pool.submit(self._ask)
+        self._stream = self._client.stream(prompt, temperature=0.0, max_tokens=num_tokens)
+        self._ids: list[int] = []
+        self._enough = threading.Event()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
         self.request = decoding(cluster, lambda each: each["id"] not in before)
 
-    def _ask(self) -> list[int]:
-        with Client(self._cluster.grpc_address, timeout_s=120) as client:
-            return list(client.generate(self._prompt, temperature=0.0, max_tokens=self._num).token_ids)
+    def _read(self) -> None:
+        for piece in self._stream:
+            self._ids += piece.token_ids
+            if self._enough.is_set():
+                break
 
-    def assert_exact(self) -> None:
-        assert self._result.result(120) == expected_tokens(self._prompt, GREEDY, self._num, 256)
-        self._pool.shutdown()
+    def end(self) -> None:
+        """Waits for some more tokens; all of them are those of an undisturbed answer."""
+        seen = len(self._ids)
+        wait_until(lambda: len(self._ids) >= seen + 20, 30)
+        self._enough.set()
+        self._reader.join(30)
+        assert not self._reader.is_alive()
+        assert self._ids == self._expected[: len(self._ids)]
+        self._client.close()
+
+    def whole(self) -> None:
+        """Waits for the last token; all of them are those of an undisturbed answer."""
+        self._reader.join(120)
+        assert self._ids == self._expected
+        self._client.close()
 
 
 def decoding(cluster: ClusterUnderTest, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -64,12 +84,16 @@ def decoding(cluster: ClusterUnderTest, wanted: Callable[[dict[str, Any]], bool]
     raise AssertionError("nothing is being decoded")
 
 
+def state(cluster: ClusterUnderTest, worker: str) -> str:
+    return str(next(each["state"] for each in cluster.document()["workers"] if each["id"] == worker))
+
+
 def other(worker: str) -> str:
     return {"decode-0": "decode-1", "decode-1": "decode-0"}[worker]
 
 
 def test_a_request_is_moved_by_command_to_and_fro(cluster: ClusterUnderTest) -> None:
-    answering = Answering(cluster, 1500)
+    answering = Answering(cluster)
     request_id, home = answering.request["id"], answering.request["decode_worker"]
     for place in (other(home), home):
         done = cluster.command("migrate", request_id[-8:], "--to", place, "--json")
@@ -83,7 +107,7 @@ def test_a_request_is_moved_by_command_to_and_fro(cluster: ClusterUnderTest) -> 
     done = cluster.command("migrate", request_id)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{request_id} moved from {home} to {other(home)}: ")
-    answering.assert_exact()
+    answering.end()
     document = cluster.settled()
     [request] = [each for each in document["requests"] if each["id"] == request_id]
     assert (request["num_moves"], request["num_replacements"]) == (3, 0)
@@ -95,7 +119,7 @@ def test_a_request_is_moved_by_command_to_and_fro(cluster: ClusterUnderTest) -> 
 
 
 def test_what_cannot_be_moved_is_refused_in_one_sentence(cluster: ClusterUnderTest) -> None:
-    answering = Answering(cluster, 1500)
+    answering = Answering(cluster)
     request_id, home = answering.request["id"], answering.request["decode_worker"]
     for arguments, sentence in (
         (("nothing-of-that-name",), "no request of id 'nothing-of-that-name' is known"),
@@ -108,10 +132,10 @@ def test_what_cannot_be_moved_is_refused_in_one_sentence(cluster: ClusterUnderTe
     ):
         done = cluster.command("migrate", *arguments)
         assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {sentence}\n")
-    answering.assert_exact()
+    answering.end()
+    wait_until(lambda: unsettled(cluster.document()) == [], 30)
     done = cluster.command("migrate", request_id)
-    assert done.returncode == 1
-    assert "finished" in done.stderr
+    assert (done.returncode, done.stderr) == (1, f"error: {request_id} is failed\n")
 
 
 def test_a_rolling_restart_of_every_worker_under_load(cluster: ClusterUnderTest) -> None:
@@ -153,19 +177,32 @@ def test_a_rolling_restart_of_every_worker_under_load(cluster: ClusterUnderTest)
 def test_a_drain_that_cannot_end_is_given_up(cluster: ClusterUnderTest) -> None:
     """With nobody to go to, what runs there is not done in time: the worker takes work again."""
     assert cluster.command("drain", "decode-1").returncode == 0  # for good: see the last test
-    answering = Answering(cluster, 1500)
-    done = cluster.command("drain", "decode-0")
-    assert done.returncode == 1
-    assert done.stderr == (
-        "error: decode-0 is the last ready worker that writes tokens; drain it with --restart, or not at all\n"
-    )
+    answering = Answering(cluster)
     done = cluster.command("drain", "decode-0", "--restart", "--deadline", "1")
     assert done.returncode == 1
     assert "decode-0 still has 1 requests and " in done.stderr
     assert "no other worker that decodes is ready and has room; it takes work again" in done.stderr
-    assert cluster.workers()["decode-0"]["state"] == "ready"
-    answering.assert_exact()
+    assert state(cluster, "decode-0") == "ready"
+    answering.end()
     assert cluster.greedy(PROMPT, 20) == expected_tokens(PROMPT, GREEDY, 20, 256)
+
+
+def test_the_last_decode_worker_is_exchanged_and_prefill_workers_serve_meanwhile(cluster: ClusterUnderTest) -> None:
+    before = Answering(cluster)
+    with ThreadPoolExecutor(1) as pool:
+        draining = pool.submit(cluster.command, "drain", "decode-0", "--restart")
+        wait_until(lambda: state(cluster, "decode-0") == "draining", 30)
+        meanwhile = Answering(cluster, prompt=PROMPT[7:])
+        before.end()  # it had nowhere to go
+        assert draining.result().returncode == 0, draining.result().stderr
+    home = meanwhile.request["decode_worker"]
+    assert (meanwhile.request["mode"], home.split("-")[0]) == ("local", "prefill")
+    assert state(cluster, "decode-0") == "ready"
+    done = cluster.command("drain", home, "--restart")  # what it decodes goes to the new one
+    assert done.returncode == 0, done.stderr
+    meanwhile.end()
+    [move] = [each for each in cluster.settled()["moves"] if each["request"] == meanwhile.request["id"]]
+    assert (move["from"], move["to"], move["reason"], move["outcome"]) == (home, "decode-0", "drain", "moved")
 
 
 def test_a_pool_shrinks_by_drains_and_says_what_cannot_be_drained(cluster: ClusterUnderTest) -> None:
@@ -188,6 +225,7 @@ def test_a_pool_shrinks_by_drains_and_says_what_cannot_be_drained(cluster: Clust
         ),
         ("decode-1", "decode-1 was drained and has left"),
         ("prefill-0", "prefill-0 is the last ready worker that reads prompts; drain it with --restart, or not at all"),
+        ("decode-0", "decode-0 is the last ready worker that writes tokens; drain it with --restart, or not at all"),
     ):
         done = cluster.command("drain", worker)
         assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {sentence}\n")
@@ -200,11 +238,11 @@ def test_a_worker_that_will_run_out_of_memory_is_relieved_unasked(tmp_path: Path
     """All requests are on one worker, since the other one was exchanged: together they will not fit there."""
     arguments = ("--prefill", "1", "--decode", "2", "--kv-memory", "64KiB", "--fake-step-ms", "6")
     with ClusterUnderTest(*arguments, run_dir=tmp_path) as cluster:  # 512 blocks
-        answers = [Answering(cluster, 1900, prompt=[*PROMPT[number:], number]) for number in range(6)]
+        answers = [Answering(cluster, prompt=[*PROMPT[at:], at], num_tokens=1900) for at in range(6)]
         drained = cluster.command("drain", "decode-1", "--restart")
         assert drained.returncode == 0, drained.stderr
         for each in answers:
-            each.assert_exact()
+            each.whole()
         moves = [each for each in cluster.settled()["moves"] if each["reason"] == "pressure"]
         assert [each["to"] for each in moves if each["outcome"] == "moved"][:1] == ["decode-1"]
         assert "decode-0 will be" in moves[0]["why"]
