@@ -56,6 +56,9 @@ class ClusterConfig(BaseModel):
     local_prefill_tokens: int = Field(
         256, ge=0, le=1 << 20, description="a decode worker that knows a prompt best prefills a rest this short itself"
     )
+    fence_blocks: int = Field(
+        0, ge=0, le=1 << 20, description="full blocks that are copied while a moved request stands still, at most"
+    )
     rebalance: bool = Field(True, description="running requests move between workers where that helps them or others")
 
     address: str = Field("", description="address of a running Ray cluster; empty: start a local one")

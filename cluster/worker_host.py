@@ -39,6 +39,7 @@ from kv_transfer.actions import AgentLost, Registered, Report, RouterJoined, Sen
 from kv_transfer.agent_client import AgentClient, AgentInfo
 from kv_transfer.agent_settings import AgentSettings, TransportChoice
 from kv_transfer.endpoint import layout_digest
+from kv_transfer.handoff import HandoffConfig
 from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame
 from kv_transfer.session import TransferSessions
 from prefill_worker.config import PrefillConfig
@@ -225,7 +226,10 @@ class WorkerHost:
             layout=model.layout,
             ledger=ledger,
             batch=Batch(ledger, batch),
-            config=WorkerCoreConfig(prefill=PrefillConfig(exact=config.exact), decode=DecodeConfig(exact=config.exact)),
+            config=WorkerCoreConfig(
+                prefill=PrefillConfig(exact=config.exact),
+                decode=DecodeConfig(exact=config.exact, handoff=HandoffConfig(fence_blocks=config.fence_blocks)),
+            ),
         )
         self._reports = ReportBuilder(worker_id=self._me.worker_id, incarnation=self._me.incarnation)
         engine = EngineLoop(

@@ -31,7 +31,7 @@ STORY_ROWS_MAX = 48
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandoffConfig:
-    """Times and bounds of a handoff. Times are milliseconds."""
+    """Times and bounds of a handoff or migration. Times are milliseconds."""
 
     lease_ms: int = 30_000  # how long a target keeps a reservation without a sign of life
     renew_ms: int = 5_000  # how often a source gives one
@@ -44,12 +44,13 @@ class HandoffConfig:
     resends_max: int = 2  # per frame
     move_margin_tokens: int = 64  # that a request may grow by while it is migrated
     rounds_max: int = 4  # of copying while the request runs
+    fence_blocks: int = 0  # full blocks that may be left when a request is fenced, beside the one that fills
     fence_limit_ms: int = 500  # a request stands still for so long, then it resumes, or its commit is revoked
     fence_resend_ms: int = 100  # CommitRequest goes again after this while a request stands still
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            lowest = 0 if name == "resends_max" else 1
+            lowest = 0 if name in ("resends_max", "fence_blocks") else 1
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least {lowest}")
         if self.renew_ms * 2 > self.lease_ms:

@@ -194,8 +194,8 @@ class SourceMigration(SourceEnd[MigrationState]):
         if self._window.num_acked < self._round_end:
             return actions
         fresh = self.num_ready - self._round_end
-        if fresh == 0:
-            return [*actions, *self._hold(now_ms, f"{self.num_ready} blocks are there after {self.num_rounds} rounds")]
+        if fresh <= self.config.fence_blocks:
+            return [*actions, *self._hold(now_ms, f"{fresh} full blocks are left after {self.num_rounds} rounds")]
         # A round of one block cannot shrink but to none.
         shrinks = self.num_rounds == 0 or fresh < self._round_blocks or fresh == 1
         if self.num_rounds >= self.config.rounds_max or not shrinks:

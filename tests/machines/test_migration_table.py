@@ -221,6 +221,14 @@ def test_rounds_follow_one_another_until_nothing_is_left_but_the_partial_block()
     assert said.body == CommitRequest(num_frames=4, digest=digest, num_computed_tokens=18, tokens=(token(2),))
 
 
+def test_a_request_may_be_fenced_with_full_blocks_left() -> None:
+    source = machine(STARTED, replace(CONFIG, fence_blocks=2))
+    assert kinds(source.handle(BEGAN_MS, GRANT)) == [Hold], "two full blocks are missing, and two may be left"
+    tail = source.handle(BEGAN_MS, Fenced(num_computed=18, tokens=(token(2),)))
+    assert [(each.first, each.target_blocks, each.priority) for each in tail] == [(1, (20,), 0), (2, (21,), 0)]
+    assert source.num_rounds == 0
+
+
 def test_nothing_is_copied_that_the_target_has() -> None:
     everything = replace(GRANT, num_reused=3, blocks=GRANT.blocks[2:], generations=(0,) * 7)
     source = machine(STARTED)
