@@ -162,6 +162,7 @@ def request_status(request: RequestSnapshot) -> pb.RequestStatus:
         first_frame_ms=done.first_frame_ms,
         last_chunk_start_ms=done.last_chunk_start_ms,
         committed_ms=done.committed_ms,
+        first_step_ms=done.first_step_ms,
         num_replacements=request.num_replacements,
         error=request.error,
         reason=request.reason,
