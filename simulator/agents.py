@@ -209,7 +209,7 @@ class VirtualAgent:
         expected = self._expected.get((header.transfer_id, header.epoch))
         if not self.alive:
             return
-        if expected is None or expected.ended or not _allowed(expected.command, header):
+        if expected is None or not self._expects(expected, header):
             answer(None, "the target expects no such frame")
             return
         self._may_write(header)
@@ -243,6 +243,10 @@ class VirtualAgent:
             self._quiet_if((header.transfer_id, header.epoch))
 
         self._later(finish, slow=WRITE_SLOW)
+
+    def _expects(self, expected: _Expected, header: FrameHeader) -> bool:
+        """Whether the frame is of an attempt that goes on, and only writes what was granted to it."""
+        return not expected.ended and _allowed(expected.command, header)
 
     def _may_write(self, header: FrameHeader) -> None:
         for block, generation in zip(header.target_blocks, header.target_generations, strict=True):

@@ -18,7 +18,8 @@ from tandem.messages import Assign, AssignMode, CancelAssigned, OwnerIs, RouterM
 from tandem.request import FinishReason, RequestId, Token, TransferId, WorkerId
 
 MOVE_SLACK_MS = 500  # for the router to notice that a move is late
-UNKNOWN_MAX_MS = 1_500  # a worker that hears and speaks knows of what it owns after this
+UNKNOWN_MAX_MS = 1_500  # a worker that hears and is heard knows of what it owns after this
+STANDS_MAX_MS = 2_500  # and lets it run again: two limits of the fence, and the answer to a revocation
 
 Incarnation = tuple[WorkerId, int]
 Contents = list[tuple[int, int]]  # blocks with their generations
@@ -48,7 +49,8 @@ class _Owned:
     epoch: int
     owner: Incarnation | None = None
     targets: dict[TransferId, Incarnation] = field(default_factory=dict)  # of this epoch, and not cancelled
-    unknown_since_ms: int | None = None  # the owner is well, and has never heard of the request
+    known_ms: int | None = None  # when the owner was last seen to have the request
+    ran_ms: int | None = None  # when it was last seen not to stand still with it
 
 
 @dataclass(slots=True)
@@ -164,15 +166,15 @@ class Checks:
                 for transfer_id in [each for each, target in targets.items() if target == worker]:
                     del targets[transfer_id]
 
-    def owner_is(self, now_ms: int, request_id: RequestId, *, known: bool) -> None:
-        """The owner of a request is well, as far as anybody can see; `known` says whether it has the request."""
+    def owner_is(self, now_ms: int, request_id: RequestId, *, known: bool, runs: bool) -> None:
+        """What a look at a request's owner shows. Both are true of one that is not well, or not to be heard."""
         owned = self._owned[request_id]
-        if known:
-            owned.unknown_since_ms = None
-        elif owned.unknown_since_ms is None:
-            owned.unknown_since_ms = now_ms
-        elif now_ms - owned.unknown_since_ms > UNKNOWN_MAX_MS:
-            raise Violation(f"{request_id}: its owner has not known of it for {now_ms - owned.unknown_since_ms} ms")
+        owned.known_ms = now_ms if known or owned.known_ms is None else owned.known_ms
+        owned.ran_ms = now_ms if runs or owned.ran_ms is None else owned.ran_ms
+        if now_ms - owned.known_ms > UNKNOWN_MAX_MS:
+            raise Violation(f"{request_id}: its owner has not known of it for {now_ms - owned.known_ms} ms: {owned}")
+        if now_ms - owned.ran_ms > STANDS_MAX_MS:
+            raise Violation(f"{request_id} has stood still for {now_ms - owned.ran_ms} ms: {owned}")
 
     def _commits(self, request_id: RequestId, epoch: int, fence: int) -> None:
         """What the target will write first is what nobody wrote in the epoch before."""

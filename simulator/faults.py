@@ -10,6 +10,7 @@ from kv_transfer.actions import AgentLost, Registered
 from router.events import WorkerDraining, WorkerLost, WorkerSuspected
 from simulator.choices import Choices
 from simulator.worker import VirtualWorker
+from tandem.request import WorkerId
 
 if TYPE_CHECKING:
     from simulator.world import World
@@ -49,6 +50,7 @@ class Misfortune:
             (options.agent_kills, self._kill_agent),
         )
         self._faults = [(permille, fault) for permille, fault in faults if permille]
+        self._doubts = (self._pause, self._break_link, self._break_peers, self._part, self._kill_agent, self._crash)
 
     def strike(self) -> None:
         """Now, and again after a while."""
@@ -61,6 +63,19 @@ class Misfortune:
                 if alive:
                     fault(alive[choices.choose(len(alive))])
         world.schedule.after(50 + choices.choose(250), self.strike)
+
+    def commit_asked(self, ends: tuple[WorkerId, WorkerId]) -> None:
+        """A source has said its last word to a target: the worst moment for either to be disturbed."""
+        world, choices = self._world, self._choices
+        if world.healed or not choices.chance(world.options.doubts):
+            return
+        name, fault = ends[choices.choose(2)], self._doubts[choices.choose(len(self._doubts))]
+
+        def strike() -> None:
+            if world.workers[name].alive and not world.healed:
+                fault(world.workers[name])
+
+        world.schedule.after(choices.choose(2 * world.options.delay_max_ms), strike)
 
     def heal(self) -> None:
         """What still stands in the way of a good end goes."""

@@ -32,11 +32,13 @@ class Options:
     slow_steps: int
     agent_kills: int
     client_leaves: int
+    doubts: int  # so often, while a commit is asked for, something breaks at one of its ends
     loss: int
     corruption: int
     clock_drift: int  # a clock gains or loses up to so many thousandths
     moves: int  # so often, when tokens of a request come, somebody wants it moved
     rebalances: bool
+    hasty_fences: bool  # a fence lasts not much longer than a good one has to, so that many commits are in doubt
 
 
 def draw_options(choices: Choices) -> Options:
@@ -68,9 +70,11 @@ def draw_options(choices: Choices) -> Options:
         slow_steps=sometimes(20),
         agent_kills=sometimes(200),
         client_leaves=sometimes(300),
+        doubts=sometimes(500),
         loss=sometimes(300),
         corruption=sometimes(300),
         clock_drift=sometimes(20),
         moves=moves,
         rebalances=bool(choices.choose(2)),
+        hasty_fences=bool(choices.choose(2)),
     )

@@ -83,6 +83,13 @@ class VirtualWorker:
                 return True
         return False
 
+    def stands_with(self, request_id: RequestId) -> bool:
+        """Whether the request, which decodes here, stands still, and not for want of the end of a step."""
+        sequence = self.core.batch.get(request_id)
+        if sequence is None or self._stepping:
+            return False
+        return sequence.held and self.core.decode.epoch_of(request_id) == sequence.epoch
+
     def post(self, event: object) -> None:
         """Hands the core an event at its next turn."""
         if self.alive:
@@ -178,7 +185,7 @@ class VirtualWorker:
         if not self.alive:
             return
         if (stands_ms := self.paused_until_ms - self._schedule.now_ms) > 0:
-            self._schedule.after(stands_ms, lambda: self._end(plan, sampled, contents))
+            self._schedule.after(min(stands_ms, 100), lambda: self._end(plan, sampled, contents))
             return
         self._checks.step_ends(self.worker_id, contents, self.ledger)
         if sampled is None:

@@ -16,7 +16,7 @@ from engine.blocks import BlockLedger
 from engine.fake_runner import FakeRunner, fake_layout
 from engine.step import Batch, BatchConfig
 from kv_transfer.handoff import HandoffConfig
-from kv_transfer.messages import TransferMessage
+from kv_transfer.messages import CommitRequest, TransferMessage
 from prefill_worker.config import PrefillConfig
 from router.config import GRACE_MS, RouterConfig
 from router.core import RouterCore
@@ -72,10 +72,18 @@ HANDOFF = HandoffConfig(
     credits=2,
     max_frame_bytes=2 * BLOCK_SIZE * 8,
 )
-WORKER = WorkerCoreConfig(
-    prefill=PrefillConfig(handoff=HANDOFF),
-    decode=DecodeConfig(handoff=HANDOFF, admission=AdmissionConfig(wait_limit_ms=2_000)),
-)
+HASTY_HANDOFF = replace(HANDOFF, fence_limit_ms=60, fence_resend_ms=20)
+
+
+def worker_config(handoff: HandoffConfig) -> WorkerCoreConfig:
+    """All workers of a world have the same."""
+    admission = AdmissionConfig(wait_limit_ms=2_000)
+    return WorkerCoreConfig(
+        prefill=PrefillConfig(handoff=handoff), decode=DecodeConfig(handoff=handoff, admission=admission)
+    )
+
+
+WORKER, HASTY_WORKER = worker_config(HANDOFF), worker_config(HASTY_HANDOFF)
 ROUTER_CONFIG = RouterConfig(
     handoff_deadline_ms=6_000,
     decode_stall_ms=6_000,
@@ -203,7 +211,8 @@ class World:
             worker = self.workers[record.worker_id]
             heard = worker.address.incarnation == record.incarnation and self._is_heard(worker)
             known = not heard or worker.knows(request_id, record.epoch)
-            self.checks.owner_is(self.clock.now_ms, request_id, known=known)
+            runs = not heard or not worker.stands_with(request_id)
+            self.checks.owner_is(self.clock.now_ms, request_id, known=known, runs=runs)
 
     def _is_heard(self, worker: VirtualWorker) -> bool:
         """Whether router and worker can hear one another now."""
@@ -320,12 +329,12 @@ class World:
 
     def start_worker(self, worker_id: WorkerId, role: Role) -> None:
         """A process starts, and registers."""
-        self._incarnation += 1
+        incarnation = self._next_incarnation(worker_id)
         address = WorkerAddress(
             worker_id=worker_id,
-            incarnation=self._incarnation,
+            incarnation=incarnation,
             control=str(worker_id),
-            endpoint=f"agent-{self._incarnation}",
+            endpoint=f"{worker_id}/{incarnation}",
         )
         layout = fake_layout(block_size=BLOCK_SIZE, namespace=NAMESPACE)
         ledger = BlockLedger(num_blocks=self.options.num_blocks, block_size=BLOCK_SIZE)
@@ -335,10 +344,17 @@ class World:
                 max_tokens_per_step=16, chunk_tokens=8, context_tokens=200, namespace=NAMESPACE.encode()
             ),
         )
+        config = HASTY_WORKER if self.options.hasty_fences else WORKER
         worker = VirtualWorker(
             info=self._info(address, role),
             address=address,
-            core=WorkerCore(me=address, layout=layout, ledger=ledger, batch=batch, config=WORKER),
+            core=WorkerCore(
+                me=address,
+                layout=layout,
+                ledger=ledger,
+                batch=batch,
+                config=config,
+            ),
             runner=FakeRunner(num_blocks=self.options.num_blocks, block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE),
             ledger=ledger,
             schedule=self.schedule,
@@ -355,6 +371,10 @@ class World:
         self.tell(f"{worker_id} starts as incarnation {address.incarnation}")
         self.feed(WorkerJoined(info=worker.info, incarnation=address.incarnation))
         self.later(lambda: self._connect(worker), 5)
+
+    def _next_incarnation(self, worker_id: WorkerId) -> int:
+        self._incarnation += 1
+        return self._incarnation
 
     def _info(self, address: WorkerAddress, role: Role) -> WorkerInfo:
         return WorkerInfo(
@@ -423,6 +443,8 @@ class World:
         mine = sender.address
         key = mine.worker_id, mine.incarnation, to.worker_id, to.incarnation
         self.checks.peer_said(*key[:2], message)
+        if isinstance(message.body, CommitRequest):
+            self._misfortune.commit_asked((mine.worker_id, to.worker_id))
         stream = was = self.peers.get(key)
         if stream is None or not stream.open:
 

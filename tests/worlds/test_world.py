@@ -7,20 +7,31 @@ from pathlib import Path
 
 import pytest
 
+import router.attempts
 import router.commit
+import router.owners
+import simulator.moves
+from cluster.draining import Looked, left_on
 from decode_worker.core import DecodeCore
 from engine.blocks import BlockLedger
+from engine.events import Tick
+from engine.step import Batch
 from kv_transfer.exports import Exports
-from kv_transfer.handoff import Quarantine, Silence
+from kv_transfer.handoff import HandedOver, Quarantine, Row, Silence
 from kv_transfer.handoff_target import TargetHandoff, TargetState
+from kv_transfer.messages import EndTransfer, TransferQuiet
+from kv_transfer.migration_source import MIGRATION_TABLE, MigrationState, SourceMigration
 from kv_transfer.plan import SendWindow
 from prefill_worker.core import PrefillCore
 from simulator.agents import VirtualAgent
 from simulator.choices import Choices
 from simulator.run import main, run_seed, run_seeds, run_world, show, shrink
+from simulator.world import World
+from tandem.request import WorkerId
 
 SEEDS = 300
-SEEDS_TO_FIND = 1000
+SEEDS_TO_FIND = 2000
+ANY = tuple(MigrationState)
 STORED_SEEDS = Path(__file__).parent.parent / "testdata" / "seeds.txt"
 
 
@@ -78,7 +89,7 @@ def test_the_worlds_meet_what_they_are_meant_to_meet() -> None:
     assert num_replaced > 30
     assert num_lost > 30
     assert num_corrupted > 30
-    meant = ("broken", "crashes", "taken for dead", "stands still", "agent", "cancelled", "cut off", "drains")
+    meant = ("broken", "crashes", "taken for dead", "stands still", "agent", "cancelled", "cut off", "drains", "leaves")
     assert not [each for each in (*meant, "suspected", "move 1:") if each not in "\n".join(told)]
 
 
@@ -103,6 +114,37 @@ def source_frees_before_the_answer(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrefillCore, "_prefilled", released)
 
 
+def mover_frees_before_the_answer(patch: pytest.MonkeyPatch) -> None:
+    """The source of a move takes its own request to commit for the answer."""
+
+    def free(machine: SourceMigration, now_ms: int):  # type: ignore[no-untyped-def]
+        actions = send_tail(machine, now_ms)
+        return [*actions, HandedOver()] if machine.state is MigrationState.COMMITTING else actions
+
+    send_tail = SourceMigration._send_tail
+    patch.setattr(SourceMigration, "_send_tail", free)
+
+
+def mover_resumes_on_an_ambiguous_commit(patch: pytest.MonkeyPatch) -> None:
+    """The source waits for the commit's answer for a while, and then runs the request again."""
+
+    def resume(machine: SourceMigration, now_ms: int, reason: str):  # type: ignore[no-untyped-def]
+        return machine._fail(now_ms, reason)
+
+    patch.setattr(SourceMigration, "_revoke", resume)
+    patch.setitem(MIGRATION_TABLE, (MigrationState.COMMITTING, Tick), Row(SourceMigration._tick_committing, ANY))
+
+
+def mover_never_resumes(patch: pytest.MonkeyPatch) -> None:
+    """A move that failed at the fence leaves its request standing still."""
+    patch.setattr(Batch, "resume", lambda batch, request_id: None)
+
+
+def mover_cuts_the_tail_before_the_fence(patch: pytest.MonkeyPatch) -> None:
+    """The request is taken to stand still while a step with it is under way."""
+    patch.setattr(Batch, "is_running", lambda batch, request_id: False)
+
+
 def router_accepts_a_stale_epoch(patch: pytest.MonkeyPatch) -> None:
     """Whoever asks for a request gets it, whatever attempt it speaks of."""
     patch.setattr(router.commit, "refusal", lambda request, worker, ask: "" if request.owner else "over")
@@ -111,6 +153,11 @@ def router_accepts_a_stale_epoch(patch: pytest.MonkeyPatch) -> None:
 def router_hears_stale_owners(patch: pytest.MonkeyPatch) -> None:
     """Tokens of any epoch and worker are taken, as long as their index fits."""
     patch.setattr(router.commit, "is_owner", lambda owner, worker, epoch: owner is not None)
+
+
+def router_forgets_settled_attempts(patch: pytest.MonkeyPatch) -> None:
+    """The epoch of a commit is given away again, to the next placement."""
+    patch.setattr(router.attempts, "EPOCHS_PER_PLACEMENT", 1)
 
 
 def target_runs_with_a_hole(patch: pytest.MonkeyPatch) -> None:
@@ -145,19 +192,56 @@ def agent_believes_every_frame(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(VirtualAgent, "_is_whole", lambda agent, payload, checksum: True)
 
 
+def agent_checks_no_generations(patch: pytest.MonkeyPatch) -> None:
+    """An agent says that it is quiet and writes on, whoever has the blocks by then."""
+
+    def end(agent: VirtualAgent, command: EndTransfer) -> None:
+        agent._tell(TransferQuiet(transfer_id=command.transfer_id, epoch=command.epoch))
+
+    patch.setattr(VirtualAgent, "_end", end)
+    patch.setattr(VirtualAgent, "_may_write", lambda agent, header: None)
+
+
 def blocks_are_freed_under_a_step(patch: pytest.MonkeyPatch) -> None:
     """A request that is cancelled while its step runs gives its blocks away at once."""
     patch.setattr(BlockLedger, "begin_step", lambda ledger, owners: None)
 
 
+def drain_frees_under_a_reader(patch: pytest.MonkeyPatch) -> None:
+    """A worker leaves when it has no request any more, whoever still reads its blocks."""
+
+    def requests_only(snapshot, worker_id, incarnation, obstacle):  # type: ignore[no-untyped-def]
+        looked = left_on(snapshot, worker_id, incarnation, obstacle)
+        return Looked(num_requests=looked.num_requests, num_blocks=0)
+
+    patch.setattr(simulator.moves, "left_on", requests_only)
+
+
+def incarnations_are_reused(patch: pytest.MonkeyPatch) -> None:
+    """A worker that comes back calls itself what it was called before."""
+
+    def same(world: World, worker_id: WorkerId) -> int:
+        return int.from_bytes(worker_id.encode()[-8:], "big")
+
+    patch.setattr(World, "_next_incarnation", same)
+
+
 BUGS = [
-    blocks_are_freed_under_a_step,
     source_frees_before_the_answer,
+    mover_frees_before_the_answer,
+    mover_resumes_on_an_ambiguous_commit,
+    mover_never_resumes,
+    mover_cuts_the_tail_before_the_fence,
     router_accepts_a_stale_epoch,
     router_hears_stale_owners,
     target_runs_with_a_hole,
+    router_forgets_settled_attempts,
     target_skips_the_quarantine,
     agent_believes_every_frame,
+    agent_checks_no_generations,
+    blocks_are_freed_under_a_step,
+    drain_frees_under_a_reader,
+    incarnations_are_reused,
 ]
 
 
