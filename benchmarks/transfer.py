@@ -17,10 +17,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from datetime import timedelta
 
 from benchmarks import report
+from benchmarks.transfer_rivals import Rival, start_all
 from engine.kv_pool import shared_memory
 from kv_transfer.agent_client import AgentClient
 from kv_transfer.agent_meeting import LinkMeeting
@@ -174,11 +175,12 @@ class Source:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.transfer", *arguments], pass_fds=(theirs.fileno(), self.fd)
             )
-        self._control.settimeout(60)
+        self._control.settimeout(120)
         (tcp_port,) = struct.unpack("<Q", exactly(self._control, 8))
         self._tcp = socket.create_connection(("127.0.0.1", tcp_port))
         self._tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         copy_frame = load_copy_frame()
+        gloo.load()
         self._bare, verified = make_groups(socket.create_connection(("127.0.0.1", tcp_port)), pair.SOURCE_RANK)
         self._ends: dict[str, SourceEnd] = {
             "shm": PullSource(self.pool),
@@ -298,7 +300,7 @@ class Agents:
             client.close()
 
 
-def measure(rounds: int, sizes_mib: list[int]) -> dict[tuple[str, int], float]:
+def measure(rounds: int, sizes_mib: list[int], rivals: list[Rival]) -> dict[tuple[str, int], float]:
     """GB/s of each way and frame size: the median of the rounds, after one that does not count."""
     found: dict[tuple[str, int], list[float]] = {}
     with closing(Source()) as source, closing(Agents(TransportChoice.SHM)) as over_shm:
@@ -311,6 +313,7 @@ def measure(rounds: int, sizes_mib: list[int]) -> dict[tuple[str, int], float]:
                 "shared memory, verified": lambda size, num: source.channel("shm", size, num),
                 "agents over shared memory": over_shm.move,
                 "agents over gloo": over_gloo.move,
+                **{rival.name: rival.move for rival in rivals},
             }
             for round_number in range(rounds + 1):
                 for mib in sizes_mib:
@@ -329,13 +332,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sizes-mib", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--rivals", action="store_true", help="Mooncake and NIXL too, installed under .rivals/")
     parser.add_argument("--target", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--pool-fd", type=int, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.target is not None:
         target_main(flags.target, flags.pool_fd)
         return 0
-    found = measure(flags.rounds, flags.sizes_mib)
+    rivals, missing = start_all(pool_bytes=POOL_BYTES, block_bytes=BLOCK_BYTES) if flags.rivals else ([], [])
+    with ExitStack() as started:
+        for rival in rivals:
+            started.enter_context(closing(rival))
+        found = measure(flags.rounds, flags.sizes_mib, rivals)
     rows = []
     for name, mib in sorted(found, key=lambda key: key[1]):
         speed, tcp, memcpy = found[name, mib], found["raw TCP", mib], found["memcpy", mib]
@@ -348,6 +356,12 @@ def main() -> int:
         "source and checked at the target; gloo lands in staging and is scattered. Agents: from the worker's command "
         "to its event, both ways through sockets, with the grant checked per block and source blocks scattered too."
     )
+    if rivals:
+        note += (
+            " The rivals write from one memory into another, blocks scattered at the target, one frame after "
+            "another; they check nothing and ask nobody for leave, so that their rows stand beside the bare one."
+        )
+    note = "\n\n".join([note, *missing])
     report.write("transfer", "Moving KV frames between two processes of one host", f"{note}\n\n{body}", threads="1")
     return 0
 

@@ -98,8 +98,8 @@ def _greet(context: AgentContext, peer: Endpoint, sock: FramedSocket) -> Transpo
 def _open_gloo(context: AgentContext, sock: FramedSocket, pair_epoch: int) -> SourceEnd:
     from kv_transfer.transports import gloo, pair
 
+    gloo.load()  # while the peer does the same: the time of the meeting begins when both are ready
     sock.send(OpenChannel(pair_epoch=pair_epoch))
-    gloo.load()  # while the peer does the same: the time of the meeting begins afterwards
     timeout_s = context.settings.group_timeout_ms / 1000
     group = gloo.make_group(
         LinkMeeting(sock, pair_epoch=pair_epoch, timeout_s=timeout_s),

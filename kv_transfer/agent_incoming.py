@@ -30,7 +30,7 @@ from kv_transfer.agent_wire import (
 )
 from kv_transfer.framed_socket import FramedSocket, LinkLost
 from kv_transfer.messages import FrameHeader
-from kv_transfer.transports import shm
+from kv_transfer.transports import gloo, pair, shm
 from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, TargetEnd
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class IncomingLink(threading.Thread):
             self._sock.send(Denied(reason="transport: is shm, and no memory is shared"))
             return False
         self._sock.send(Welcome(nonce=b"", transport=TransportChoice.GLOO.value))
+        gloo.load()  # the source does the same now
         return True
 
     def _objection(self, hello: Hello) -> str | None:
@@ -225,11 +226,8 @@ class IncomingLink(threading.Thread):
     # ---- gloo ----
 
     def _open_gloo(self, message: OpenChannel) -> None:
-        from kv_transfer.transports import gloo, pair
-
         own = self._context
         timeout_s = own.settings.group_timeout_ms / 1000
-        gloo.load()
         group = gloo.make_group(
             LinkMeeting(self._sock, pair_epoch=message.pair_epoch, timeout_s=timeout_s),
             pair.TARGET_RANK,
