@@ -100,6 +100,7 @@ class Bench:
                 records.append(await self.move(name, "decode-1" if place == "decode-0" else "decode-0"))
             except grpc.aio.AioRpcError as error:
                 found.failed.append(str(error.details()))
+                print(f"{name}: {error.details()}", file=sys.stderr)
         outcome = await asked
         if outcome.error:
             found.failed.append(outcome.error)
@@ -108,9 +109,10 @@ class Bench:
         for record in records:
             if record.outcome != "moved":
                 found.failed.append(f"{record.outcome}: {record.error}")
+                print(f"{name}: {record.outcome}: {record.error}", file=sys.stderr)
                 continue
             found.added_ms.append(record.pause_ms - step_ms)
-            found.blocks.append(record.blocks_moved)
+            found.blocks.append(record.blocks)
         found.step_ms.append(step_ms)
         return outcome
 
@@ -218,7 +220,7 @@ def main() -> int:
         for length, moved in lengths.items():
             rows.append(
                 [
-                    way, length, len(moved.added_ms), median(moved.step_ms), percentile(moved.added_ms, 0.5),
+                    way, length, len(moved.added_ms), percentile(moved.step_ms, 0.5), percentile(moved.added_ms, 0.5),
                     percentile(moved.added_ms, 0.99), median(moved.blocks or [0]), moved.wrong, len(moved.failed),
                 ]
             )  # fmt: skip
@@ -236,15 +238,11 @@ def main() -> int:
     )
     if slower:
         body += (
-            f"\nNeighbours: with {num_moves} moves, two every {options.pace_every_s:.0f} s, the mean gap between tokens "
+            f"\nNeighbours: with {num_moves} moves, two every {options.pace_every_s:.0f} s, the mean gap of tokens "
             f"of two batches of four changed by {median(slower):+.1%} (median of {len(slower)} pairs of "
             f"{options.pace_s:.0f} s; from {min(slower):+.1%} to {max(slower):+.1%}).\n"
         )
     report.write("migration", "Live migration", body, seed=options.seed, threads="1 a worker")
-    for lengths in found.values():
-        for length, moved in lengths.items():
-            for failure in moved.failed:
-                print(f"{length}: {failure}", file=sys.stderr)
     return 0
 
 
