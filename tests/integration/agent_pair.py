@@ -30,6 +30,7 @@ EventT = TypeVar("EventT", bound=AgentEvent)
 
 SOURCE_INCARNATION, TARGET_INCARNATION = 11, 22
 FAST = AgentSettings(connect_timeout_ms=1_000, operation_timeout_ms=1_500, keepalive_ms=500)
+PATIENCE_S = 60.0  # several agents import torch at once, on a loaded machine
 LAYOUT = b"layout-digest-16"
 
 
@@ -84,7 +85,7 @@ class End:
         """Writes a block as the worker does."""
         os.pwrite(self.pool_fd, data, block * self.block_bytes)
 
-    def until(self, condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    def until(self, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
         """Waits for the condition on what came; fails the test after the deadline."""
         with self._changed:
             came = self._changed.wait_for(condition, timeout_s)
@@ -94,7 +95,7 @@ class End:
         """The events of that kind so far."""
         return [event for event in self.events if isinstance(event, kind)]
 
-    def wait(self, kind: type[EventT], num: int = 1, timeout_s: float = 20) -> list[EventT]:
+    def wait(self, kind: type[EventT], num: int = 1, timeout_s: float = PATIENCE_S) -> list[EventT]:
         """Waits until so many events of the kind came."""
         self.until(lambda: len(self.of(kind)) >= num, timeout_s)
         return self.of(kind)
@@ -158,7 +159,7 @@ class Pair:
         endpoint = endpoint or self.target.info.endpoint
         self.source.tell(SendFrame(header=header, endpoint=endpoint, priority=priority))
 
-    def end(self, end: End, transfer: str = "t", *, epoch: int = 1, timeout_s: float = 20) -> None:
+    def end(self, end: End, transfer: str = "t", *, epoch: int = 1, timeout_s: float = PATIENCE_S) -> None:
         """One side ends its part and waits for quiet."""
         key = (TransferId(transfer), epoch)
         end.tell(EndTransfer(transfer_id=key[0], epoch=key[1]))
@@ -177,7 +178,9 @@ class Pair:
         )
         return acked
 
-    def refusal(self, header: FrameHeader, *, endpoint: str | None = None, timeout_s: float = 20) -> FrameFailed:
+    def refusal(
+        self, header: FrameHeader, *, endpoint: str | None = None, timeout_s: float = PATIENCE_S
+    ) -> FrameFailed:
         """Sends one frame that is to fail, and says how it did."""
         before = len(self.source.of(FrameFailed))
         self.send(header, endpoint=endpoint)
