@@ -32,7 +32,15 @@ serve: $(VENV)/.installed  ## a local cluster on a real model: make serve ARGS="
 	@$(BIN)/tandem serve $(ARGS)
 
 test: install  ## all tests that need no GPU, under ten minutes on two cores
+ifdef ARGS
 	@$(BIN)/python -m pytest -m "not gpu and not long" $(ARGS)
+else
+	@# Real clusters mostly wait: they run beside the rest, and tell at the end.
+	@log=$$(mktemp); trap 'rm -f $$log' EXIT; \
+	$(BIN)/python -m pytest -m "not gpu and not long" tests/integration --durations=20 > $$log 2>&1 & clusters=$$!; \
+	$(BIN)/python -m pytest -m "not gpu and not long" tests --ignore=tests/integration; others=$$?; \
+	wait $$clusters; clusters=$$?; cat $$log; [ $$others -eq 0 ] && [ $$clusters -eq 0 ]
+endif
 
 check: install  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -211,8 +211,10 @@ class WorkerCore:
 
     def _audit_due_ms(self) -> int | None:
         """Recounting takes milliseconds, so it waits for a Tick: never on the way of a commit or a step."""
-        if self._audited_ms is None or not (self._touched or self.decode.num_attempts):
+        if self._audited_ms is None:
             return None
+        if not self._touched:
+            return self.decode.audit_due_ms(self._audited_ms)
         return self._audited_ms + self._config.audit_ms * (10 if self.batch.num_running else 1)
 
     def _recount(self, now_ms: int) -> None:

@@ -88,7 +88,6 @@ class DecodeCore:
         self, *, me: WorkerAddress, layout: KVLayout, ledger: BlockLedger, batch: Batch, config: DecodeConfig
     ) -> None:
         self.me = me
-        self.layout = layout
         self.config = config
         self.num_ignored = 0  # messages that were stale, late, doubled or about nothing known
         self.moves = MoveSources(layout=layout, ledger=ledger, batch=batch, config=config, leave=self._moved)
@@ -132,6 +131,13 @@ class DecodeCore:
             if since_ms is not None and now_ms - since_ms > self.config.handoff.quarantine_warn_ms:
                 late.append(f"transfer {transfer} is in quarantine for {now_ms - since_ms} ms")
         return [*late, *self.moves.audit(now_ms)]
+
+    def audit_due_ms(self, after_ms: int) -> int | None:
+        """When, later than `after_ms`, the audit first finds something that it does not yet; None: not by itself."""
+        machines = [each.machine for each in self._attempts.values() if each.machine is not None]
+        since = [machine.quarantined_since_ms for machine in machines] + self.moves.ended_since_ms()
+        late = [at_ms + self.config.handoff.quarantine_warn_ms + 1 for at_ms in since if at_ms is not None]
+        return min((at_ms for at_ms in late if at_ms > after_ms), default=None)
 
     def stories(self) -> list[str]:
         """The story of every attempt that is not closed."""

@@ -99,6 +99,10 @@ class MoveSources:
         late = [(key, now_ms - at_ms) for key, at_ms in since if now_ms - at_ms > warn_ms]
         return [f"transfer {key} is over for {for_ms} ms and its agent is not quiet" for key, for_ms in late]
 
+    def ended_since_ms(self) -> list[int | None]:
+        """Since when each attempt is over whose blocks may still be read; None: it is not."""
+        return [each.ended_ms for each in self._moves.values()]
+
     def next_deadline_ms(self) -> int | None:
         """When a Tick is wanted at the latest; None: not at all."""
         if self._noticed:

@@ -106,7 +106,11 @@ def test_next_turn_moves_only_what_is_new() -> None:
     world.check()
     (committed,) = [each for each in world.stats if each.request_id == second.request_id and each.committed_ms]
     assert committed.blocks_reused == (len(PROMPT) + 9) // BLOCK
-    (sent,) = [each for each in world.stats if each.request_id == second.request_id and not each.committed_ms]
+    (sent,) = [
+        each
+        for each in world.stats
+        if each.request_id == second.request_id and not each.committed_ms and not each.first_step_ms
+    ]
     assert sent.tokens_cached == len(PROMPT) // BLOCK * BLOCK
 
 
@@ -146,7 +150,7 @@ def test_many_requests_share_the_workers() -> None:
 
 def test_exact_requests_need_equal_fingerprints() -> None:
     world = World()
-    world.worker("d0").core.decode.layout = replace(fake_layout(block_size=BLOCK), fingerprint="other")
+    world.worker("d0").core.decode._room._layout = replace(fake_layout(block_size=BLOCK), fingerprint="other")
     asked = world.ask("r", PROMPT)
     run_until(world, lambda: bool(asked.failures))
     assert "fingerprint is 'fake' at the source and 'other' at the target" in asked.failures[0]
@@ -158,7 +162,7 @@ def test_exact_requests_need_equal_fingerprints() -> None:
 
 def test_other_requests_do_not() -> None:
     world = World(config=WorkerCoreConfig(prefill=PrefillConfig(exact=False)))
-    world.worker("d0").core.decode.layout = replace(fake_layout(block_size=BLOCK), fingerprint="other")
+    world.worker("d0").core.decode._room._layout = replace(fake_layout(block_size=BLOCK), fingerprint="other")
     asked = world.ask("r", PROMPT)
     world.run()
     world.check()
@@ -306,7 +310,7 @@ def test_frame_that_always_fails_ends_the_attempt_and_leaves_a_warm_source() -> 
     world.check()
     assert asked.num_attempts == 2
     assert "failed 3 times" in asked.failures[0]
-    sent = [each for each in world.stats if not each.committed_ms]
+    sent = [each for each in world.stats if not each.committed_ms and not each.first_step_ms]
     assert sent[-1].tokens_cached > 0
 
 
