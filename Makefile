@@ -31,15 +31,18 @@ install: $(VENV)/.installed-dev  ## build .venv with everything
 serve: $(VENV)/.installed  ## a local cluster on a real model: make serve ARGS="--decode 3"
 	@$(BIN)/tandem serve $(ARGS)
 
-test: install  ## all tests that need no GPU, under ten minutes on two cores
+test: install  ## all tests that need no GPU, a quarter of an hour on two cores
 ifdef ARGS
 	@$(BIN)/python -m pytest -m "not gpu and not long" $(ARGS)
 else
-	@# Real clusters mostly wait: they run beside the rest, and tell at the end.
-	@log=$$(mktemp); trap 'rm -f $$log' EXIT; \
-	$(BIN)/python -m pytest -m "not gpu and not long" tests/integration --durations=20 > $$log 2>&1 & clusters=$$!; \
-	$(BIN)/python -m pytest -m "not gpu and not long" tests --ignore=tests/integration; others=$$?; \
-	wait $$clusters; clusters=$$?; cat $$log; [ $$others -eq 0 ] && [ $$clusters -eq 0 ]
+	@# Real clusters mostly wait: they run beside the rest, but for moves, whose timing is what is tested.
+	@log=$$(mktemp); trap 'rm -f $$log' EXIT; run="$(BIN)/python -m pytest -m 'not gpu and not long'"; \
+	moves=tests/integration/test_moves.py; \
+	eval $$run tests/integration --ignore=$$moves > $$log 2>&1 & clusters=$$!; \
+	eval $$run tests --ignore=tests/integration; others=$$?; \
+	wait $$clusters; clusters=$$?; cat $$log; \
+	eval $$run $$moves; moved=$$?; \
+	[ $$others -eq 0 ] && [ $$clusters -eq 0 ] && [ $$moved -eq 0 ]
 endif
 
 check: install  ## format, lint, types
