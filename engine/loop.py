@@ -15,7 +15,6 @@ from engine.runner import Runner
 from engine.step import Drawn, StepPlan
 
 IDLE_WAIT_MS = 1000  # the longest sleep, whatever the core's deadline; a guard, not a poll
-REHEARSE_MS = 500  # how long an engine may stand still while it expects work
 
 
 class Core(Protocol):
@@ -75,8 +74,9 @@ class EngineLoop:
     of prefill. Only one step runs at a time, and only the core's thread calls the core.
 
     After idle seconds a step is slow, since caches, page tables and clocks have to find back (12 ms after one second,
-    40 ms after eight, on the virtual machines where it was measured). So while the core expects a request, the runner
-    rehearses twice a second; a plan cuts that short.
+    40 ms after eight, on the virtual machines where it was measured). With `rehearse_ms` the runner rehearses that often
+    while the core expects a request; a plan cuts that short. It is off by default: where the cores of two workers are
+    threads of one, it slows the prefill that is waited for.
 
     `perform` gets the core's actions, and `on_crash` the error that ended the loop and the core's story; both are
     called on the core's thread and must not block. `post` may be called from any thread. Counters are written by the
@@ -91,6 +91,7 @@ class EngineLoop:
         perform: Callable[[list[object]], None],
         on_crash: Callable[[BaseException, str], None],
         inbox_events_max: int = 65536,
+        rehearse_ms: int | None = None,
         name: str = "engine",
     ) -> None:
         self._core = core
@@ -104,6 +105,7 @@ class EngineLoop:
         self._broken: BaseException | None = None  # what ended the runner's thread
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
         self._expecting = False
+        self._rehearse_s = None if rehearse_ms is None else rehearse_ms / 1000
         self._stopping = False
         self._ticked = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -178,7 +180,7 @@ class EngineLoop:
         """The next plan; None: stop."""
         while True:
             try:
-                return self._plans.get(timeout=REHEARSE_MS / 1000)
+                return self._plans.get(timeout=self._rehearse_s)
             except queue.Empty:
                 if self._expecting:
                     self._runner.rehearse(lambda: not self._plans.empty())

@@ -13,13 +13,14 @@ import pytest
 from engine.blocks import BlockLedger
 from engine.events import Tick
 from engine.fake_runner import FakeRunner, expected_tokens
-from engine.loop import REHEARSE_MS, EngineLoop, InboxFull, now_ms
+from engine.loop import EngineLoop, InboxFull, now_ms
 from engine.sequence import Sequence as EngineSequence
 from engine.step import Batch, BatchConfig, Drawn, Sampled, StepPlan
 from tandem.request import RequestId, Sampling, Token
 
 VOCAB = 1000
 WAIT_S = 20
+REHEARSE_MS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +118,7 @@ class Shell:
             perform=self.perform,
             on_crash=lambda error, story: self.crashes.put((error, story)),
             inbox_events_max=inbox_events_max,
+            rehearse_ms=REHEARSE_MS,
         )
 
     def perform(self, actions: list[object]) -> None:
