@@ -74,9 +74,9 @@ class EngineLoop:
     of prefill. Only one step runs at a time, and only the core's thread calls the core.
 
     After idle seconds a step is slow, since caches, page tables and clocks have to find back (12 ms after one second,
-    40 ms after eight, on the virtual machines where it was measured). With `rehearse_ms` the runner rehearses that often
-    while the core expects a request; a plan cuts that short. It is off by default: where the cores of two workers are
-    threads of one, it slows the prefill that is waited for.
+    40 ms after eight, on the virtual machines where it was measured). With `rehearse_ms` the runner rehearses that
+    often while the core expects a request; a plan cuts that short. It is off by default: where the cores of two
+    workers are threads of one, it slows the prefill that is waited for.
 
     `perform` gets the core's actions, and `on_crash` the error that ended the loop and the core's story; both are
     called on the core's thread and must not block. `post` may be called from any thread. Counters are written by the
