@@ -128,11 +128,6 @@ class WorkerCore:
         self._report_state(now_ms, actions)
         return [*actions]
 
-    @property
-    def expecting(self) -> bool:
-        """Whether somebody is about to hand a request over."""
-        return self.decode.num_expected > 0
-
     def next_deadline_ms(self) -> int | None:
         """When a Tick is wanted at the latest; None: not at all."""
         due = (self.prefill.next_deadline_ms(), self.decode.next_deadline_ms(), self._load_due_ms, self._audit_due_ms())

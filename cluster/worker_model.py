@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.config import FAKE_CONTEXT_TOKENS, FAKE_MODEL, FAKE_VOCAB_SIZE
@@ -55,10 +55,6 @@ class PacedRunner:
     def progress(self) -> int:
         """Of the runner."""
         return self._runner.progress
-
-    def rehearse(self, stop: Callable[[], bool]) -> None:
-        """Of the runner."""
-        self._runner.rehearse(stop)
 
     def run(self, plan: StepPlan) -> Sequence[Drawn | None]:
         """Runs the step, then waits for its time to be over."""

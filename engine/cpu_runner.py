@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from itertools import chain
 
 import numpy as np
@@ -16,9 +15,8 @@ from engine.layout import KVLayout
 from engine.model import Decoder, StepTensors
 from engine.model_files import ModelFiles, find_model, read_arch
 from engine.sampler import Sampler
-from engine.step import Drawn, StepPlan, StepRow
+from engine.step import Drawn, StepPlan
 from engine.weights import load_weights
-from tandem.request import RequestId, Sampling
 
 
 class CpuRunner:
@@ -38,7 +36,6 @@ class CpuRunner:
         self._sampler = Sampler(vocab_size=arch.vocab_size, eos_token_ids=arch.eos_token_ids)
         self._layout = layout
         self._tensor = pool.tensor(layout)
-        self._stage: torch.Tensor | None = None  # a pool of one block, to rehearse on
 
     @classmethod
     def load(
@@ -100,21 +97,6 @@ class CpuRunner:
     def progress(self) -> int:
         """Layers begun."""
         return self._decoder.num_layers_begun
-
-    def rehearse(self, stop: Callable[[], bool]) -> None:
-        """A decode step of one token over a block of its own."""
-        row = StepRow(
-            request_id=RequestId("rehearsal"),
-            tokens=(0,),
-            start=0,
-            blocks=(0,),
-            sample=True,
-            sampling=Sampling(),
-            num_prompt_tokens=1,
-        )
-        if self._stage is None:
-            self._stage = torch.zeros((1, *self._tensor.shape[1:]), dtype=self._tensor.dtype)
-        self._decoder.forward(self._tensors(StepPlan(rows=(row,))), self._stage, stop)
 
     def run(self, plan: StepPlan) -> list[Drawn | None]:
         """Runs the step; one result per row, None where the row is not sampled, Undrawn where it is not finite."""

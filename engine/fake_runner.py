@@ -10,7 +10,7 @@ what must come out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,9 +111,6 @@ class FakeRunner:
     def progress(self) -> int:
         """Rows begun."""
         return self._num_rows
-
-    def rehearse(self, stop: Callable[[], bool]) -> None:
-        """Nothing here is slow."""
 
     def run(self, plan: StepPlan) -> list[Sampled | None]:
         """Writes the slots of all rows, then draws; one result a row, None where it does not sample."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from engine.layout import KVLayout
 from engine.runner import Runner
@@ -45,10 +45,6 @@ class IsolatingRunner:
     def progress(self) -> int:
         """The runner's."""
         return self._runner.progress
-
-    def rehearse(self, stop: Callable[[], bool]) -> None:
-        """Of the runner."""
-        self._runner.rehearse(stop)
 
     def run(self, plan: StepPlan) -> Sequence[Drawn | None]:
         """Runs the step; one result per row, Undrawn also where the row raises. Raises what tells of a broken engine.

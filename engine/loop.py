@@ -27,11 +27,6 @@ class Core(Protocol):
         """Takes an event in; returns what is to be done."""
         ...
 
-    @property
-    def expecting(self) -> bool:
-        """Whether a request is about to come that wants its first step at once."""
-        ...
-
     def next_plan(self, now_ms: int) -> StepPlan | None:
         """The next step, or None when there is nothing to run. Not called while a step runs."""
         ...
@@ -73,11 +68,6 @@ class EngineLoop:
     The core goes on hearing events while a step runs: a commit that arrives need not wait for somebody else's chunk
     of prefill. Only one step runs at a time, and only the core's thread calls the core.
 
-    After idle seconds a step is slow, since caches, page tables and clocks have to find back (12 ms after one second,
-    40 ms after eight, on the virtual machines where it was measured). With `rehearse_ms` the runner rehearses that
-    often while the core expects a request; a plan cuts that short. It is off by default: where the cores of two
-    workers are threads of one, it slows the prefill that is waited for.
-
     `perform` gets the core's actions, and `on_crash` the error that ended the loop and the core's story; both are
     called on the core's thread and must not block. `post` may be called from any thread. Counters are written by the
     core's thread alone and may be read from anywhere.
@@ -91,7 +81,6 @@ class EngineLoop:
         perform: Callable[[list[object]], None],
         on_crash: Callable[[BaseException, str], None],
         inbox_events_max: int = 65536,
-        rehearse_ms: int | None = None,
         name: str = "engine",
     ) -> None:
         self._core = core
@@ -104,8 +93,6 @@ class EngineLoop:
         self._ran: _Ran | None = None  # a step that has run and is not booked
         self._broken: BaseException | None = None  # what ended the runner's thread
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
-        self._expecting = False
-        self._rehearse_s = None if rehearse_ms is None else rehearse_ms / 1000
         self._stopping = False
         self._ticked = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -164,7 +151,7 @@ class EngineLoop:
 
     def _run_steps(self) -> None:
         try:
-            while (plan := self._await_plan()) is not None:
+            while (plan := self._plans.get()) is not None:
                 began = time.perf_counter()
                 sampled = self._runner.run(plan)
                 step_ms = (time.perf_counter() - began) * 1000
@@ -175,15 +162,6 @@ class EngineLoop:
             with self._wake:
                 self._broken = error
                 self._wake.notify()
-
-    def _await_plan(self) -> StepPlan | None:
-        """The next plan; None: stop."""
-        while True:
-            try:
-                return self._plans.get(timeout=self._rehearse_s)
-            except queue.Empty:
-                if self._expecting:
-                    self._runner.rehearse(lambda: not self._plans.empty())
 
     # ---- on the core's thread ----------------------------------------------------------------------------------------
 
@@ -235,7 +213,6 @@ class EngineLoop:
         self._ticked = deadline_ms is not None and deadline_ms <= now_ms()
         if self._ticked:
             self._do(self._core.handle(now_ms(), Tick()))
-        self._expecting = self._core.expecting
 
     def _begin(self) -> bool:
         """Has the next step run; False when the core has nothing to run."""

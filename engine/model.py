@@ -7,7 +7,6 @@ bits wherever a matrix product gives them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,11 +70,11 @@ class Decoder:
         self.num_layers_begun = 0  # in all steps so far: tells a slow step from one that hangs
 
     @torch.inference_mode()
-    def forward(self, step: StepTensors, pool: Tensor, stop: Callable[[], bool] = lambda: False) -> Tensor:
+    def forward(self, step: StepTensors, pool: Tensor) -> Tensor:
         """Writes the step's K and V into `pool` and returns the logits `[S, vocab_size]` of the sampled rows.
 
         `pool` is `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`. The logits are overwritten by the
-        next step. `stop` is asked before each layer; True ends it there, with logits that mean nothing.
+        next step.
         """
         self._make_room(step)
         cos, sin = self._cos.index_select(0, step.positions), self._sin.index_select(0, step.positions)
@@ -84,8 +83,6 @@ class Decoder:
         hidden = rms_norm(residual, layers[0].input_norm, eps)
         for index, layer in enumerate(layers):
             self.num_layers_begun += 1
-            if stop():
-                return self._logits[:0]
             mixed = self._attention(hidden, layer, index, step, pool, cos, sin)
             if index == len(layers) - 1:
                 # Past the last attention nothing but the sampled rows is of use to anyone.

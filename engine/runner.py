@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from engine.layout import KVLayout
@@ -21,10 +21,6 @@ class Runner(Protocol):
     @property
     def progress(self) -> int:
         """Rises while a step gets on, so that a slow step can be told from one that hangs; any thread may look."""
-        ...
-
-    def rehearse(self, stop: Callable[[], bool]) -> None:
-        """Does what a decode step does, without any effect, until it is through or `stop` says so."""
         ...
 
     def run(self, plan: StepPlan) -> Sequence[Drawn | None]:

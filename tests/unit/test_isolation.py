@@ -43,9 +43,6 @@ class Brittle:
     def progress(self) -> int:
         return self.num_runs
 
-    def rehearse(self, stop: Callable[[], bool]) -> None:
-        self.healthy.rehearse(stop)
-
     def run(self, plan: StepPlan) -> Sequence[Drawn | None]:
         self.num_runs += 1
         before: list[StepRow] = []

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -20,7 +19,6 @@ from tandem.request import RequestId, Sampling, Token
 
 VOCAB = 1000
 WAIT_S = 20
-REHEARSE_MS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +38,6 @@ class PlainCore:
         self.batch = Batch(ledger, BatchConfig(chunk_tokens=8, max_tokens_per_step=32))
         self.deadline_ms: int | None = None
         self.seen: list[str] = []
-        self.expects = False
 
     def handle(self, now_ms: int, event: object) -> list[object]:
         self.seen.append(type(event).__name__)
@@ -70,10 +67,6 @@ class PlainCore:
     def step_done(self, now_ms: int, plan: StepPlan, sampled: Sequence[Drawn | None]) -> list[object]:
         return list(self.batch.apply(plan, sampled).tokens)
 
-    @property
-    def expecting(self) -> bool:
-        return self.expects
-
     def next_deadline_ms(self) -> int | None:
         return self.deadline_ms
 
@@ -89,13 +82,6 @@ class GatedRunner(FakeRunner):
         self.gate = threading.Event()
         self.gate.set()
         self.waiting = threading.Event()
-        self.rehearsals: queue.Queue[Callable[[], bool]] = queue.Queue()
-
-    def rehearse(self, stop: Callable[[], bool]) -> None:
-        self.rehearsals.put(stop)
-        over = time.monotonic() + WAIT_S
-        while not stop() and time.monotonic() < over:
-            time.sleep(0.001)
 
     def run(self, plan: StepPlan) -> list[Sampled | None]:
         if not self.gate.is_set():
@@ -118,7 +104,6 @@ class Shell:
             perform=self.perform,
             on_crash=lambda error, story: self.crashes.put((error, story)),
             inbox_events_max=inbox_events_max,
-            rehearse_ms=REHEARSE_MS,
         )
 
     def perform(self, actions: list[object]) -> None:
@@ -213,26 +198,6 @@ def test_stop_says_when_the_step_under_way_does_not_end() -> None:
     assert not shell.loop.stop(deadline_ms=50)
     shell.runner.gate.set()
     assert shell.loop.stop(deadline_ms=WAIT_S * 1000)
-
-
-def test_rehearses_while_it_expects_work_and_stops_for_a_plan(shell: Shell) -> None:
-    shell.loop.start()
-    assert shell.runner.rehearsals.empty()
-    shell.core.expects = True
-    shell.loop.post(1)  # heard, and with it what the core expects
-    stop = shell.runner.rehearsals.get(timeout=WAIT_S)
-    assert not stop()
-    began = now_ms()
-    shell.loop.post(Ask(request_id=RequestId("a"), prompt=(1, 2), num=1))
-    assert shell.actions.get(timeout=WAIT_S) == "ticked"
-    shell.tokens(1)
-    assert now_ms() - began < WAIT_S * 500, "the rehearsal held the plan up"
-
-
-def test_does_not_rehearse_for_nothing(shell: Shell) -> None:
-    shell.loop.start()
-    with pytest.raises(queue.Empty):
-        shell.runner.rehearsals.get(timeout=2.5 * REHEARSE_MS / 1000)
 
 
 def test_inbox_is_bounded() -> None:

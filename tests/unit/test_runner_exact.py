@@ -83,19 +83,6 @@ def test_a_pool_too_small_for_all_changes_no_token(
     assert answers(runner, ASKED, NUM_TOKENS, ledger=ledger, chunk_tokens=32, sampling=sampling) == alone
 
 
-def test_a_rehearsal_changes_no_token(runner: CpuRunner, sampling: Sampling, alone: list[list[int]]) -> None:
-    """Whole, or cut short at any layer."""
-    for layers in (0, 1, 99):
-        begun = runner.progress
-
-        def stop(begun: int = begun, layers: int = layers) -> bool:
-            return runner.progress - begun > layers
-
-        runner.rehearse(stop)
-        assert runner.progress - begun == min(layers + 1, runner.arch.num_layers)
-        assert answers(runner, ASKED, NUM_TOKENS, ledger=ledger_of(runner), sampling=sampling) == alone
-
-
 def test_logits_have_equal_bits(runner: CpuRunner) -> None:
     """The logits of a row are bit for bit those of the lone row, in prefill and in decode, wherever its blocks lie."""
     if kernels_build.library() is None:

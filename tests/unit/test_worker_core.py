@@ -180,12 +180,3 @@ def test_blocks_are_recounted_on_a_tick_once_after_something_happened() -> None:
     bench.now_ms = max(due_ms, 20_000)
     assert any("are said to be free" in line for load in loads(bench.handle(Tick())) for line in load.audit)
     assert bench.core.next_deadline_ms() is None, "nothing has changed since"
-
-
-def test_it_expects_work_from_the_assignment_to_the_handoff() -> None:
-    bench = Bench()
-    seen = [bench.core.expecting]
-    for event in (assign("b", mode=DECODE), cancel("b")):
-        bench.handle(event)
-        seen.append(bench.core.expecting)
-    assert seen == [False, True, False]
