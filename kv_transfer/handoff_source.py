@@ -25,7 +25,6 @@ from kv_transfer.handoff import (
     SourceAction,
     Stop,
     Table,
-    frame_digest,
 )
 from kv_transfer.messages import (
     Cancel,
@@ -35,7 +34,6 @@ from kv_transfer.messages import (
     Grant,
     Offer,
     Refuse,
-    Renew,
     TransferQuiet,
     Wait,
 )
@@ -100,14 +98,14 @@ class SourceHandoff(SourceEnd[SourceState]):
             table=SOURCE_TABLE,
             inside=SOURCE_INSIDE,
             home=SourceState.HOLDING,
+            offered=SourceState.OFFERED,
+            handed=SourceState.HANDED,
             freed=SourceState.FREED,
         )
         assert len(offer.hashes) <= num_blocks, f"{len(offer.hashes)} hashes for {num_blocks} blocks"
         self.num_blocks = num_blocks
         self.num_ready = 0
         self._tokens: tuple[Token, ...] | None = None  # known once fenced by the core
-        self._offer_until_ms = 0
-        self._next_ms = 0  # when the message of this state goes again
         self._give_up: str | None = None  # why the attempt ends as soon as the owner record allows it
 
     def next_deadline_ms(self) -> int | None:
@@ -117,35 +115,23 @@ class SourceHandoff(SourceEnd[SourceState]):
         if self.state is SourceState.HOLDING:
             return self.deadline_ms
         if self.state is SourceState.OFFERED:
-            return min(self.deadline_ms, self._next_ms, self._offer_until_ms)
+            return min(self.deadline_ms, self._next_ms, self._until_ms)
         if self.state is SourceState.FENCED and self._give_up is not None:
             return self._next_ms
         return min(self.deadline_ms, self._next_ms)
 
     # ---- before the commit is asked ----------------------------------------------------------------------------------
 
-    def _start(self, now_ms: int, event: Start) -> Actions:
-        assert not self._draining, f"{self.attempt.transfer_id} starts again: {self.story}"
-        self.state = SourceState.OFFERED
-        self._offer_until_ms = now_ms + self.config.offer_limit_ms
-        self._next_ms = now_ms + self.config.resend_ms
-        return [Say(body=self.offer)]
-
     def _ready(self, now_ms: int, event: BlocksReady) -> Actions:
         assert self.num_ready <= event.num <= self.num_blocks, f"{event.num} blocks ready after {self.num_ready}"
         self.num_ready = event.num
-        return self._advance(now_ms)
+        return self._send_more(now_ms)
 
     def _fence(self, now_ms: int, event: Fence) -> Actions:
         assert self._tokens is None, f"{self.attempt.transfer_id} is fenced twice: {self.story}"
         self._tokens = event.tokens
         self.num_ready = self.num_blocks
-        return self._advance(now_ms)
-
-    def _wait(self, now_ms: int, event: Wait) -> Actions:
-        self._next_ms = now_ms + min(max(event.retry_after_ms, 1), self.config.resend_ms)
-        self.story.tell(now_ms, f"target waits: {event.reason}")
-        return []
+        return self._send_more(now_ms)
 
     def _granted(self, now_ms: int, event: Grant) -> Actions:
         if (misfit := self._misfit(event, self.num_blocks)) is not None:
@@ -153,64 +139,33 @@ class SourceHandoff(SourceEnd[SourceState]):
         self._open(event, self.num_blocks)
         self.state = SourceState.SENDING
         self._next_ms = now_ms + self.config.renew_ms
-        return self._advance(now_ms)
+        return self._send_more(now_ms)
 
     def _refused(self, now_ms: int, event: Refuse) -> Actions:
         return self._fail(now_ms, f"{event.code}: {event.reason}", retryable=event.retryable, tell_peer=False)
-
-    def _cancelled(self, now_ms: int, event: Cancel) -> Actions:
-        return self._fail(now_ms, f"the target cancelled: {event.reason}", tell_peer=False)
-
-    def _peer_gone(self, now_ms: int, event: PeerGone) -> Actions:
-        return self._fail(now_ms, f"the target {event.worker_id} is gone", tell_peer=False)
-
-    def _agent_lost(self, now_ms: int, event: AgentLost) -> Actions:
-        actions = self._fail(now_ms, f"the transfer agent is lost: {event.reason}")
-        return actions if self.state is SourceState.FREED else [*actions, *self._close()]
 
     def _acked(self, now_ms: int, event: FrameAcked) -> Actions:
         assert self._window is not None
         if self._window.acked(event.sequence, event.checksum) is None:
             self.num_ignored += 1
             return []
-        return [EndExport(sequence=event.sequence), *self._advance(now_ms)]
-
-    def _frame_failed(self, now_ms: int, event: FrameFailed) -> Actions:
-        tried = self._lost(now_ms, event)
-        return self._advance(now_ms) if tried is None else self._fail(now_ms, tried)
+        return [EndExport(sequence=event.sequence), *self._send_more(now_ms)]
 
     def _tick_holding(self, now_ms: int, event: Tick) -> Actions:
         if self._draining or now_ms < self.deadline_ms:
             return []
         return self._fail(now_ms, "the deadline passed before the handoff began", tell_peer=False)
 
-    def _tick_offered(self, now_ms: int, event: Tick) -> Actions:
-        if now_ms >= min(self.deadline_ms, self._offer_until_ms):
-            return self._fail(now_ms, "the target granted no room in time")
-        if now_ms < self._next_ms:
-            return []
-        self._next_ms = now_ms + self.config.resend_ms
-        return [Say(body=self.offer)]
-
     def _tick_sending(self, now_ms: int, event: Tick) -> Actions:
         if now_ms >= self.deadline_ms:
             return self._fail(now_ms, "the deadline passed before all blocks were sent")
-        if now_ms < self._next_ms:
-            return []
-        self._next_ms = now_ms + self.config.renew_ms
-        return [Say(body=Renew(lease_ms=self.config.lease_ms))]
+        return self._renew(now_ms)
 
     def _owner_told(self, now_ms: int, event: OwnerIs) -> Actions:
         """The router speaks up before the commit was asked: only news that the request is not ours matters."""
         if self._still_ours(event):
             return []
         return [Say(body=Cancel(reason="the request is over")), Over(reason=who(event)), *self._drain()]
-
-    def _stop(self, now_ms: int, event: Stop) -> Actions:
-        if self._draining:
-            return []
-        told = [] if self.state is SourceState.HOLDING else [Say(body=Cancel(reason=event.reason))]
-        return [*told, *self._drain()]
 
     # ---- the commit is asked -----------------------------------------------------------------------------------------
 
@@ -223,15 +178,6 @@ class SourceHandoff(SourceEnd[SourceState]):
         if self._give_up is None:
             return []  # the target may be about to ask: its lease and our deadline bound that
         return self._fail(now_ms, self._give_up)
-
-    def _stop_fenced(self, now_ms: int, event: Stop) -> Actions:
-        return [Say(body=Cancel(reason=event.reason)), *self._end()]
-
-    def _doubt_cancel(self, now_ms: int, event: Cancel) -> Actions:
-        return self._doubt(now_ms, f"the target cancelled: {event.reason}")
-
-    def _doubt_peer(self, now_ms: int, event: PeerGone) -> Actions:
-        return self._doubt(now_ms, f"the target {event.worker_id} is gone")
 
     def _doubt(self, now_ms: int, reason: str) -> Actions:
         """The attempt looks lost, but the commit may have happened: ask."""
@@ -250,30 +196,13 @@ class SourceHandoff(SourceEnd[SourceState]):
         again: Actions = [] if self._give_up is not None else [Say(body=self._commit_request())]
         return [*again, AskOwner()]
 
-    # ---- the end -----------------------------------------------------------------------------------------------------
-
-    def _quiet(self, now_ms: int, event: TransferQuiet) -> Actions:
-        if self.state is SourceState.HOLDING and not self._draining:
-            return []
-        return self._close()
-
-    def _agent_lost_late(self, now_ms: int, event: AgentLost) -> Actions:
-        return self._close() if self._draining or self.state is SourceState.HANDED else []
-
     # ---- parts of rows -----------------------------------------------------------------------------------------------
 
     def _commit_request(self) -> CommitRequest:
-        assert self._window is not None
         assert self._tokens is not None
-        checksums = self._window.checksums
-        return CommitRequest(
-            num_frames=len(checksums),
-            digest=frame_digest(checksums),
-            num_computed_tokens=self.offer.num_tokens,
-            tokens=self._tokens,
-        )
+        return self._commit(self.offer.num_tokens, self._tokens)
 
-    def _advance(self, now_ms: int) -> Actions:
+    def _send_more(self, now_ms: int) -> Actions:
         """Sends what may go; when all is acknowledged and the request stands still, asks for the commit."""
         if self._window is None:
             return []
@@ -330,7 +259,7 @@ SOURCE_TABLE: Table[SourceState] = {
     (_N, OwnerIs): Row(_M._owner_answered, (_N, _D, _H, _X)),
     (_N, Cancel): Row(_M._doubt_cancel, (_N,)),
     (_N, PeerGone): Row(_M._doubt_peer, (_N,)),
-    (_N, Stop): Row(_M._stop_fenced, (_X,)),
+    (_N, Stop): Row(_M._stop_asked, (_X,)),
     (_N, Tick): Row(_M._tick_fenced, (_N,)),
     (_D, Stop): Row(lambda machine, now_ms, event: [], (_D,)),
     (_D, Tick): Row(lambda machine, now_ms, event: [], (_D,)),

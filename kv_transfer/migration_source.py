@@ -31,7 +31,6 @@ from kv_transfer.handoff import (
     Say,
     Stop,
     Table,
-    frame_digest,
 )
 from kv_transfer.handoff_source import BlocksReady, Start
 from kv_transfer.messages import (
@@ -42,7 +41,6 @@ from kv_transfer.messages import (
     Grant,
     Offer,
     Refuse,
-    Renew,
     TransferQuiet,
     Wait,
 )
@@ -118,6 +116,8 @@ class SourceMigration(SourceEnd[MigrationState]):
             table=MIGRATION_TABLE,
             inside=MIGRATION_INSIDE,
             home=MigrationState.RUNNING,
+            offered=MigrationState.OFFERED,
+            handed=MigrationState.HANDED,
             freed=MigrationState.FREED,
         )
         self.first_index = first_index
@@ -132,8 +132,6 @@ class SourceMigration(SourceEnd[MigrationState]):
         self._sent_ms: dict[int, int] = {}
         self._computed = 0  # tokens whose KV the target gets; known in TAIL
         self._tokens: tuple[Token, ...] = ()
-        self._until_ms = 0  # when this state has lasted too long
-        self._next_ms = 0  # when the message of this state goes again
         self._revoking = False
 
     @property
@@ -155,22 +153,10 @@ class SourceMigration(SourceEnd[MigrationState]):
 
     # ---- while the request runs --------------------------------------------------------------------------------------
 
-    def _start(self, now_ms: int, event: Start) -> Actions:
-        assert not self._draining, f"{self.attempt.transfer_id} starts again: {self.story}"
-        self.state = MigrationState.OFFERED
-        self._until_ms = now_ms + self.config.offer_limit_ms
-        self._next_ms = now_ms + self.config.resend_ms
-        return [Say(body=self.offer)]
-
     def _ready(self, now_ms: int, event: BlocksReady) -> Actions:
         assert self.num_ready <= event.num, f"{event.num} blocks ready after {self.num_ready}"
         self.num_ready = event.num
         return self._advance(now_ms) if self.state is MigrationState.PRECOPY else []
-
-    def _wait(self, now_ms: int, event: Wait) -> Actions:
-        self._next_ms = now_ms + min(max(event.retry_after_ms, 1), self.config.resend_ms)
-        self.story.tell(now_ms, f"target waits: {event.reason}")
-        return []
 
     def _granted(self, now_ms: int, event: Grant) -> Actions:
         if (misfit := self._misfit(event, self.num_blocks)) is not None:
@@ -286,24 +272,10 @@ class SourceMigration(SourceEnd[MigrationState]):
         self._frame_ms = frame_ms if self._frame_ms is None else min(frame_ms, self._frame_ms)
         return [EndExport(sequence=event.sequence), *self._send_more(now_ms)]
 
-    def _frame_failed(self, now_ms: int, event: FrameFailed) -> Actions:
-        tried = self._lost(now_ms, event)
-        return self._send_more(now_ms) if tried is None else self._fail(now_ms, tried)
-
     # ---- failures before the commit is asked -------------------------------------------------------------------------
 
     def _refused(self, now_ms: int, event: Refuse) -> Actions:
         return self._fail(now_ms, event.reason, code=event.code, tell_peer=False)
-
-    def _cancelled(self, now_ms: int, event: Cancel) -> Actions:
-        return self._fail(now_ms, f"the target cancelled: {event.reason}", tell_peer=False)
-
-    def _peer_gone(self, now_ms: int, event: PeerGone) -> Actions:
-        return self._fail(now_ms, f"the target {event.worker_id} is gone", tell_peer=False)
-
-    def _agent_lost(self, now_ms: int, event: AgentLost) -> Actions:
-        actions = self._fail(now_ms, f"the transfer agent is lost: {event.reason}")
-        return actions if self.state is MigrationState.FREED else [*actions, *self._close()]
 
     def _stopped(self, now_ms: int, event: StopMove) -> Actions:
         """The router has given the move up, and the owner record knows."""
@@ -315,37 +287,17 @@ class SourceMigration(SourceEnd[MigrationState]):
             return [Say(body=Cancel(reason="the request is over")), Over(reason=who(event)), *self._drain()]
         return self._fail(now_ms, "the router has given the move up", tell_router=False) if event.over else []
 
-    def _stop(self, now_ms: int, event: Stop) -> Actions:
-        if self._draining:
-            return []
-        told: Actions = [] if self.state is MigrationState.RUNNING else [Say(body=Cancel(reason=event.reason))]
-        return [*told, *self._drain()]
-
-    def _tick_offered(self, now_ms: int, event: Tick) -> Actions:
-        if now_ms >= min(self.deadline_ms, self._until_ms):
-            return self._fail(now_ms, "the target granted no room in time")
-        if now_ms < self._next_ms:
-            return []
-        self._next_ms = now_ms + self.config.resend_ms
-        return [Say(body=self.offer)]
-
     def _tick_copying(self, now_ms: int, event: Tick) -> Actions:
         if now_ms >= self.deadline_ms:
             return self._fail(now_ms, "the deadline passed while blocks were copied")
-        if now_ms < self._next_ms:
-            return []
-        self._next_ms = now_ms + self.config.renew_ms
-        return [Say(body=Renew(lease_ms=self.config.lease_ms))]
+        return self._renew(now_ms)
 
     def _tick_tail(self, now_ms: int, event: Tick) -> Actions:
         if now_ms >= self.deadline_ms:
             return self._fail(now_ms, "the deadline passed while the last blocks travelled")
         if now_ms >= self._until_ms:
             return self._fail(now_ms, f"the last blocks were not there after {self.config.fence_limit_ms} ms")
-        if now_ms < self._next_ms:
-            return []
-        self._next_ms = now_ms + self.config.renew_ms
-        return [Say(body=Renew(lease_ms=self.config.lease_ms))]
+        return self._renew(now_ms)
 
     # ---- the commit is asked -----------------------------------------------------------------------------------------
 
@@ -359,13 +311,7 @@ class SourceMigration(SourceEnd[MigrationState]):
             return []  # the target may be about to ask
         return self._fail(now_ms, "the commit is revoked", tell_router=False)
 
-    def _doubt_cancel(self, now_ms: int, event: Cancel) -> Actions:
-        return self._revoke(now_ms, f"the target cancelled: {event.reason}")
-
-    def _doubt_peer(self, now_ms: int, event: PeerGone) -> Actions:
-        return self._revoke(now_ms, f"the target {event.worker_id} is gone")
-
-    def _revoke(self, now_ms: int, reason: str) -> Actions:
+    def _doubt(self, now_ms: int, reason: str) -> Actions:
         """The attempt looks lost, but the commit may have happened: ask, and let it not happen any more."""
         self.story.tell(now_ms, reason)
         self._revoking = True
@@ -374,26 +320,13 @@ class SourceMigration(SourceEnd[MigrationState]):
 
     def _tick_committing(self, now_ms: int, event: Tick) -> Actions:
         if not self._revoking and now_ms >= min(self.deadline_ms, self._until_ms):
-            return self._revoke(now_ms, f"the commit was not answered in {self.config.fence_limit_ms} ms")
+            return self._doubt(now_ms, f"the commit was not answered in {self.config.fence_limit_ms} ms")
         if now_ms < self._next_ms:
             return []
         if self._revoking:
-            return self._revoke(now_ms, "the owner record does not answer")
+            return self._doubt(now_ms, "the owner record does not answer")
         self._next_ms = now_ms + self.config.fence_resend_ms
         return [Say(body=self._commit_request())]
-
-    def _stop_committing(self, now_ms: int, event: Stop) -> Actions:
-        return [Say(body=Cancel(reason=event.reason)), *self._end()]
-
-    # ---- the end -----------------------------------------------------------------------------------------------------
-
-    def _quiet(self, now_ms: int, event: TransferQuiet) -> Actions:
-        if self.state is MigrationState.RUNNING and not self._draining:
-            return []
-        return self._close()
-
-    def _agent_lost_late(self, now_ms: int, event: AgentLost) -> Actions:
-        return self._close() if self._draining or self.state is MigrationState.HANDED else []
 
     def _nothing(self, now_ms: int, event: object) -> Actions:
         return []
@@ -401,14 +334,7 @@ class SourceMigration(SourceEnd[MigrationState]):
     # ---- parts of rows -----------------------------------------------------------------------------------------------
 
     def _commit_request(self) -> CommitRequest:
-        assert self._window is not None
-        checksums = self._window.checksums
-        return CommitRequest(
-            num_frames=len(checksums),
-            digest=frame_digest(checksums),
-            num_computed_tokens=self._computed,
-            tokens=self._tokens,
-        )
+        return self._commit(self._computed, self._tokens)
 
     def _fail(
         self, now_ms: int, reason: str, *, code: str = FAILED_CODE, tell_peer: bool = True, tell_router: bool = True
@@ -483,7 +409,7 @@ MIGRATION_TABLE: Table[MigrationState] = {
     (_C, Cancel): Row(_M._doubt_cancel, (_C,)),
     (_C, PeerGone): Row(_M._doubt_peer, (_C,)),
     (_C, StopMove): Row(_M._stopped, (_R, _X)),
-    (_C, Stop): Row(_M._stop_committing, (_X,)),
+    (_C, Stop): Row(_M._stop_asked, (_X,)),
     (_C, Tick): Row(_M._tick_committing, (_C,)),
     (_H, TransferQuiet): Row(_M._quiet, (_X,)),
     (_H, AgentLost): Row(_M._agent_lost_late, (_X,)),

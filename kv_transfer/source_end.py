@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.events import PeerGone, Tick
+from kv_transfer.actions import AgentLost
 from kv_transfer.handoff import (
     Attempt,
     Closed,
@@ -12,18 +14,33 @@ from kv_transfer.handoff import (
     HandoffConfig,
     Machine,
     S,
+    Say,
     Silence,
+    Stop,
     Table,
+    frame_digest,
 )
-from kv_transfer.messages import FrameAcked, FrameFailed, Grant, Offer
+from kv_transfer.messages import (
+    Cancel,
+    CommitRequest,
+    FrameAcked,
+    FrameFailed,
+    Grant,
+    Offer,
+    Renew,
+    TransferQuiet,
+    Wait,
+)
 from kv_transfer.plan import SendWindow, frame_blocks
 from tandem.messages import OwnerIs
+from tandem.request import Token
 
 
 class SourceEnd(Machine[S]):
     """A machine that offers and sends. The tables and what single rows do are the subclasses' own.
 
-    `home` is the state in which no attempt is alive, `freed` the one in which nothing of the attempt is held any more.
+    Of the states that all sources have, `home` is the one in which no attempt is alive, `offered` and `handed` are what
+    their names say, and in `freed` nothing of the attempt is held any more.
     """
 
     def __init__(
@@ -36,6 +53,8 @@ class SourceEnd(Machine[S]):
         table: Table[S],
         inside: frozenset[type],
         home: S,
+        offered: S,
+        handed: S,
         freed: S,
     ) -> None:
         super().__init__(
@@ -43,7 +62,9 @@ class SourceEnd(Machine[S]):
         )
         self.offer = offer
         self.first_frame_ms: int | None = None  # absolute
-        self._home, self._freed = home, freed
+        self._home, self._offered, self._handed, self._freed = home, offered, handed, freed
+        self._until_ms = 0  # when this state has lasted too long
+        self._next_ms = 0  # when the message of this state goes again
         self._grant: Grant | None = None
         self._window: SendWindow | None = None
         self._draining = False
@@ -52,6 +73,42 @@ class SourceEnd(Machine[S]):
     def draining(self) -> bool:
         """Whether the attempt has failed and waits only for the agent."""
         return self._draining
+
+    # ---- what each source does in its own way ------------------------------------------------------------------------
+
+    def _send_more(self, now_ms: int) -> list[Any]:
+        """Sends what may go, now that frames have come free, and goes on when that was the last of it."""
+        raise NotImplementedError
+
+    def _fail(self, now_ms: int, reason: str, *, tell_peer: bool = True) -> list[Any]:
+        """The attempt failed, and the request stays with this worker."""
+        raise NotImplementedError
+
+    def _doubt(self, now_ms: int, reason: str) -> list[Any]:
+        """The attempt looks lost, but the commit has been asked and may have happened."""
+        raise NotImplementedError
+
+    # ---- the offer ---------------------------------------------------------------------------------------------------
+
+    def _start(self, now_ms: int, event: object) -> list[Any]:
+        assert not self._draining, f"{self.attempt.transfer_id} starts again: {self.story}"
+        self.state = self._offered
+        self._until_ms = now_ms + self.config.offer_limit_ms
+        self._next_ms = now_ms + self.config.resend_ms
+        return [Say(body=self.offer)]
+
+    def _wait(self, now_ms: int, event: Wait) -> list[Any]:
+        self._next_ms = now_ms + min(max(event.retry_after_ms, 1), self.config.resend_ms)
+        self.story.tell(now_ms, f"target waits: {event.reason}")
+        return []
+
+    def _tick_offered(self, now_ms: int, event: Tick) -> list[Any]:
+        if now_ms >= min(self.deadline_ms, self._until_ms):
+            return self._fail(now_ms, "the target granted no room in time")
+        if now_ms < self._next_ms:
+            return []
+        self._next_ms = now_ms + self.config.resend_ms
+        return [Say(body=self.offer)]
 
     # ---- the grant and the frames ------------------------------------------------------------------------------------
 
@@ -101,6 +158,17 @@ class SourceEnd(Machine[S]):
             exports.append(export)
         return exports
 
+    def _renew(self, now_ms: int) -> list[Any]:
+        """Gives the target a sign of life when one is due."""
+        if now_ms < self._next_ms:
+            return []
+        self._next_ms = now_ms + self.config.renew_ms
+        return [Say(body=Renew(lease_ms=self.config.lease_ms))]
+
+    def _frame_failed(self, now_ms: int, event: FrameFailed) -> list[Any]:
+        tried = self._lost(now_ms, event)
+        return self._send_more(now_ms) if tried is None else self._fail(now_ms, tried)
+
     def _lost(self, now_ms: int, event: FrameFailed) -> str | None:
         """Has what failed go again; says why not, when it has failed too often."""
         assert self._window is not None
@@ -115,11 +183,56 @@ class SourceEnd(Machine[S]):
                 self.story.tell(now_ms, f"frame {sequence} failed: {event.reason}")
         return None
 
+    # ---- others end it -----------------------------------------------------------------------------------------------
+
+    def _cancelled(self, now_ms: int, event: Cancel) -> list[Any]:
+        return self._fail(now_ms, f"the target cancelled: {event.reason}", tell_peer=False)
+
+    def _peer_gone(self, now_ms: int, event: PeerGone) -> list[Any]:
+        return self._fail(now_ms, f"the target {event.worker_id} is gone", tell_peer=False)
+
+    def _agent_lost(self, now_ms: int, event: AgentLost) -> list[Any]:
+        actions = self._fail(now_ms, f"the transfer agent is lost: {event.reason}")
+        return actions if self.state is self._freed else [*actions, *self._close()]
+
+    def _stop(self, now_ms: int, event: Stop) -> list[Any]:
+        if self._draining:
+            return []
+        told = [] if self.state is self._home else [Say(body=Cancel(reason=event.reason))]
+        return [*told, *self._drain()]
+
+    # ---- the commit is asked -----------------------------------------------------------------------------------------
+
+    def _commit(self, num_computed_tokens: int, tokens: tuple[Token, ...]) -> CommitRequest:
+        assert self._window is not None
+        checksums = self._window.checksums
+        return CommitRequest(
+            num_frames=len(checksums),
+            digest=frame_digest(checksums),
+            num_computed_tokens=num_computed_tokens,
+            tokens=tokens,
+        )
+
+    def _doubt_cancel(self, now_ms: int, event: Cancel) -> list[Any]:
+        return self._doubt(now_ms, f"the target cancelled: {event.reason}")
+
+    def _doubt_peer(self, now_ms: int, event: PeerGone) -> list[Any]:
+        return self._doubt(now_ms, f"the target {event.worker_id} is gone")
+
+    def _stop_asked(self, now_ms: int, event: Stop) -> list[Any]:
+        return [Say(body=Cancel(reason=event.reason)), *self._end()]
+
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def _late_ack(self, now_ms: int, event: FrameAcked) -> list[Any]:
         """After the attempt failed: the frame's read is over, so its blocks need no pin."""
         return [EndExport(sequence=event.sequence)] if self._draining else []
+
+    def _quiet(self, now_ms: int, event: TransferQuiet) -> list[Any]:
+        return [] if self.state is self._home and not self._draining else self._close()
+
+    def _agent_lost_late(self, now_ms: int, event: AgentLost) -> list[Any]:
+        return self._close() if self._draining or self.state is self._handed else []
 
     def _drain(self) -> list[Any]:
         """The attempt is dead. What is being read stays pinned until the agent is quiet."""

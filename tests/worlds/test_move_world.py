@@ -278,8 +278,8 @@ def _resume_on_a_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     def plant(self: SourceMigration, now_ms: int, reason: str) -> object:
         return self._fail(now_ms, reason)
 
-    monkeypatch.setattr(SourceMigration, "_revoke", plant)
-    running = Row(lambda machine, now_ms, event: machine._revoke(now_ms, "silence"), (MigrationState.RUNNING,))
+    monkeypatch.setattr(SourceMigration, "_doubt", plant)
+    running = Row(lambda machine, now_ms, event: machine._doubt(now_ms, "silence"), (MigrationState.RUNNING,))
     table: dict[tuple[MigrationState, type], Row[MigrationState]] = dict(MIGRATION_TABLE)
     table.update({(MigrationState.COMMITTING, kind): running for kind in (Cancel, PeerGone)})
     tick = MIGRATION_TABLE[MigrationState.COMMITTING, Tick]

@@ -131,7 +131,7 @@ def mover_resumes_on_an_ambiguous_commit(patch: pytest.MonkeyPatch) -> None:
     def resume(machine: SourceMigration, now_ms: int, reason: str):  # type: ignore[no-untyped-def]
         return machine._fail(now_ms, reason)
 
-    patch.setattr(SourceMigration, "_revoke", resume)
+    patch.setattr(SourceMigration, "_doubt", resume)
     patch.setitem(MIGRATION_TABLE, (MigrationState.COMMITTING, Tick), Row(SourceMigration._tick_committing, ANY))
 
 
