@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +106,19 @@ class End:
         """Tells the agent that the test knows of."""
         self.client.send(command, endpoint=self.info.endpoint)
 
+    def stop(self) -> None:
+        """Stops the agent's process, and returns when none of its threads runs any more."""
+        os.kill(self.info.pid, signal.SIGSTOP)
+        threads = Path(f"/proc/{self.info.pid}/task")
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not all(_state(thread) == "T" for thread in threads.iterdir()):
+            assert time.monotonic() < deadline_s, "it does not stop"
+            time.sleep(0.001)
+
+    def go_on(self) -> None:
+        """Lets a stopped agent run again."""
+        os.kill(self.info.pid, signal.SIGCONT)
+
     def close(self) -> None:
         """Ends the agent; the pool is gone."""
         self.client.close()
@@ -185,6 +200,14 @@ class Pair:
         before = len(self.source.of(FrameFailed))
         self.send(header, endpoint=endpoint)
         return self.source.wait(FrameFailed, before + 1, timeout_s)[-1]
+
+
+def _state(thread: Path) -> str:
+    """The kernel's letter for what a thread does; a thread that has ended counts as stopped."""
+    try:
+        return (thread / "stat").read_text().rsplit(") ", 1)[1][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "T"
 
 
 def with_transport(settings: AgentSettings, transport: str) -> AgentSettings:

@@ -72,7 +72,7 @@ def test_when_the_targets_agent_is_killed_both_sides_hear_of_it(pair: Pair) -> N
 
 
 def test_frames_under_way_when_the_target_dies_all_end(pair: Pair) -> None:
-    os.kill(pair.target.info.pid, signal.SIGSTOP)  # frames are announced and wait
+    pair.target.stop()  # frames are announced and wait
     for sequence in range(1, 7):
         pair.send(pair.header(sequence=sequence, source=(2,), target=(2,)))
     os.kill(pair.target.info.pid, signal.SIGKILL)
@@ -95,7 +95,7 @@ def test_a_stopped_target_fails_its_frames_within_the_bound_and_others_go_on(
     bystander = End(settings=settings)
     beside = Pair(pair.source, bystander)
     beside.expect("beside", blocks=tuple(range(8)))
-    os.kill(pair.target.info.pid, signal.SIGSTOP)
+    pair.target.stop()
     try:
         began = time.monotonic()
         pair.send(pair.header(sequence=1, source=(2,), target=(2,)))
@@ -105,7 +105,7 @@ def test_a_stopped_target_fails_its_frames_within_the_bound_and_others_go_on(
         pair.end(pair.source, timeout_s=BOUND_S)
         assert time.monotonic() - began < BOUND_S
     finally:
-        os.kill(pair.target.info.pid, signal.SIGCONT)
+        pair.target.go_on()
         bystander.close()
     # What it had been told before it was stopped comes late, and does no harm: the attempt can still end.
     pair.end(pair.target, timeout_s=BOUND_S)
@@ -114,21 +114,21 @@ def test_a_stopped_target_fails_its_frames_within_the_bound_and_others_go_on(
 def test_a_stopped_source_keeps_no_block_of_the_target_from_becoming_quiet(pair: Pair) -> None:
     for sequence in range(1, 4):
         pair.send(pair.header(sequence=sequence, source=(2,), target=(2,)))
-    os.kill(pair.source.info.pid, signal.SIGSTOP)
+    pair.source.stop()
     try:
         pair.end(pair.target, timeout_s=BOUND_S)
     finally:
-        os.kill(pair.source.info.pid, signal.SIGCONT)
+        pair.source.go_on()
 
 
 def test_an_end_while_frames_are_under_way_waits_for_them_and_says_quiet_last(pair: Pair) -> None:
-    os.kill(pair.target.info.pid, signal.SIGSTOP)
+    pair.target.stop()
     try:
         pair.send(pair.header(sequence=1, source=(2,), target=(2,)))
         pair.source.tell(EndTransfer(transfer_id=TransferId("t"), epoch=1))
         pair.source.wait(TransferQuiet, timeout_s=BOUND_S)
     finally:
-        os.kill(pair.target.info.pid, signal.SIGCONT)
+        pair.target.go_on()
     assert isinstance(pair.source.events[-1], TransferQuiet)
     assert len(pair.source.of(FrameAcked)) == 1
 
@@ -136,11 +136,11 @@ def test_an_end_while_frames_are_under_way_waits_for_them_and_says_quiet_last(pa
 def test_a_link_that_is_lost_while_idle_is_made_anew(pair: Pair) -> None:
     """A stopped target answers no keep-alive, so the source hangs up; the next frame arrives all the same."""
     linked = psutil.Process(pair.source.info.pid).num_fds()
-    os.kill(pair.target.info.pid, signal.SIGSTOP)
+    pair.target.stop()
     try:
         _until(lambda: psutil.Process(pair.source.info.pid).num_fds() < linked, BOUND_S)
     finally:
-        os.kill(pair.target.info.pid, signal.SIGCONT)
+        pair.target.go_on()
     pair.move(pair.header(sequence=1, source=(2,), target=(2,)))
     assert pair.target.read(2) == pair.source.read(2)
     assert not pair.source.of(FrameFailed)
@@ -192,7 +192,7 @@ def test_a_stuck_agent_is_killed_so_that_its_blocks_leave_quarantine(settings: A
     try:
         pair = Pair(source, target)
         pair.expect(blocks=(1, 2))
-        os.kill(target.info.pid, signal.SIGSTOP)
+        target.stop()
         pair.end(target, timeout_s=10)
         target.until(lambda: len(target.restarts) == 1)
         assert not psutil.pid_exists(target.info.pid)

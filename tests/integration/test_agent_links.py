@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -41,14 +39,14 @@ def pair(settings: AgentSettings) -> Iterator[Pair]:
 
 
 def test_urgent_frames_overtake_those_of_a_migration(pair: Pair) -> None:
-    os.kill(pair.target.info.pid, signal.SIGSTOP)  # so that frames wait
+    pair.target.stop()  # so that frames wait
     for sequence in range(8):
         pair.send(pair.header(sequence=sequence, source=(sequence,), target=(sequence,)), priority=1)
     time.sleep(0.2)  # those that may leave have left
     for sequence in range(50, 54):
         pair.send(pair.header(sequence=sequence, source=(2,), target=(2,)))
     time.sleep(0.2)
-    os.kill(pair.target.info.pid, signal.SIGCONT)
+    pair.target.go_on()
     order = [acked.sequence for acked in pair.source.wait(FrameAcked, 13)][1:]
     assert order == [0, 1, 50, 51, 52, 53, 2, 3, 4, 5, 6, 7]  # half the window was taken when they came
 
@@ -60,7 +58,7 @@ def test_a_frame_that_gives_way_to_those_for_another_peer_leaves_after_its_age(
     beside = Pair(pair.source, other)
     beside.expect("beside", blocks=(1, 2))
     beside.move(beside.header("beside", source=(1,), target=(1,)))
-    os.kill(pair.target.info.pid, signal.SIGSTOP)
+    pair.target.stop()
     try:
         for sequence in range(settings.window_frames + 1):
             pair.send(pair.header(sequence=sequence, source=(2,), target=(2,)))
@@ -71,7 +69,7 @@ def test_a_frame_that_gives_way_to_those_for_another_peer_leaves_after_its_age(
         took_s = time.monotonic() - began
         assert AGE_MS / 1000 - 0.1 < took_s < AGE_MS / 1000 + 1
     finally:
-        os.kill(pair.target.info.pid, signal.SIGCONT)
+        pair.target.go_on()
         other.close()
 
 
@@ -89,7 +87,7 @@ def test_a_target_stopped_while_a_pair_is_met_costs_a_bounded_time() -> None:
             began = time.monotonic()
             pair.send(pair.header(source=(1,), target=(1,)))
             time.sleep(delay_s)
-            os.kill(target.info.pid, signal.SIGSTOP)
+            target.stop()
             try:
                 source.until(
                     lambda: len(source.of(FrameFailed)) > failures or len(source.of(FrameAcked)) > acks,  # noqa: B023
@@ -97,7 +95,7 @@ def test_a_target_stopped_while_a_pair_is_met_costs_a_bounded_time() -> None:
                 )
                 assert time.monotonic() - began < BOUND_S + 2 * slow.group_timeout_ms / 1000
             finally:
-                os.kill(target.info.pid, signal.SIGCONT)
+                target.go_on()
         pair.expect("again", blocks=(1, 2))
         pair.move(pair.header("again", source=(2,), target=(2,)))
         assert target.read(2) == source.read(2)
