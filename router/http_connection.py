@@ -20,10 +20,12 @@ class HttpLimits:
     """What a client may take before its request is with the application, which bounds the body.
 
     `head_timeout_s` counts from the connection's begin, or from the first byte after a reply; between a reply and that
-    byte uvicorn's own idle timer runs.
+    byte uvicorn's own idle timer runs, for `idle_timeout_s`: longer than the 5 s to 60 s after which common clients and
+    proxies close a connection, since a request that meets the server's close on its way is lost to its client.
     """
 
     head_timeout_s: float = 10.0
+    idle_timeout_s: int = 75
     head_bytes_max: int = 64 * 1024
     connections_max: int = 4096
 

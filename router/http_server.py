@@ -71,13 +71,15 @@ async def serve_http(
     except OSError:
         bound.close()
         raise
+    limits = limits or HttpLimits()
     config = uvicorn.Config(
         app,
-        http=functools.partial(HttpConnection, limits=limits or HttpLimits()),  # type: ignore[arg-type]
+        http=functools.partial(HttpConnection, limits=limits),  # type: ignore[arg-type]
         ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",
+        timeout_keep_alive=limits.idle_timeout_s,
         timeout_graceful_shutdown=max(1, round(grace_s)),
     )
     server = _Server(config)

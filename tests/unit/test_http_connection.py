@@ -18,7 +18,7 @@ from router.service import Service
 
 HEAD_TIMEOUT_S = 0.4
 LATE_S = 10 * HEAD_TIMEOUT_S  # by then a connection must have been closed, also on a busy machine
-LIMITS = HttpLimits(head_timeout_s=HEAD_TIMEOUT_S, head_bytes_max=8192, connections_max=3)
+LIMITS = HttpLimits(head_timeout_s=HEAD_TIMEOUT_S, idle_timeout_s=1, head_bytes_max=8192, connections_max=3)
 DEADLINE_S = 30
 CHAT = "/v1/chat/completions"
 LIVE = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -137,6 +137,23 @@ def test_a_slow_body_is_not_a_late_head_and_one_connection_serves_many(monkeypat
         reply = await rest(reader)
         assert reply.startswith(b"HTTP/1.1 408")
         assert b"body: has not come in full within" in reply
+
+    with_server(use)
+
+
+def test_an_idle_connection_is_kept_longer_than_clients_and_proxies_keep_theirs() -> None:
+    """Closed earlier, it would be closed under requests that are on their way: those are lost to their clients."""
+    assert HttpLimits().idle_timeout_s > 60
+
+    async def use(connect: Connect) -> None:
+        reader, writer = await connect()
+        began_s = time.monotonic()
+        while time.monotonic() - began_s < 2 * LIMITS.idle_timeout_s:  # each use starts the time anew
+            writer.write(LIVE)
+            assert b" 200 " in await reader.readline()
+            await reader.readuntil(b"}")
+            await asyncio.sleep(LIMITS.idle_timeout_s * 0.7)
+        assert await rest(reader) == b""
 
     with_server(use)
 
