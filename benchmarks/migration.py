@@ -2,7 +2,8 @@
 
 The ways of moving are asked in turn, each on a fresh cluster (A/B/A/B): live (pre-copy, tail of at most one block), as
 Llumnix's three stages (a last stage of up to 16 blocks), a blocking copy (fenced before the first block), and, for
-scale, recomputing the same tokens on the idle target. Every moved answer is compared with the answer that stayed.
+scale, recomputing: the time to the first token of the same prompt, which no worker keeps. Every moved
+answer is compared with the answer that stayed.
 """
 
 from __future__ import annotations
@@ -28,13 +29,18 @@ from benchmarks.workload import Offered, random_prompts
 from tandem.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 VOCAB_SIZE = 49152
-COMMON = ["--dtype", "float32", "--exact", "--threads", "1", "--no-rebalance", "--prefill", "1", "--decode", "2"]
+# Without a prefix cache a request that comes back finds none of its blocks: each move copies all of them.
+COMMON = ["--dtype", "float32", "--exact", "--threads", "1", "--no-rebalance", "--no-prefix-cache"]
+COMMON += ["--prefill", "1", "--decode", "2"]
 WAYS = {
     "live": [],
     "three stages, last of <= 16 blocks": ["--fence-blocks", "16"],
     "blocking copy": ["--fence-blocks", "1000000"],
 }
 MOVE_DEADLINE_S = 60.0
+OUTPUT_TOKENS = 112
+MOVES = 8  # a request, at random tokens among these
+MOVE_AT = range(6, 104, 6)
 
 
 @dataclass(slots=True)
@@ -44,6 +50,7 @@ class Moved:
     added_ms: list[float] = field(default_factory=list)  # gap over the request's own median gap, one a move
     step_ms: list[float] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    recomputed_ms: list[float] = field(default_factory=list)
     wrong: int = 0
     failed: list[str] = field(default_factory=list)
 
@@ -118,33 +125,33 @@ class Bench:
 
 
 async def gaps(
-    cluster: LocalCluster, lengths: Sequence[int], *, requests: int, seed: int, found: dict[int, Moved]
+    cluster: LocalCluster,
+    lengths: Sequence[int],
+    *,
+    requests: int,
+    seed: int,
+    found: dict[int, Moved],
+    unmoved: dict[tuple[int, ...], Sequence[int]],
 ) -> None:
-    """Per length: requests that stay, then the same prompts moved three times each."""
+    """Per length: requests that are moved MOVES times each; before, those that stay, where not in `unmoved` yet."""
     draw = random.Random(seed)
     async with grpc.aio.insecure_channel(cluster.grpc_address) as channel:
         bench = Bench(channel)
         for length in lengths:
             offered = [Offered(arrival_s=0, prompt_tokens=length, output_tokens=0)] * requests
             for number, prompt in enumerate(random_prompts(offered, vocab_size=VOCAB_SIZE, seed=seed + length)):
-                stays = await generate(bench.inference, prompt, output_tokens=64)
-                moves = sorted(draw.sample(range(6, 56, 6), 3))
+                if tuple(prompt) not in unmoved:
+                    stays = await generate(bench.inference, prompt, output_tokens=OUTPUT_TOKENS)
+                    unmoved[tuple(prompt)] = stays.token_ids
                 goes = await bench.moved_answer(
-                    prompt, name=f"moved-{seed}-{length}-{number}", output_tokens=64, moves=moves, found=found[length]
+                    prompt,
+                    name=f"moved-{seed}-{length}-{number}",
+                    output_tokens=OUTPUT_TOKENS,
+                    moves=sorted(draw.sample(MOVE_AT, MOVES)),
+                    found=found[length],
                 )
-                found[length].wrong += goes.token_ids != stays.token_ids
-
-
-async def recompute(cluster: LocalCluster, lengths: Sequence[int], *, seed: int) -> dict[int, float]:
-    """Per length: milliseconds until an idle worker has prefilled as many tokens and drawn the next one."""
-    async with grpc.aio.insecure_channel(cluster.grpc_address) as channel:
-        bench = Bench(channel)
-        taken = {}
-        for length in lengths:
-            offered = [Offered(arrival_s=0, prompt_tokens=length, output_tokens=0)]
-            (prompt,) = random_prompts(offered, vocab_size=VOCAB_SIZE, seed=seed + 7 * length)
-            taken[length] = (await generate(bench.inference, prompt, output_tokens=2)).ttft_ms
-        return taken
+                found[length].recomputed_ms.append(goes.ttft_ms)
+                found[length].wrong += goes.token_ids != unmoved[tuple(prompt)]
 
 
 async def pace(cluster: LocalCluster, *, seconds: float, every_s: float, seed: int) -> tuple[float, int]:
@@ -189,7 +196,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 7680])
     parser.add_argument(
-        "--requests", type=int, default=2, help="per length, way and repetition; each moves three times"
+        "--requests", type=int, default=1, help=f"per length, way and repetition; each moves {MOVES} times"
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
@@ -197,24 +204,30 @@ def main() -> int:
     parser.add_argument("--pace-every-s", type=float, default=10)
     options = parser.parse_args()
     found = {way: {length: Moved() for length in options.lengths} for way in WAYS}
-    recomputed: dict[int, list[float]] = {length: [] for length in options.lengths}
+    unmoved: dict[tuple[int, ...], Sequence[int]] = {}
     slower: list[float] = []
     num_moves = 0
     for repeat in range(options.repeats):
         for way, arguments in WAYS.items():
             with LocalCluster([*COMMON, *arguments]) as cluster:
                 seed = options.seed + repeat
-                asyncio.run(gaps(cluster, options.lengths, requests=options.requests, seed=seed, found=found[way]))
-                if way == "live":
-                    for length, ms in asyncio.run(recompute(cluster, options.lengths, seed=seed)).items():
-                        recomputed[length].append(ms)
-                    if options.pace_s:
-                        still, _ = asyncio.run(pace(cluster, seconds=options.pace_s, every_s=0, seed=seed))
-                        moving, num = asyncio.run(
-                            pace(cluster, seconds=options.pace_s, every_s=options.pace_every_s, seed=seed)
-                        )
-                        slower.append(moving / still - 1)
-                        num_moves += num
+                asyncio.run(
+                    gaps(
+                        cluster,
+                        options.lengths,
+                        requests=options.requests,
+                        seed=seed,
+                        found=found[way],
+                        unmoved=unmoved,
+                    )
+                )
+                if way == "live" and options.pace_s:
+                    still, _ = asyncio.run(pace(cluster, seconds=options.pace_s, every_s=0, seed=seed))
+                    moving, num = asyncio.run(
+                        pace(cluster, seconds=options.pace_s, every_s=options.pace_every_s, seed=seed)
+                    )
+                    slower.append(moving / still - 1)
+                    num_moves += num
     rows = []
     for way, lengths in found.items():
         for length, moved in lengths.items():
@@ -224,17 +237,16 @@ def main() -> int:
                     percentile(moved.added_ms, 0.99), median(moved.blocks or [0]), moved.wrong, len(moved.failed),
                 ]
             )  # fmt: skip
-    rows += [
-        ["recompute", length, len(ms), "", median(ms), percentile(ms, 0.99), 0, 0, 0]
-        for length, ms in recomputed.items()
-    ]
+    for length in options.lengths:
+        cold_ms = [each for lengths in found.values() for each in lengths[length].recomputed_ms]
+        rows.append(["recompute", length, len(cold_ms), "", median(cold_ms), percentile(cold_ms, 0.99), 0, 0, 0])
     columns = ["way", "context tokens", "moves", "decode step ms", "added gap p50 ms", "added gap p99 ms"]
     body = report.table([*columns, "blocks moved", "wrong answers", "failed moves"], rows)
     body += (
         f"\n\n{options.repeats} repetitions in turn, each way on a fresh cluster of 1 prefill and 2 decode workers; "
-        "three moves a request at random tokens, forth and back. Added gap: the router's pause between the last token "
-        "before and the first after, less the request's own median gap. Recompute: time to the first token of as many "
-        "tokens. float32, exact mode, greedy; wrong: answers that differ from the same prompt's unmoved answer.\n"
+        f"{MOVES} moves a request at random tokens, forth and back. Added gap: the router's pause between the last "
+        "token before and the first after, less the request's own median gap. Recompute: time to the first token of as "
+        "many tokens. float32, exact mode, greedy; wrong: answers that differ from the same prompt's unmoved answer.\n"
     )
     if slower:
         body += (

@@ -212,7 +212,9 @@ class WorkerHost:
 
     def _start_engine(self, model: WorkerModel) -> None:
         config = self.settings.config
-        ledger = BlockLedger(num_blocks=model.pool.num_blocks, block_size=config.block_size)
+        ledger = BlockLedger(
+            num_blocks=model.pool.num_blocks, block_size=config.block_size, prefix_cache=config.prefix_cache
+        )
         batch = BatchConfig(
             max_tokens_per_step=config.max_tokens_per_step,
             max_rows=config.max_rows,

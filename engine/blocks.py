@@ -25,13 +25,15 @@ class BlockLedger:
 
     Owners and transfers are names that the callers choose. An owner's blocks are in the order of its block table. A
     block's generation rises each time its content becomes somebody else's, so (block, generation) names a content.
+    Without `prefix_cache` no block is ever CACHED or shared.
     """
 
-    def __init__(self, *, num_blocks: int, block_size: int) -> None:
+    def __init__(self, *, num_blocks: int, block_size: int, prefix_cache: bool = True) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"num_blocks is {num_blocks} and block_size {block_size}, both must be at least 1")
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._prefix_cache = prefix_cache
         self._cache = PrefixCache()
         self._state = [BlockState.FREE] * num_blocks
         self._num_in = dict.fromkeys(BlockState, 0)
@@ -139,7 +141,8 @@ class BlockLedger:
         tables are append-only, so a running sequence never swaps its block for the other.
         """
         assert block in self._owned.get(owner, {}), f"{owner} does not own block {block}"
-        self._cache.insert(block_hash, block)
+        if self._prefix_cache:
+            self._cache.insert(block_hash, block)
 
     def release(self, owner: str) -> None:
         """Ends the owner. Its blocks go tail first, so that of a prefix the end is evicted before the start.

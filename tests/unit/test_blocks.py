@@ -396,6 +396,16 @@ def test_a_shared_prefix_survives_its_first_owner_and_any_export() -> None:
     assert ledger.match(hashes) == 2
 
 
+def test_without_a_prefix_cache_nothing_is_kept_or_shared() -> None:
+    ledger = BlockLedger(num_blocks=4, block_size=1, prefix_cache=False)
+    hashes = CHAINS[0][:2]
+    for block, block_hash in zip(ledger.allocate("a", 2) or [], hashes, strict=True):
+        ledger.publish("a", block, block_hash)
+    assert ledger.acquire("b", hashes) == []
+    ledger.release("a")
+    assert (ledger.counts().free, ledger.counts().cached, ledger.match(hashes), ledger.audit()) == (4, 0, 0, [])
+
+
 def test_the_tail_of_a_prefix_is_evicted_first() -> None:
     ledger = BlockLedger(num_blocks=4, block_size=1)
     for block, block_hash in zip(ledger.allocate("a", 4) or [], CHAINS[0], strict=False):
