@@ -10,7 +10,8 @@ ARGS ?=
 JOBS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install serve test check format proto equality bench bench-migration bench-transfer bench-rivals worlds clean
+.PHONY: help install serve test check format proto equality equality-moves bench bench-migration bench-rebalance bench-transfer \
+	bench-rivals worlds clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -58,11 +59,17 @@ proto: install  ## regenerate tandem/v1 from proto/
 equality: install  ## tokens equal Hugging Face generate: 64 prompts x 128 tokens
 	$(BIN)/python -m benchmarks.equality $(ARGS)
 
+equality-moves: install  ## tokens of moved requests equal those of unmoved ones, 600 requests on two models
+	$(BIN)/python -m benchmarks.equality_moves $(ARGS)
+
 bench: install  ## engine, transfer, overlap and serving benchmarks
 	$(BIN)/python -m benchmarks.all $(ARGS)
 
 bench-migration: install  ## live migration beside blocking copy, three stages and recomputing
 	$(BIN)/python -m benchmarks.migration $(ARGS)
+
+bench-rebalance: install  ## long requests on one worker, with and without the rebalancer
+	$(BIN)/python -m benchmarks.rebalance $(ARGS)
 
 bench-transfer: install  ## KV transports, with Mooncake and NIXL beside them where they can be installed
 	$(BIN)/python -m benchmarks.transfer --rivals $(ARGS)

@@ -24,8 +24,12 @@ async def generate(
     temperature: float = 0.0,
     ignore_eos: bool = True,
     request_id: str = "",
+    on_tokens: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Sends one request and returns its outcome; errors become `Outcome.error`."""
+    """Sends one request and returns its outcome; errors become `Outcome.error`.
+
+    `on_tokens` hears after each message how many tokens have come.
+    """
     sampling = inference_pb2.SamplingParams(
         temperature=temperature, seed=seed, max_tokens=output_tokens, ignore_eos=ignore_eos
     )
@@ -41,6 +45,8 @@ async def generate(
             now = time.perf_counter()
             outcome.token_ids.extend(response.token_ids)
             outcome.token_times_s.extend([now] * len(response.token_ids))
+            if on_tokens is not None:
+                on_tokens(len(outcome.token_ids))
     except grpc.aio.AioRpcError as error:
         outcome.error = f"{error.code().name}: {error.details()}"
     if not outcome.error and not outcome.token_ids:
