@@ -357,15 +357,18 @@ def test_channels_that_come_and_go_leave_no_thread_descriptor_or_memory(
         one(number)
     gc.collect()
     before = (own.num_fds(), own.num_threads())
-    memory = own.memory_full_info().uss
-    for number in range(40):
-        one(number)
-    gc.collect()
+    grown = []
+    for _ in range(3):  # a heap may settle late; what leaks leaks every time
+        memory = own.memory_full_info().uss
+        for number in range(14):
+            one(number)
+        gc.collect()
+        grown.append(own.memory_full_info().uss - memory)
     deadline = time.monotonic() + 5
     while (own.num_fds(), own.num_threads()) != before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert (own.num_fds(), own.num_threads()) == before
-    assert own.memory_full_info().uss - memory < 24 * LARGE  # 40 that kept their staging would hold 480
+    assert min(grown) < 14 * LARGE // 2, grown  # 14 that kept their staging would hold 12 times as much each
 
 
 # ---- what only one of them has -------------------------------------------------------------------------------------
