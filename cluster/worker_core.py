@@ -43,10 +43,11 @@ class WorkerCoreConfig:
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     audit_ms: int = 1_000  # how often an idle worker recounts its blocks; a busy one ten times less often
+    quiet_ms: int = 200  # a worker is idle when nothing runs and nothing has happened for so long
     load_ms: int = 100  # how often the load is told when there is no step and only counts of blocks change
 
     def __post_init__(self) -> None:
-        for name in ("audit_ms", "load_ms"):
+        for name in ("audit_ms", "quiet_ms", "load_ms"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
 
@@ -76,7 +77,7 @@ class WorkerCore:
         self._load_due_ms: int | None = None  # the load has changed and is told at this time
         self._audit: tuple[str, ...] = ()
         self._audited_ms: int | None = None  # None: not since the first event
-        self._touched = False  # since then something has changed
+        self._touched_ms: int | None = None  # when something changed last; None: nothing has since the audit
 
     # ---- what the loop calls -----------------------------------------------------------------------------------------
 
@@ -200,22 +201,25 @@ class WorkerCore:
         actions += [Report(session=each, piece=load) for each in self._sessions]
 
     def _touch(self, now_ms: int) -> None:
-        self._touched = True
+        self._touched_ms = now_ms
         if self._audited_ms is None:
             self._audited_ms = now_ms
 
     def _audit_due_ms(self) -> int | None:
-        """Recounting takes milliseconds, so it waits for a Tick: never on the way of a commit or a step."""
+        """Recounting takes milliseconds, so it waits for a Tick, and for a while in which no commit is on its way."""
         if self._audited_ms is None:
             return None
-        if not self._touched:
+        if self._touched_ms is None:
             return self.decode.audit_due_ms(self._audited_ms)
-        return self._audited_ms + self._config.audit_ms * (10 if self.batch.num_running else 1)
+        busy_ms = self._audited_ms + self._config.audit_ms * 10
+        if self.batch.num_running:
+            return busy_ms
+        return min(busy_ms, max(self._audited_ms + self._config.audit_ms, self._touched_ms + self._config.quiet_ms))
 
     def _recount(self, now_ms: int) -> None:
         due_ms = self._audit_due_ms()
         if due_ms is not None and now_ms >= due_ms:
-            self._audited_ms, self._touched = now_ms, False
+            self._audited_ms, self._touched_ms = now_ms, None
             self._audit = (*self.ledger.audit(), *self.decode.audit(now_ms))
 
     def _load(self, now_ms: int) -> WorkerLoad:

@@ -180,3 +180,20 @@ def test_blocks_are_recounted_on_a_tick_once_after_something_happened() -> None:
     bench.now_ms = max(due_ms, 20_000)
     assert any("are said to be free" in line for load in loads(bench.handle(Tick())) for line in load.audit)
     assert bench.core.next_deadline_ms() is None, "nothing has changed since"
+
+
+def test_blocks_are_not_recounted_on_the_heels_of_work() -> None:
+    """The last step of a prompt may be followed by its handoff, which the recount would hold up."""
+    bench = Bench()
+    bench.handle(assign("a", mode=LOCAL))
+    bench.now_ms = 5_000
+    bench.run()
+    due_ms = bench.core.next_deadline_ms()
+    assert due_ms is not None
+    assert due_ms >= bench.now_ms + WorkerCoreConfig().quiet_ms
+    for _ in range(100):  # but what goes on and on does not put it off for ever
+        bench.now_ms += WorkerCoreConfig().quiet_ms // 2
+        bench.handle(cancel("unknown"))
+    due_ms = bench.core.next_deadline_ms()
+    assert due_ms is not None
+    assert due_ms <= bench.now_ms
