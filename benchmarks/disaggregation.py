@@ -5,9 +5,10 @@ machine meets both. The gap before the second token is set against the request's
 handoff delay is that gap less the very step that ended it, as the decode worker timed it: from the first token, drawn
 by the prefill worker, to the beginning of the decode worker's first step.
 
-Before each timed request the same cluster answers two short ones. Hosts of virtual machines take memory from idle
-guests: the first pass over half a gigabyte of weights costs 12 ms more after a second of idleness, 40 ms after eight,
-in any process. A prefill worker idles longer between its turns here than a mixed one does.
+Before each timed request the same cluster answers some short ones, so that both begin equally warm. Hosts of virtual
+machines take memory from idle guests: the first pass over half a gigabyte of weights costs 12 ms more after a second of
+idleness, 40 ms after eight, in any process. And of the last processes that ran the processor's cache keeps weights:
+a mixed worker that has just decoded finds its own there, a prefill worker those of the decode worker.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from benchmarks.workload import Offered, random_prompts
 from tandem.v1 import inference_pb2_grpc
 
 OUTPUT_TOKENS = 17
+WARMING = (4, 1, 1, 1, 1, 1, 1)  # output tokens: both workers, then the one that begins
 CHUNK_TOKENS = 256  # the default
 
 
@@ -56,7 +58,7 @@ def measure(
     for name, prompt in zip(names, random_prompts(offered, vocab_size=49152, seed=seed + prompt_tokens), strict=True):
         turns.reverse()
         for cluster, outcomes in turns:
-            for output_tokens in (4, 1):  # both workers, then the one that begins
+            for output_tokens in WARMING:
                 asyncio.run(ask(cluster.grpc_address, prompt[:-17:-1], output_tokens=output_tokens))
             outcomes.append(asyncio.run(ask(cluster.grpc_address, prompt, name)))
     first_step_ms = {one["id"]: one["first_step_ms"] for one in split.status()["requests"]}
@@ -67,8 +69,8 @@ def measure(
 def main() -> int:
     """Measures and writes benchmarks/results/disaggregation.md."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[512, 4096])
+    parser.add_argument("--repeats", type=int, nargs="+", default=[21, 5], help="for each number of prompt tokens")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--transport", default="auto")
     arguments = parser.parse_args()
@@ -78,9 +80,9 @@ def main() -> int:
         LocalCluster([*common, "--prefill", "1", "--decode", "1"]) as split,
         LocalCluster([*common, "--prefill", "0", "--decode", "0", "--mixed", "1"]) as mixed,
     ):
-        for prompt_tokens in arguments.prompt_tokens:
+        for prompt_tokens, repeats in zip(arguments.prompt_tokens, arguments.repeats, strict=True):
             ours, theirs, delays = measure(
-                split, mixed, prompt_tokens=prompt_tokens, repeats=arguments.repeats, seed=arguments.seed
+                split, mixed, prompt_tokens=prompt_tokens, repeats=repeats, seed=arguments.seed
             )
             step_ms = median([gap for one in ours for gap in one.itls_ms[1:]])
             gap_ms = median([one.itls_ms[0] for one in ours])
@@ -95,7 +97,8 @@ def main() -> int:
         ],
         rows,
     )  # fmt: skip
-    body += f"\n\n{arguments.repeats} interleaved repetitions, medians; float32, exact mode, one thread a worker.\n"
+    repeats = " / ".join(map(str, arguments.repeats))
+    body += f"\n\n{repeats} interleaved repetitions, medians; float32, exact mode, one thread a worker.\n"
     if len(rows) > 1:
         body += f"Handoff delay at {rows[-1][0]} tokens: {rows[-1][7] / rows[0][7]:.2f} x that at {rows[0][0]} "
         body += f"(gap - step: {rows[-1][6] / rows[0][6]:.2f} x).\n"
