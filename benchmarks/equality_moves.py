@@ -17,14 +17,15 @@ from pathlib import Path
 
 import grpc
 
-from benchmarks import report
-from benchmarks.fat_kv_model import NAME, write_fat_kv_model
+from benchmarks import fat_kv_model, report
 from benchmarks.figures import Outcome
 from benchmarks.load import generate
 from benchmarks.local_cluster import LocalCluster
 from tandem.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 
-VOCAB_SIZE = 49152
+SMOLLM2 = "smollm2-135m-instruct"
+VOCAB_SIZES = {SMOLLM2: 49152, fat_kv_model.NAME: fat_kv_model.VOCAB_SIZE}
+OUTPUT_TOKENS = {SMOLLM2: (48, 96), fat_kv_model.NAME: (400, 700)}  # its steps are short: time for moves
 MOVE_DEADLINE_S = 60.0
 RETRY_S = 0.05
 SHAPE = ["--prefill", "1", "--decode", "2", "--threads", "1", "--no-rebalance"]
@@ -51,21 +52,22 @@ class Tally:
     requests: int = 0
     tokens: int = 0
     same_requests: int = 0
+    moved_requests: int = 0
     moves: int = 0
     moves_failed: int = 0
     first_differences: list[int] = field(default_factory=list)  # index of the first token that differs
     errors: list[str] = field(default_factory=list)
 
 
-def draw(num: int, *, seed: int) -> list[Asked]:
+def draw(model: str, num: int, *, seed: int) -> list[Asked]:
     """`num` requests, the same for the same seed."""
     rng = random.Random(seed)
     asked = []
     for number in range(num):
-        output_tokens = rng.randint(48, 96)
+        output_tokens = rng.randint(*OUTPUT_TOKENS[model])
         asked.append(
             Asked(
-                prompt=tuple(rng.randrange(17, VOCAB_SIZE) for _ in range(rng.randint(4, 300))),
+                prompt=tuple(rng.randrange(17, VOCAB_SIZES[model]) for _ in range(rng.randint(4, 300))),
                 output_tokens=output_tokens,
                 temperature=0.0 if number % 2 else 0.9,
                 seed=rng.randrange(1 << 32),
@@ -136,6 +138,7 @@ async def answers(
                 )
                 moving.cancel()  # what had not come to its turn before the last token
                 await asyncio.gather(moving, return_exceptions=True)
+                tally.moved_requests += mover.moved > 0
                 tally.moves += mover.moved
                 tally.moves_failed += mover.failed
                 return outcome
@@ -185,24 +188,25 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    asked = draw(options.requests, seed=options.seed)
-    smol = "smollm2-135m-instruct"
+    tallies = []
     with tempfile.TemporaryDirectory() as folder:
-        fat = str(write_fat_kv_model(Path(folder)))
-        tallies = run(smol, smol, "float32", asked, at_once=options.at_once)
-        tallies += run(fat, NAME, "float32", asked, at_once=options.at_once)
-        tallies += run(smol, smol, "bfloat16", asked[: max(1, options.requests // 5)], at_once=options.at_once)
+        folders = {SMOLLM2: SMOLLM2, fat_kv_model.NAME: str(fat_kv_model.write(Path(folder)))}
+        for name, dtype in ((SMOLLM2, "float32"), (fat_kv_model.NAME, "float32"), (SMOLLM2, "bfloat16")):
+            num = options.requests if dtype == "float32" else max(1, options.requests // 5)
+            asked = draw(name, num, seed=options.seed)
+            tallies += run(folders[name], name, dtype, asked, at_once=options.at_once)
     rows = [
         [
-            t.model, t.dtype, t.what, t.requests, t.tokens, t.moves, t.moves_failed, t.same_requests,
+            t.model, t.dtype, t.what, t.requests, t.tokens, t.moved_requests, t.moves, t.moves_failed,
+            t.same_requests,
             min(t.first_differences, default=""), len(t.errors),
         ]
         for t in tallies
     ]  # fmt: skip
     body = report.table(
         [
-            "model", "dtype", "compared with unmoved", "requests", "tokens", "moves", "moves failed", "same requests",
-            "earliest difference", "errors",
+            "model", "dtype", "compared with unmoved", "requests", "tokens", "of them moved", "moves", "moves failed",
+            "same requests", "earliest difference", "errors",
         ],
         rows,
     )  # fmt: skip

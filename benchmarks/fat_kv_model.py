@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
-
-from engine.model_files import find_model
+from tokenizers import decoders, models, pre_tokenizers
 
 NAME = "fat-kv"
+VOCAB_SIZE = 256  # a token is a byte
 
 
-def write_fat_kv_model(folder: Path, *, seed: int = 1) -> Path:
+def write(folder: Path, *, seed: int = 1) -> Path:
     """Writes the model, four layers of 16 KV heads of 128, to `folder`/fat-kv and returns that path."""
     path = folder / NAME
     config = transformers.LlamaConfig(
-        vocab_size=49152,
+        vocab_size=VOCAB_SIZE,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=4,
@@ -34,6 +34,9 @@ def write_fat_kv_model(folder: Path, *, seed: int = 1) -> Path:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.save_pretrained(path)
-    for file in find_model("smollm2-135m-instruct").path.glob("tokenizer*"):
-        shutil.copy(file, path)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={each: index for index, each in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(path / "tokenizer.json"))
     return path
