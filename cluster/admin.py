@@ -17,13 +17,11 @@ from cluster.membership import Member, Membership
 from cluster.operations import Operations
 from router.driver import Driver
 from router.move import MoveRecord
-from router.request import RequestSnapshot, RequestState, WorkerSnapshot
+from router.request import ENDED, RequestSnapshot, WorkerSnapshot
 from tandem.errors import TandemError
 from tandem.messages import BlockCounts
 from tandem.v1 import admin_pb2 as pb
 from tandem.v1 import admin_pb2_grpc
-
-ENDED = (RequestState.FINISHED, RequestState.FAILED)
 
 if TYPE_CHECKING:
     from typing import Any

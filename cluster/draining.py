@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from cluster.membership import Member, Membership, MemberState
-from router.request import RequestSnapshot, RequestState, StatusSnapshot
+from router.request import ENDED, RequestSnapshot, RequestState, StatusSnapshot
 from tandem.errors import DrainRefused, InvalidRequest
 from tandem.messages import Role
 from tandem.request import WorkerId
@@ -20,7 +20,6 @@ PREFILLS = (Role.PREFILL, Role.MIXED)
 DECODES = (Role.DECODE, Role.MIXED)
 DEADLINE_MS = 120_000
 DEADLINE_MS_MAX = 3_600_000
-ENDED = (RequestState.FINISHED, RequestState.FAILED)
 
 
 class DrainState(StrEnum):

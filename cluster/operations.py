@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from typing import assert_never
 
 from cluster.config import ClusterConfig
@@ -30,7 +31,7 @@ from cluster.rebalancer import Rebalancer
 from cluster.registry import Registry
 from router.driver import Driver, WantedMove
 from router.move import MoveOutcome, MoveReason, MoveRecord
-from router.request import RequestState, StatusSnapshot
+from router.request import ENDED, StatusSnapshot
 from tandem.errors import DrainRefused, InvalidRequest, UnknownRequest
 from tandem.request import RequestId, WorkerId
 
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 
 PERIOD_S = 0.2
 FIGURES_S = 1.0  # the source may tell of a move a moment after the target's first token has ended it
-ENDED = (RequestState.FINISHED, RequestState.FAILED)
 
 
 class Operations:
@@ -149,9 +149,11 @@ class Operations:
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Looks, plans and begins, for ever."""
+        """Looks, plans and begins, for ever: each PERIOD_S, and when a move has ended."""
         while True:
-            await asyncio.sleep(PERIOD_S)
+            with suppress(TimeoutError):  # a drain goes on with the next move as soon as one has ended
+                await asyncio.wait_for(self._driver.move_ended.wait(), PERIOD_S)
+            self._driver.move_ended.clear()
             self.tick()
             async with self._progress:
                 self._progress.notify_all()

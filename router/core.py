@@ -500,8 +500,8 @@ class RouterCore:
         self._end(request, "")
 
     def _fail(self, request: Request, error: TandemError) -> None:
-        request.state = RequestState.FAILED
-        request.tell(self._now_ms, f"failed: {error.message}")
+        request.state = RequestState.CANCELLED if isinstance(error, Cancelled) else RequestState.FAILED
+        request.tell(self._now_ms, f"{request.state.value}: {error.message}")
         self._outbox.add(Fail(request_id=request.request_id, error=error))
         self._end(request, f"{error.code}: {error.message}")
 

@@ -129,6 +129,7 @@ class Driver:
         self._streams: dict[RequestId, RequestStream] = {}
         self._tickets = itertools.count(1)
         self._moves: dict[int, asyncio.Future[MoveRecord]] = {}  # who waits for the end of a move, by ticket
+        self.move_ended = asyncio.Event()  # set at each; whoever waits clears it
         self._links: dict[_Key, WorkerLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
@@ -373,7 +374,9 @@ class Driver:
             stream._end(usage, error)
 
     def _move_ended(self, ticket: int, how: MoveRecord | TandemError) -> None:
-        """Tells whoever waits for it; moves of the rebalancer have nobody waiting."""
+        """Tells whoever waits for it; moves of the rebalancer have nobody waiting for this one alone."""
+        if isinstance(how, MoveRecord):
+            self.move_ended.set()
         waiting = self._moves.get(ticket)
         if waiting is None or waiting.done():
             return

@@ -27,7 +27,11 @@ class RequestState(StrEnum):
     DECODING = "decoding"  # the worker that owns it writes token after token
     ORPHANED = "orphaned"  # that worker is lost, and the target of a move may hold all of it: its commit is awaited
     FINISHED = "finished"
+    CANCELLED = "cancelled"  # by its client: on purpose, by leaving, or by not reading
     FAILED = "failed"
+
+
+ENDED = frozenset({RequestState.FINISHED, RequestState.CANCELLED, RequestState.FAILED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +228,7 @@ class StatusSnapshot:
 def snapshot(request: Request, now_ms: int, *, error: str = "", waits_for: str = "") -> RequestSnapshot:
     """The request as it is now. `waits_for`: why the line does not move, for those that stand in it."""
     placement = request.placement
-    ended = request.state in (RequestState.FINISHED, RequestState.FAILED)
+    ended = request.state in ENDED
     waiting = bool(waits_for) and request.state is RequestState.ADMITTED
     return RequestSnapshot(
         request_id=request.request_id,

@@ -19,7 +19,7 @@ from tandem.v1 import admin_pb2, admin_pb2_grpc
 SETTLE_S = 30.0
 POLL_S = 0.1
 BLOCK_STATES = ("free", "cached", "owned", "exported", "granted", "quarantined")
-ENDED = ("finished", "failed")
+ENDED = ("finished", "cancelled", "failed")
 
 
 class ClusterUnderTest(Served):

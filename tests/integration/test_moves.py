@@ -135,7 +135,7 @@ def test_what_cannot_be_moved_is_refused_in_one_sentence(cluster: ClusterUnderTe
     answering.end()
     wait_until(lambda: unsettled(cluster.document()) == [], 30)
     done = cluster.command("migrate", request_id)
-    assert (done.returncode, done.stderr) == (1, f"error: {request_id} is failed\n")
+    assert (done.returncode, done.stderr) == (1, f"error: {request_id} is cancelled\n")
 
 
 def test_a_rolling_restart_of_every_worker_under_load(cluster: ClusterUnderTest) -> None:

@@ -262,7 +262,7 @@ def test_a_client_that_lags_is_cut_off_by_name() -> None:
         await until(lambda: stream.ended)
         with pytest.raises(Cancelled, match="too slowly"):
             await collect(stream)
-        await until(lambda: any(each.state == "failed" for each in driver.status().requests))
+        await until(lambda: any(each.state == "cancelled" for each in driver.status().requests))
 
     run(case, RouterConfig(stream_tokens_max=10, redial_ms=10))
 
@@ -315,6 +315,8 @@ def test_a_move_is_awaited_and_its_record_returned() -> None:
     async def case(driver: Driver, worker: CountingWorker) -> None:
         async with moving_pair(driver, worker) as (_, stream):
             record = await driver.move(RequestId("r"), WorkerId("m1"), MoveReason.OPERATOR, "asked for")
+            assert driver.move_ended.is_set()
+            driver.move_ended.clear()
             assert (record.outcome, record.source, record.target) == (MoveOutcome.MOVED, "m0", "m1")
             assert stream.num_buffered == 6
             assert [each.token_id for each in await anext(stream)] == [token_at((1, 2, 3), each) for each in range(6)]
@@ -323,6 +325,7 @@ def test_a_move_is_awaited_and_its_record_returned() -> None:
                 await driver.move(RequestId("r"), WorkerId("m1"), MoveReason.OPERATOR, "")
             with pytest.raises(UnknownRequest):
                 await driver.move(RequestId("nobody"), None, MoveReason.OPERATOR, "")
+            assert not driver.move_ended.is_set(), "what is refused is no end: it would be planned again at once"
             assert not driver._moves
 
     run(case)
