@@ -110,9 +110,9 @@ class Pools:
                 self._check_resources()
         except PoolError:
             raise
-        except (RuntimeError, ConnectionError, OSError, ValueError, ray.exceptions.RayError) as error:
+        except Exception as error:  # Ray raises that very class when its node is not up within its 30 s
             hint = "" if self.is_local else " (a cluster that asks for a token needs RAY_AUTH_MODE=token)"
-            raise PoolError(f"Ray: {error}{hint}") from error
+            raise PoolError(f"Ray did not start: {error}{hint}") from error
 
     def _open_local(self) -> None:
         # Inherited by every worker; a runtime environment would cost each a process of its own to set up.

@@ -230,3 +230,20 @@ def test_the_fake_model_speaks_bytes() -> None:
     assert len(ids) == len("Grüße, \n\x00!".encode())
     assert (model.context_tokens, model.tokenizer.vocab_size) == (8192, 256)
     assert "user: hi" in model.tokenizer.render_chat([{"role": "user", "content": "hi"}])
+
+
+def test_a_ray_that_does_not_start_is_told_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is much too busy Ray gives up on its own node with a bare Exception."""
+    from cluster.pools import PoolError, Pools  # brings Ray
+
+    def gives_up(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr("cluster.pools.ray.init", gives_up)
+    monkeypatch.setattr("cluster.pools.TEMP_ROOT", tmp_path)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    pools = Pools(load({"model": "fake"}, {}).config, threads=1, post=lambda event: None)
+    with pytest.raises(PoolError, match=r"^Ray did not start: The current node timed out during startup\.$"):
+        pools.open()
+    pools.close()
+    assert not list(tmp_path.iterdir())
