@@ -182,17 +182,24 @@ class Member:
 
 @dataclass(slots=True, kw_only=True)
 class Membership:
-    """All workers, the latest incarnation of each. Incarnations it gives out start above `base_incarnation`."""
+    """All workers, the latest incarnation of each. Incarnations it gives out start above `base_incarnation`.
+
+    Events are promised each `look_ms`. When they come much later, it was the observer that was away, on a machine that
+    is too busy or was asleep: what workers said meanwhile is still to be read, and that time counts against nobody.
+    """
 
     heartbeat_ms: int = 1000
     dead_after_misses: int = 3
     stall_ms: int = 5000
     join_ms: int = 15_000  # from registration to the first heartbeat
     base_incarnation: int = 0
+    look_ms: int | None = None  # None: nothing is promised
+    looked_ms: int | None = None
     members: dict[WorkerId, Member] = field(default_factory=dict)
 
     def handle(self, now_ms: int, event: Event) -> list[Action]:
         """Takes one event at `now_ms` (monotonic milliseconds) and says what follows."""
+        self._forgive(now_ms)
         match event:
             case Registered():
                 return self._register(now_ms, event)
@@ -222,6 +229,16 @@ class Membership:
     def alive(self) -> Iterator[Member]:
         """Members that are not over."""
         return (member for member in self.members.values() if member.state not in OVER)
+
+    def _forgive(self, now_ms: int) -> None:
+        since_ms, self.looked_ms = self.looked_ms, now_ms
+        if self.look_ms is None or since_ms is None:
+            return
+        away_ms = now_ms - since_ms - 2 * self.look_ms
+        if away_ms > 0:
+            for member in self.alive():
+                member.heard_ms += away_ms
+                member.moved_ms += away_ms
 
     def _register(self, now_ms: int, event: Registered) -> list[Action]:
         info, known = event.info, self.members.get(event.info.worker_id)

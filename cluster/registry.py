@@ -33,7 +33,7 @@ from tandem.v1 import worker_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.1
+LOOK_MS = 100
 
 
 class Registry(worker_pb2_grpc.RegistryServicer):
@@ -97,7 +97,7 @@ class Registry(worker_pb2_grpc.RegistryServicer):
     async def tick(self) -> None:
         """Tells membership the time, for ever."""
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(LOOK_MS / 1000)
             self._take(Passed())
 
     def _take(self, event: Event) -> list[Admitted | RegistrationRefused | StateChanged]:

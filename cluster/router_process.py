@@ -27,7 +27,7 @@ from cluster.config import ClusterConfig
 from cluster.membership import Membership, MemberState, StateChanged
 from cluster.operations import Operations
 from cluster.processes import die_with_parent
-from cluster.registry import Registry
+from cluster.registry import LOOK_MS, Registry
 from cluster.run_file import reachable
 from cluster.served_model import describe
 from router.config import RouterConfig
@@ -80,6 +80,7 @@ class RouterProcess:
             dead_after_misses=config.dead_after_misses,
             stall_ms=config.stall_ms,
             base_incarnation=base_incarnation,
+            look_ms=LOOK_MS,
         )
         self.registry = Registry(membership=self.membership, driver=self.driver, on_change=self._changed)
         self.operations = Operations(

@@ -101,6 +101,21 @@ def test_silence_makes_suspect_then_dead() -> None:
     assert state_of(membership) is MemberState.DEAD
 
 
+@pytest.mark.parametrize("look_ms", [100, 400])
+def test_time_in_which_the_observer_was_away_counts_against_nobody(look_ms: int) -> None:
+    membership = ready()
+    membership.look_ms = 100
+    membership.handle(0, beat(runnable=True))
+    membership.handle(100, Passed())
+    assert membership.handle(60_000, Passed()) == [], "it was asleep; what was said meanwhile is read next"
+    now_ms = 60_000
+    while state_of(membership) is not MemberState.DEAD:  # but a worker that stays silent is found
+        now_ms += look_ms
+        membership.handle(now_ms, Passed())
+        assert now_ms < 60_000 + 10_000
+    assert now_ms > 60_000 + 2_500
+
+
 def test_a_heartbeat_clears_suspicion() -> None:
     membership = ready()
     membership.handle(2500, Passed())
