@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,20 @@ def test_a_stopped_worker_is_taken_for_dead_and_replaced(cluster: Served) -> Non
     assert cluster.workers()["decode-1"]["incarnation"] == before["incarnation"] + 1
     assert not alive([stopped])
     assert serves(cluster)
+
+
+def test_a_router_that_was_stopped_for_a_while_takes_nobody_for_dead(cluster: Served) -> None:
+    before = cluster.workers()
+    router = psutil.Process(cluster.status()["router_pid"])
+    for _ in range(2):
+        router.suspend()
+        time.sleep(2)  # three times as long as a worker may be silent
+        router.resume()
+        assert serves(cluster)
+    after = cluster.workers()
+    assert {name: (each["pid"], each["state"]) for name, each in after.items()} == {
+        name: (each["pid"], "ready") for name, each in before.items()
+    }
 
 
 def test_killing_all_prefill_workers_leaves_a_cluster_that_answers(cluster: Served) -> None:
