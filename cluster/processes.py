@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 
 import psutil
 
@@ -33,6 +34,18 @@ def die_with_parent(parent_pid: int) -> None:
 def adopt_orphans() -> None:
     """Makes this process the parent of its descendants' orphans, so that none of them escapes a stop."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def bury_orphans(seen: set[int]) -> set[int]:
+    """Reaps children that were zombies at the last look, `seen`, and are still; returns the other zombies there are.
+
+    Whoever started a child itself waits for it, well within the time between two looks. For an adopted one nobody does.
+    """
+    zombies = {child.pid for child in psutil.Process().children() if not _lives(child)}
+    for pid in zombies & seen:
+        with suppress(ChildProcessError):  # it was waited for after all
+            os.waitpid(pid, os.WNOHANG)
+    return zombies - seen
 
 
 def descendants() -> list[psutil.Process]:

@@ -24,7 +24,7 @@ from cluster import run_file
 from cluster.config import FAKE_MODEL, WILDCARDS, ClusterConfig
 from cluster.memory import shortage
 from cluster.pools import PoolError, Pools, WorkerDown, WorkerUp
-from cluster.processes import PortInUse, adopt_orphans, descendants, kill_all, pick_port, wait_gone
+from cluster.processes import PortInUse, adopt_orphans, bury_orphans, descendants, kill_all, pick_port, wait_gone
 from cluster.reaper import Reaper
 from cluster.restarts import Restarts
 from cluster.router_child import RouterChild, RouterEnded, RouterSaid
@@ -40,6 +40,7 @@ from tandem.request import WorkerId
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ROUTER = "router"
 REAPER_PERIOD_S = 1.0
+BURIAL_PERIOD_S = 3.0  # far longer than those who wait for a child of their own take
 FORCED = 130  # the exit status after a second signal
 
 
@@ -93,6 +94,8 @@ class Supervisor:
         self._pools: Pools | None = None
         self._reaper: Reaper | None = None
         self._reaped_s = 0.0
+        self._buried_s = 0.0
+        self._zombies: set[int] = set()
         self._run: RunFile | None = None
         self._model = config.model  # the name that it is served under
 
@@ -185,6 +188,7 @@ class Supervisor:
             self._restart_due()
             self._kill_overdue()
             self._tell_reaper()
+            self._bury_orphans()
             now_s = time.monotonic()
             if not self._is_ready and now_s > deadline_s:
                 missing = ", ".join(sorted(set(self._roles) - (self._ready & set(self._running))))
@@ -244,6 +248,12 @@ class Supervisor:
         if self._reaper is not None and time.monotonic() - self._reaped_s > REAPER_PERIOD_S:
             self._reaped_s = time.monotonic()
             self._reaper.update()
+
+    def _bury_orphans(self) -> None:
+        """Agents of workers that were killed, for example: each start anew would leave some."""
+        if time.monotonic() - self._buried_s > BURIAL_PERIOD_S:
+            self._buried_s = time.monotonic()
+            self._zombies = bury_orphans(self._zombies)
 
     # ---- the router ------------------------------------------------------------------------------------------------
 

@@ -247,3 +247,31 @@ def test_a_ray_that_does_not_start_is_told_in_one_sentence(tmp_path: Path, monke
         pools.open()
     pools.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_orphans_that_ended_are_buried_and_own_children_left_to_those_who_wait() -> None:
+    """In a process of its own, since it adopts."""
+    code = """
+import os, subprocess, sys, time
+import psutil
+from cluster.processes import adopt_orphans, bury_orphans
+adopt_orphans()
+orphan = "import os, subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'input()'], stdin=0).pid)"
+pid = int(subprocess.run([sys.executable, "-c", orphan], capture_output=True, check=True).stdout)
+os.kill(pid, 9)
+def until_zombie(pid):
+    while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+until_zombie(pid)
+seen = bury_orphans(set())
+assert pid in seen and psutil.pid_exists(pid)
+own = subprocess.Popen(["false"])
+until_zombie(own.pid)
+seen = bury_orphans(seen)
+assert not psutil.pid_exists(pid)
+assert own.wait() == 1
+assert bury_orphans(seen) == set()
+print("well")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("well\n", "")
