@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import tokenizers
 import torch
 import transformers
-from tokenizers import decoders, models, pre_tokenizers
+
+from cluster.config import FAKE_VOCAB_SIZE
+from cluster.served_model import byte_backend
 
 NAME = "fat-kv"
-VOCAB_SIZE = 256  # a token is a byte
+VOCAB_SIZE = FAKE_VOCAB_SIZE  # a token is a byte
 
 
 def write(folder: Path, *, seed: int = 1) -> Path:
@@ -34,9 +35,5 @@ def write(folder: Path, *, seed: int = 1) -> Path:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.save_pretrained(path)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={each: index for index, each in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(path / "tokenizer.json"))
+    byte_backend().save(str(path / "tokenizer.json"))
     return path

@@ -10,9 +10,10 @@ import grpc
 
 from benchmarks.figures import Outcome
 from benchmarks.workload import Offered
-from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tandem.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 REQUEST_DEADLINE_S = 600.0
+MOVE_DEADLINE_S = 60.0
 
 
 async def generate(
@@ -52,6 +53,13 @@ async def generate(
     if not outcome.error and not outcome.token_ids:
         outcome.error = "no tokens"
     return outcome
+
+
+async def migrate(stub: admin_pb2_grpc.AdminStub, request_id: str, to: str = "") -> admin_pb2.MoveStatus:
+    """Moves a request and returns the record of it. Raises grpc.aio.AioRpcError when that is refused."""
+    asked = admin_pb2.MigrateRequest(request_id=request_id, to=to)
+    move: admin_pb2.MoveStatus = await stub.Migrate(asked, timeout=MOVE_DEADLINE_S)
+    return move
 
 
 async def offer(

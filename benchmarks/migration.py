@@ -23,7 +23,7 @@ import grpc
 
 from benchmarks import report
 from benchmarks.figures import Outcome, percentile
-from benchmarks.load import generate
+from benchmarks.load import generate, migrate
 from benchmarks.local_cluster import LocalCluster
 from benchmarks.workload import Offered, random_prompts
 from tandem.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -37,7 +37,6 @@ WAYS = {
     "three stages, last of <= 16 blocks": ["--fence-blocks", "16"],
     "blocking copy": ["--fence-blocks", "1000000"],
 }
-MOVE_DEADLINE_S = 60.0
 OUTPUT_TOKENS = 112
 MOVES = 8  # a request, at random tokens among these
 MOVE_AT = range(6, 104, 6)
@@ -72,7 +71,7 @@ class Bench:
 
     async def move(self, request_id: str, to: str) -> Any:
         """Moves it and returns the record; a refusal is an error."""
-        return await self.admin.Migrate(admin_pb2.MigrateRequest(request_id=request_id, to=to), timeout=MOVE_DEADLINE_S)
+        return await migrate(self.admin, request_id, to)
 
     async def halves(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
         """Waits until all decode, and sees that half of them do so on each decode worker."""

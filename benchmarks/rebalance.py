@@ -21,14 +21,13 @@ import grpc
 
 from benchmarks import report
 from benchmarks.figures import Outcome, percentile
-from benchmarks.load import generate
+from benchmarks.load import generate, migrate
 from benchmarks.local_cluster import LocalCluster
 from benchmarks.workload import Offered, random_prompts
 from tandem.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 
 VOCAB_SIZE = 49152
 COMMON = ["--dtype", "float32", "--exact", "--threads", "1", "--prefill", "1", "--decode", "2"]
-MOVE_DEADLINE_S = 60.0
 GATHER_DEADLINE_S = 180.0
 
 
@@ -76,7 +75,7 @@ async def gathered(admin: admin_pb2_grpc.AdminStub, names: Sequence[str]) -> Non
             raise TimeoutError(f"requests did not gather on decode-0 within {GATHER_DEADLINE_S:.0f} s")
         for name in away:
             try:
-                await admin.Migrate(admin_pb2.MigrateRequest(request_id=name, to="decode-0"), timeout=MOVE_DEADLINE_S)
+                await migrate(admin, name, "decode-0")
             except grpc.aio.AioRpcError as error:
                 print(f"{name}: {error.details()}", file=sys.stderr)
         await asyncio.sleep(0.1)

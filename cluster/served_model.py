@@ -33,18 +33,23 @@ def describe(config: ClusterConfig) -> ModelAtTheEdge:
     )  # fmt: skip
 
 
-def _byte_tokenizer() -> Tokenizer:
-    """One token a byte, in the order of byte-level BPE's alphabet, and a chat template that only joins the turns."""
+def byte_backend() -> tokenizers.Tokenizer:
+    """One token a byte, in the order of byte-level BPE's alphabet."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(
         models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[])
     )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _byte_tokenizer() -> Tokenizer:
+    """A token a byte, and a chat template that only joins the turns."""
     settings = TokenizerSettings(
         vocab_size=FAKE_VOCAB_SIZE,
         context_tokens=FAKE_CONTEXT_TOKENS,
         eos_token_ids=(),
         chat_template="{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}",
     )
-    return Tokenizer(backend, settings)
+    return Tokenizer(byte_backend(), settings)
