@@ -111,8 +111,10 @@ class Pools:
         except PoolError:
             raise
         except Exception as error:  # Ray raises that very class when its node is not up within its 30 s
-            hint = "" if self.is_local else " (a cluster that asks for a token needs RAY_AUTH_MODE=token)"
-            raise PoolError(f"Ray did not start: {error}{hint}") from error
+            if self.is_local:
+                raise PoolError(f"Ray did not start: {error}") from error
+            hint = "a cluster that asks for a token needs RAY_AUTH_MODE=token"
+            raise PoolError(f"Ray at {self._config.address}: {error} ({hint})") from error
 
     def _open_local(self) -> None:
         # Inherited by every worker; a runtime environment would cost each a process of its own to set up.

@@ -18,7 +18,7 @@ from router.service import Service
 
 HEAD_TIMEOUT_S = 0.4
 LATE_S = 10 * HEAD_TIMEOUT_S  # by then a connection must have been closed, also on a busy machine
-LIMITS = HttpLimits(head_timeout_s=HEAD_TIMEOUT_S, idle_timeout_s=1, head_bytes_max=8192, connections_max=3)
+LIMITS = HttpLimits(head_timeout_s=HEAD_TIMEOUT_S, idle_timeout_s=2, head_bytes_max=8192, connections_max=3)
 DEADLINE_S = 30
 CHAT = "/v1/chat/completions"
 LIVE = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -152,7 +152,7 @@ def test_an_idle_connection_is_kept_longer_than_clients_and_proxies_keep_theirs(
             writer.write(LIVE)
             assert b" 200 " in await reader.readline()
             await reader.readuntil(b"}")
-            await asyncio.sleep(LIMITS.idle_timeout_s * 0.7)
+            await asyncio.sleep(LIMITS.idle_timeout_s * 0.6)
         assert await rest(reader) == b""
 
     with_server(use)
