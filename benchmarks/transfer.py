@@ -251,7 +251,7 @@ class Agents:
         self._transfer = 0
         self._clients = [
             AgentClient(
-                pool_fd=fd,
+                pool=fd,
                 num_blocks=NUM_BLOCKS,
                 block_bytes=BLOCK_BYTES,
                 layout_digest=b"benchmark-layout",

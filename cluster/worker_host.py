@@ -158,7 +158,7 @@ class WorkerHost:
 
     def _start_agent(self, model: WorkerModel) -> AgentInfo:
         self._agent = AgentClient(
-            pool_fd=model.pool.fd,
+            pool=model.pool.fd,
             num_blocks=model.pool.num_blocks,
             block_bytes=model.pool.block_bytes,
             layout_digest=layout_digest(model.layout),

@@ -21,12 +21,11 @@ import time
 from kv_transfer.agent_context import AgentContext
 from kv_transfer.agent_incoming import IncomingLink
 from kv_transfer.agent_outgoing import OutgoingLink
-from kv_transfer.agent_settings import TransportChoice, from_arguments
+from kv_transfer.agent_settings import from_arguments
 from kv_transfer.agent_wire import AgentReady, Ping
 from kv_transfer.endpoint import Endpoint, format_endpoint, parse_endpoint
 from kv_transfer.framed_socket import FramedSocket, LinkLost, address_family
 from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame
-from kv_transfer.transports import gloo
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +63,8 @@ class Agent:
         """Until the worker closes the control socket."""
         for target, name in ((self._accept, "accept"), (self._tell, "tell")):
             threading.Thread(target=target, name=name, daemon=True).start()
-        if self._context.settings.transport is TransportChoice.GLOO:
-            threading.Thread(target=gloo.load, name="torch", daemon=True).start()
+        if self._context.settings.transport is self._context.pool.far:
+            threading.Thread(target=self._context.pool.load_far, name="torch", daemon=True).start()
         self._control.send(AgentReady(endpoint=format_endpoint(self.endpoint), pid=os.getpid()))
         while True:
             command = self._control.receive(timeout_s=3600)
@@ -178,7 +177,7 @@ def main(arguments: list[str]) -> int:
         Agent(AgentContext(start), control).run()
     except LinkLost as error:
         logger.info("the worker is gone: %s", error)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"kv_transfer.agent: {error}", file=sys.stderr, flush=True)
         os._exit(2)
     # Not through the interpreter's own end: torch's threads may be in the middle of something.

@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from kv_transfer.agent_settings import AgentSettings, AgentStart, to_arguments
+from kv_transfer.agent_settings import AgentSettings, AgentStart, Memory, check_transport, to_arguments
 from kv_transfer.agent_wire import AgentReady, Ping, validate
 from kv_transfer.framed_socket import FramedSocket, LinkLost
 from kv_transfer.messages import (
@@ -28,6 +29,7 @@ from kv_transfer.messages import (
     SendFrame,
     TransferQuiet,
 )
+from kv_transfer.transports.cuda_pool import CudaPool
 from tandem.errors import Unavailable
 from tandem.request import TransferId
 
@@ -57,19 +59,23 @@ class AgentInfo:
 
 
 class AgentClient:
-    """One worker's agent over all its lives. `pool_fd` stays the caller's, and open until `close` has returned.
+    """One worker's agent over all its lives. `pool` is a descriptor of host memory, or where the pool is on a GPU; it
+    stays the caller's, and open until `close` has returned.
 
     `on_event` is called on threads of this object, one call at a time, and must not block. An agent that gives no sign
     of life for `settings.stuck_timeout_ms` is killed: what it holds would stay in quarantine. When an agent dies, every
     transfer that it knew gets FrameFailed(sequence=None) and, once its process is reaped, TransferQuiet; then a new
     agent is started and told by `on_restart`. After MAX_RESTARTS deaths within a minute, or when a killed agent cannot
-    be reaped, none is started any more, and `on_restart` gets None.
+    be reaped, none is started any more, and `on_restart` gets None. Raises ValueError when the settings choose a
+    transport that does not reach such a pool.
     """
+
+    program: ClassVar[Sequence[str]] = (sys.executable, "-m", "kv_transfer.agent")
 
     def __init__(
         self,
         *,
-        pool_fd: int,
+        pool: int | CudaPool,
         num_blocks: int,
         block_bytes: int,
         layout_digest: bytes,
@@ -78,7 +84,8 @@ class AgentClient:
         on_restart: Callable[[AgentInfo | None], None],
         log_file: Path | None = None,
     ) -> None:
-        self._pool_fd = pool_fd
+        check_transport(settings, Memory.CUDA if isinstance(pool, CudaPool) else Memory.HOST)
+        self._pool = pool
         self._num_blocks = num_blocks
         self._block_bytes = block_bytes
         self._layout_digest = layout_digest
@@ -178,8 +185,10 @@ class AgentClient:
 
     def _spawn(self) -> AgentInfo:
         own, theirs = socket.socketpair()
+        pool_fd, cuda_pool = (None, self._pool) if isinstance(self._pool, CudaPool) else (self._pool, None)
         start = AgentStart(
-            pool_fd=self._pool_fd,
+            pool_fd=pool_fd,
+            cuda_pool=cuda_pool,
             control_fd=theirs.fileno(),
             parent_pid=os.getpid(),
             num_blocks=self._num_blocks,
@@ -192,8 +201,8 @@ class AgentClient:
                 with ExitStack() as opened:
                     log = None if self._log_file is None else opened.enter_context(self._log_file.open("ab"))
                     process = subprocess.Popen(
-                        [sys.executable, "-m", "kv_transfer.agent", *to_arguments(start)],
-                        pass_fds=(self._pool_fd, theirs.fileno()),
+                        [*self.program, *to_arguments(start)],
+                        pass_fds=(theirs.fileno(), *(() if pool_fd is None else (pool_fd,))),
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,

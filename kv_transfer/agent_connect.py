@@ -15,7 +15,6 @@ from kv_transfer.agent_wire import MAGIC, PROTOCOL_VERSION, Denied, Hello, OpenC
 from kv_transfer.endpoint import Endpoint
 from kv_transfer.framed_socket import FramedSocket, LinkLost
 from kv_transfer.transports.channel import SourceEnd
-from kv_transfer.transports.pull import PullSource
 
 
 class PeerRefused(Exception):
@@ -35,9 +34,9 @@ def connect(context: AgentContext, peer: Endpoint, *, pair_epoch: int) -> Connec
     sock = FramedSocket(_open(context, peer), send_timeout_s=context.operation_timeout_s)
     try:
         transport = _greet(context, peer, sock)
-        if transport == TransportChoice.SHM:
-            return Connection(sock=sock, channel=PullSource(context.pool))
-        return Connection(sock=sock, channel=_open_gloo(context, sock, pair_epoch))
+        near = transport is context.pool.near
+        channel = context.pool.near_source() if near else _open_far(context, sock, pair_epoch)
+        return Connection(sock=sock, channel=channel)
     except BaseException:
         sock.close()
         raise
@@ -51,7 +50,7 @@ def own_user(connection: socket.socket) -> bool:
 
 
 def _open(context: AgentContext, peer: Endpoint) -> socket.socket:
-    if context.settings.transport is not TransportChoice.GLOO and peer.uds:
+    if context.settings.transport is not context.pool.far and peer.uds:
         local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with suppress(OSError):  # another host, or the peer is gone: TCP will tell
             local.settimeout(context.connect_timeout_s)
@@ -59,8 +58,8 @@ def _open(context: AgentContext, peer: Endpoint) -> socket.socket:
             if own_user(local):  # our pool's descriptor goes to no one else
                 return local
         local.close()
-    if context.settings.transport is TransportChoice.SHM:
-        raise LinkLost(f"no local socket of the peer at {peer.uds!r}, and the transport is shm")
+    if context.settings.transport is context.pool.near:
+        raise LinkLost(f"no local socket of the peer at {peer.uds!r}, and the transport is {context.pool.near}")
     try:
         remote = socket.create_connection((peer.host, peer.port), timeout=context.connect_timeout_s)
     except OSError as error:
@@ -79,32 +78,26 @@ def _greet(context: AgentContext, peer: Endpoint, sock: FramedSocket) -> Transpo
         target_agent=peer.incarnation,
         token=bytes.fromhex(peer.token),
         transport=context.settings.transport.value,
+        memory=context.pool.memory.value,
+        cuda_pool=context.pool.cuda_pool if local else b"",
         block_bytes=context.start.block_bytes,
         num_blocks=context.start.num_blocks,
     )
-    sock.send(hello, (context.readable_pool_fd, context.nonce_fd) if local else ())
+    sock.send(hello, (*context.pool.descriptors, context.nonce_fd) if local else ())
     answer = sock.receive(context.connect_timeout_s)
     if isinstance(answer, Denied):
         raise PeerRefused(f"refused by the peer's agent: {answer.reason}")
     if not isinstance(answer, Welcome):
         raise LinkLost(f"no welcome within {context.connect_timeout_s:g} s")
-    if answer.transport == TransportChoice.SHM:
+    if answer.transport == context.pool.near:
         if answer.nonce != context.nonce:
             raise PeerRefused("the peer's agent does not share memory with this one")
-        return TransportChoice.SHM
-    return TransportChoice.GLOO
+        return context.pool.near
+    return context.pool.far
 
 
-def _open_gloo(context: AgentContext, sock: FramedSocket, pair_epoch: int) -> SourceEnd:
-    from kv_transfer.transports import gloo, pair
-
-    gloo.load()  # while the peer does the same: the time of the meeting begins when both are ready
+def _open_far(context: AgentContext, sock: FramedSocket, pair_epoch: int) -> SourceEnd:
+    context.pool.load_far()  # while the peer does the same: the time of the meeting begins when both are ready
     sock.send(OpenChannel(pair_epoch=pair_epoch))
-    timeout_s = context.settings.group_timeout_ms / 1000
-    group = gloo.make_group(
-        LinkMeeting(sock, pair_epoch=pair_epoch, timeout_s=timeout_s),
-        pair.SOURCE_RANK,
-        host=context.settings.reachable_host,
-        timeout_s=timeout_s,
-    )
-    return gloo.source_end(group, context.pool, copy_frame=context.copy_frame, timeout_s=context.operation_timeout_s)
+    meeting = LinkMeeting(sock, pair_epoch=pair_epoch, timeout_s=context.settings.group_timeout_s)
+    return context.pool.far_source(meeting)

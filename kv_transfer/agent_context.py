@@ -9,6 +9,7 @@ import threading
 import time
 
 from kv_transfer.agent_attempts import Answer, Attempts, Verdict
+from kv_transfer.agent_pool import open_pool
 from kv_transfer.agent_settings import AgentStart
 from kv_transfer.agent_wire import Ping
 from kv_transfer.endpoint import Endpoint
@@ -23,7 +24,6 @@ from kv_transfer.messages import (
     TransferQuiet,
 )
 from kv_transfer.transports import shm
-from kv_transfer.transports.memory import CopyFrame, MappedPool, copy_then_hash, load_copy_frame
 from tandem.request import TransferId
 
 # A worker's expectation and its peer's first frame come by different ways: how long a frame waits to become expected.
@@ -37,13 +37,11 @@ class AgentContext:
     def __init__(self, start: AgentStart) -> None:
         self.start = start
         self.settings = start.settings
-        self.pool = MappedPool(start.pool_fd, num_blocks=start.num_blocks, block_bytes=start.block_bytes, writable=True)
-        self.readable_pool_fd = shm.read_only(start.pool_fd)
+        self.pool = open_pool(start)
         self.nonce = secrets.token_bytes(shm.NONCE_BYTES)
         self.nonce_fd = shm.nonce_memory(self.nonce)
-        self.copy_frame: CopyFrame = copy_then_hash
         # Beside the rest: mapping a pool takes a moment, and the kernels may have to be built first.
-        threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
+        threading.Thread(target=self.pool.warm_up, name="warm-up", daemon=True).start()
         self.incarnation = secrets.randbits(63)
         self.token = secrets.token_bytes(16)
         self.events: queue.SimpleQueue[AgentEvent | Ping] = queue.SimpleQueue()
@@ -52,14 +50,10 @@ class AgentContext:
         self._attempts = Attempts()
         self._changed = threading.Condition()
 
-    def _warm_up(self) -> None:
-        self.pool.populate()
-        self.copy_frame = load_copy_frame()
-
     @property
     def operation_timeout_s(self) -> float:
         """How long one frame may take from its announcement to its answer."""
-        return self.settings.operation_timeout_ms / 1000
+        return self.settings.operation_timeout_s
 
     @property
     def connect_timeout_s(self) -> float:

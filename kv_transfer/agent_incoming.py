@@ -1,4 +1,4 @@
-"""The link from one peer that frames arrive over: one thread for its words, and with gloo one for the bytes."""
+"""The link from one peer that frames arrive over: one thread for its words, and when it is far one for the bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from kv_transfer.agent_attempts import Verdict
 from kv_transfer.agent_connect import own_user
 from kv_transfer.agent_context import AgentContext
 from kv_transfer.agent_meeting import LinkMeeting
-from kv_transfer.agent_settings import TransportChoice
 from kv_transfer.agent_wire import (
     MAGIC,
     PROTOCOL_VERSION,
@@ -30,7 +29,7 @@ from kv_transfer.agent_wire import (
 )
 from kv_transfer.framed_socket import FramedSocket, LinkLost
 from kv_transfer.messages import FrameHeader
-from kv_transfer.transports import gloo, pair, shm
+from kv_transfer.transports import shm
 from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, TargetEnd
 
 logger = logging.getLogger(__name__)
@@ -91,15 +90,16 @@ class IncomingLink(threading.Thread):
             self._sock.send(Denied(reason=reason))
             return False
         self._source_agent = hello.source_agent
-        nonce = self._try_shared_memory(hello)
+        pool = self._context.pool
+        nonce = self._try_near(hello)
         if nonce is not None:
-            self._sock.send(Welcome(nonce=nonce, transport=TransportChoice.SHM.value))
+            self._sock.send(Welcome(nonce=nonce, transport=pool.near.value))
             return True
-        if TransportChoice.SHM in (hello.transport, self._context.settings.transport):
-            self._sock.send(Denied(reason="transport: is shm, and no memory is shared"))
+        if pool.near in (hello.transport, self._context.settings.transport):
+            self._sock.send(Denied(reason=f"transport: is {pool.near}, and no memory is shared"))
             return False
-        self._sock.send(Welcome(nonce=b"", transport=TransportChoice.GLOO.value))
-        gloo.load()  # the source does the same now
+        self._sock.send(Welcome(nonce=b"", transport=pool.far.value))
+        pool.load_far()  # the source does the same now
         return True
 
     def _objection(self, hello: Hello) -> str | None:
@@ -114,34 +114,33 @@ class IncomingLink(threading.Thread):
             return "token: is not the one of this agent's endpoint"
         if hello.layout_digest != own.start.layout_digest or hello.block_bytes != own.start.block_bytes:
             return "layout_digest: the blocks of the two workers are not alike"
+        if hello.memory != own.pool.memory:
+            return f"memory: is {hello.memory}, this agent's pool is in {own.pool.memory} memory"
         local = self._sock.connection.family == socket.AF_UNIX
         if local and not own_user(self._sock.connection):
             return "user: is another one than that of this agent"
         return None
 
-    def _try_shared_memory(self, hello: Hello) -> bytes | None:
-        """Maps the source's pool when its descriptors came. The nonce read from its memory, or None."""
-        if TransportChoice.GLOO in (hello.transport, self._context.settings.transport):
+    def _try_near(self, hello: Hello) -> bytes | None:
+        """Opens the source's pool when what that takes came with the hello. The nonce read from memory, or None."""
+        pool = self._context.pool
+        if pool.far in (hello.transport, self._context.settings.transport):
             return None
-        if len(self._sock.descriptors) < 2:
+        num = len(pool.descriptors) + 1
+        if len(self._sock.descriptors) < num:
             return None
-        pool_fd, nonce_fd = self._sock.descriptors[:2]
-        del self._sock.descriptors[:2]
+        descriptors = self._sock.descriptors[:num]
+        del self._sock.descriptors[:num]
         try:
-            self._channel = shm.open_target(
-                pool_fd,
-                source_num_blocks=hello.num_blocks,
-                target=self._context.pool,
-                copy_frame=self._context.copy_frame,
-                corrupt_every=self._context.settings.corrupt_every,
-            )
-            return shm.read_nonce(nonce_fd)
-        except (OSError, ValueError) as error:
-            logger.warning("the pool of agent %x cannot be mapped: %s", hello.source_agent, error)
+            nonce = shm.read_nonce(descriptors[-1])
+            self._channel = pool.near_target(hello, descriptors[:-1])
+            return nonce
+        except (OSError, ValueError, RuntimeError) as error:
+            logger.warning("the pool of agent %x cannot be opened: %s", hello.source_agent, error)
             return None
         finally:
-            os.close(pool_fd)
-            os.close(nonce_fd)
+            for descriptor in descriptors:
+                os.close(descriptor)
 
     # ---- frames ----
 
@@ -154,7 +153,7 @@ class IncomingLink(threading.Thread):
             if isinstance(message, Announce):
                 self._announced(message)
             elif isinstance(message, OpenChannel) and self._channel is None:
-                self._open_gloo(message)
+                self._open_far(message)
             elif isinstance(message, Ping):
                 self._sock.send(Ping(number=message.number, answer=True))
             else:
@@ -223,20 +222,12 @@ class IncomingLink(threading.Thread):
             self._num_open -= 1
         self._sock.send(answer)
 
-    # ---- gloo ----
+    # ---- far channels ----
 
-    def _open_gloo(self, message: OpenChannel) -> None:
+    def _open_far(self, message: OpenChannel) -> None:
         own = self._context
-        timeout_s = own.settings.group_timeout_ms / 1000
-        group = gloo.make_group(
-            LinkMeeting(self._sock, pair_epoch=message.pair_epoch, timeout_s=timeout_s),
-            pair.TARGET_RANK,
-            host=own.settings.reachable_host,
-            timeout_s=timeout_s,
-        )
-        self._channel = gloo.target_end(
-            group, own.pool, timeout_s=own.operation_timeout_s, corrupt_every=own.settings.corrupt_every
-        )
+        timeout_s = own.settings.group_timeout_s
+        self._channel = own.pool.far_target(LinkMeeting(self._sock, pair_epoch=message.pair_epoch, timeout_s=timeout_s))
         self._taker = threading.Thread(target=self._take_all, name="taker", daemon=True)
         self._taker.start()
 

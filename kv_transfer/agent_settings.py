@@ -7,13 +7,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from kv_transfer.transports.cuda_pool import CudaPool, from_bytes, to_bytes
+
+
+class Memory(StrEnum):
+    """Where a pool is."""
+
+    HOST = "host"
+    CUDA = "cuda"
+
 
 class TransportChoice(StrEnum):
     """What frames may move over."""
 
-    AUTO = "auto"  # shared memory where the same host is proven, else gloo
+    AUTO = "auto"  # shared memory or CUDA IPC where the same host is proven, else gloo or NCCL
     SHM = "shm"
     GLOO = "gloo"
+    CUDA_IPC = "cuda_ipc"
+    NCCL = "nccl"
+
+
+TRANSPORTS = {
+    Memory.HOST: (TransportChoice.AUTO, TransportChoice.SHM, TransportChoice.GLOO),
+    Memory.CUDA: (TransportChoice.AUTO, TransportChoice.CUDA_IPC, TransportChoice.NCCL),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +42,7 @@ class AgentSettings:
     transport: TransportChoice = TransportChoice.AUTO
     connect_timeout_ms: int = 2_000
     operation_timeout_ms: int = 5_000
-    group_timeout_ms: int = 10_000  # until both ends of a gloo pair have joined
+    group_timeout_ms: int = 10_000  # until both ends of a gloo or NCCL pair have joined
     keepalive_ms: int = 5_000
     stuck_timeout_ms: int = 10_000  # without a sign of life from its agent the worker kills it
     window_frames: int = 4  # announced to one peer and not yet answered
@@ -42,6 +59,16 @@ class AgentSettings:
             raise ValueError(f"advertised_host: is empty, must be set when bind_host is {self.bind_host!r}")
 
     @property
+    def operation_timeout_s(self) -> float:
+        """How long one frame may take from its announcement to its answer."""
+        return self.operation_timeout_ms / 1000
+
+    @property
+    def group_timeout_s(self) -> float:
+        """How long a pair may take to be made."""
+        return self.group_timeout_ms / 1000
+
+    @property
     def reachable_host(self) -> str:
         """The address that peers connect to, and that gloo uses."""
         return self.advertised_host or self.bind_host
@@ -51,13 +78,26 @@ class AgentSettings:
 class AgentStart:
     """What a worker hands to its agent beside the settings: descriptors, the shape of the pool, and who it is."""
 
-    pool_fd: int
+    pool_fd: int | None  # of a pool in this host's memory
+    cuda_pool: CudaPool | None = None  # or where it is on a GPU
     control_fd: int
     parent_pid: int
     num_blocks: int
     block_bytes: int
     layout_digest: bytes
     settings: AgentSettings
+
+    def __post_init__(self) -> None:
+        if (self.pool_fd is None) is (self.cuda_pool is None):
+            raise ValueError("pool_fd, cuda_pool: one of the two must be given")
+        check_transport(self.settings, Memory.HOST if self.cuda_pool is None else Memory.CUDA)
+
+
+def check_transport(settings: AgentSettings, memory: Memory) -> None:
+    """Raises ValueError when blocks in such memory cannot move over the transport that was chosen."""
+    if settings.transport not in TRANSPORTS[memory]:
+        can = ", ".join(TRANSPORTS[memory])
+        raise ValueError(f"transport: is {settings.transport}, blocks in {memory} memory move over one of: {can}")
 
 
 _NUMBERS = (
@@ -70,7 +110,8 @@ def to_arguments(start: AgentStart) -> list[str]:
     """The command line of an agent, after `python -m kv_transfer.agent`."""
     settings = start.settings
     pairs: list[tuple[str, object]] = [
-        ("pool_fd", start.pool_fd),
+        ("pool_fd", "" if start.pool_fd is None else start.pool_fd),
+        ("cuda_pool", "" if start.cuda_pool is None else to_bytes(start.cuda_pool).hex()),
         ("control_fd", start.control_fd),
         ("parent_pid", start.parent_pid),
         ("num_blocks", start.num_blocks),
@@ -87,8 +128,10 @@ def to_arguments(start: AgentStart) -> list[str]:
 def from_arguments(arguments: Sequence[str]) -> AgentStart:
     """Reads a command line back. Exits with a message when a flag is missing or is not what it must be."""
     parser = argparse.ArgumentParser(prog="python -m kv_transfer.agent", description="Moves KV blocks for one worker.")
-    for name in ("pool-fd", "control-fd", "parent-pid", "num-blocks", "block-bytes"):
+    for name in ("control-fd", "parent-pid", "num-blocks", "block-bytes"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    for name in ("pool-fd", "cuda-pool"):
+        parser.add_argument(f"--{name}", default="")
     parser.add_argument("--layout-digest", type=bytes.fromhex, required=True)
     defaults = AgentSettings()
     parser.add_argument("--bind-host", default=defaults.bind_host)
@@ -98,7 +141,8 @@ def from_arguments(arguments: Sequence[str]) -> AgentStart:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
     flags = parser.parse_args(arguments)
     return AgentStart(
-        pool_fd=flags.pool_fd,
+        pool_fd=int(flags.pool_fd) if flags.pool_fd else None,
+        cuda_pool=from_bytes(bytes.fromhex(flags.cuda_pool)) if flags.cuda_pool else None,
         control_fd=flags.control_fd,
         parent_pid=flags.parent_pid,
         num_blocks=flags.num_blocks,

@@ -26,7 +26,7 @@ from kv_transfer.messages import (
 from tandem.request import TransferId
 
 MAGIC = b"tandem-kv"
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 # ---- between a worker and its agent, once, at the start ------------------------------------------------------------
@@ -45,7 +45,9 @@ class AgentReady:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """First message of a link, from the source's agent. Over a local socket, its pool and nonce come as descriptors."""
+    """First message of a link, from the source's agent. Over a local socket, its nonce comes as a descriptor, and so
+    does its pool when that is in this host's memory.
+    """
 
     magic: bytes
     version: int
@@ -53,7 +55,9 @@ class Hello:
     source_agent: int  # incarnation of the one that speaks
     target_agent: int  # incarnation of the one that it wants to reach
     token: bytes  # from the target's endpoint: who does not know it was not told of this agent
-    transport: str  # auto, shm or gloo
+    transport: str  # what the source is set to: auto, or the one that it must be
+    memory: str  # where its pool is
+    cuda_pool: bytes  # how to open it there, over a local socket; else empty
     block_bytes: int
     num_blocks: int
 
@@ -63,7 +67,7 @@ class Welcome:
     """The target's agent takes the link. `nonce` is what it read in the memory that came as a descriptor, or empty."""
 
     nonce: bytes
-    transport: str  # shm or gloo: what frames on this link move over
+    transport: str  # what frames on this link move over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +190,8 @@ _MESSAGES: dict[int, tuple[type[Any], tuple[tuple[str, str], ...]]] = {
             ("target_agent", _U64),
             ("token", _BYTES),
             ("transport", _TEXT),
+            ("memory", _TEXT),
+            ("cuda_pool", _BYTES),
             ("block_bytes", _U64),
             ("num_blocks", _U64),
         ),

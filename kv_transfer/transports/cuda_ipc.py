@@ -1,7 +1,7 @@
 """Frames between two processes on GPUs of one host: the target opens the source's pool by its IPC handle and pulls.
 
 A worker exports one handle for its whole pool, once; its agent and its peers' agents open it and count blocks from its
-start. When the exporter dies, a copy may break this process's CUDA context: `on_hang` ends the agent then.
+start. When the exporter dies, a copy may break this process's CUDA context: that ends the agent.
 
 Has not been run on a GPU.
 """
@@ -9,27 +9,16 @@ Has not been run on a GPU.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 
 import torch
 
 from kv_transfer.messages import FrameHeader
 from kv_transfer.transports.channel import FrameCorrupt, SourceEnd, TargetEnd
-from kv_transfer.transports.device_memory import DeviceMemory
-from kv_transfer.transports.nccl import OnHang
+from kv_transfer.transports.cuda_pool import HANDLE_BYTES, CudaPool
+from kv_transfer.transports.device_memory import DeviceMemory, OnHang
 from kv_transfer.transports.pull import check_frame
 
-HANDLE_BYTES = 64  # CUipcMemHandle
 _LAZY_PEER_ACCESS = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CudaPool:
-    """Where a pool is on a GPU, as its worker tells its agent and the agent its peers."""
-
-    handle: bytes  # of the whole allocation
-    offset: int  # of block 0 in it
-    device: int
 
 
 class _Handle(ctypes.Structure):
@@ -98,12 +87,17 @@ class DevicePullSource(SourceEnd):
 
 
 class DevicePullTarget(TargetEnd):
-    """Copies into the target blocks, which nothing reads before they check."""
+    """Copies into the target blocks, which nothing reads before they check.
 
-    def __init__(self, source: torch.Tensor, target: DeviceMemory, *, on_hang: OnHang) -> None:
-        self._source = DeviceMemory(source)
+    `corrupt_every` n > 0 damages each n-th frame after it was copied: a fault to test with.
+    """
+
+    def __init__(self, source: OpenedPool, target: DeviceMemory, *, on_hang: OnHang, corrupt_every: int = 0) -> None:
+        self._opened = source
+        self._source = DeviceMemory(source.tensor, on_hang=on_hang)
         self._target = target
-        self._on_hang = on_hang
+        self._corrupt_every = corrupt_every
+        self._num_frames = 0
 
     def post(self, header: FrameHeader) -> None:
         """Nothing to do: the blocks are granted."""
@@ -113,15 +107,17 @@ class DevicePullTarget(TargetEnd):
         check_frame(header, self._target.block_bytes)
         self._source.check(header.source_blocks)
         self._target.check(header.target_blocks)
-        try:
-            found = self._target.pull(header.target_blocks, self._source.pool, header.source_blocks)
-        except RuntimeError as error:
-            self._on_hang(f"CUDA failed while it copied from a peer's pool: {error}")
+        found = self._target.pull(header.target_blocks, self._source.pool, header.source_blocks)
+        self._num_frames += 1
+        if self._corrupt_every and self._num_frames % self._corrupt_every == 0:
+            self._target.damage(self._target.in_place(header.target_blocks[0], 1))
+            found = self._target.gather(self._target.staging(header.num_bytes), header.target_blocks)
         if found != checksum:
             raise FrameCorrupt(f"checksum {found:016x}, announced {checksum:016x}")
 
     def close(self) -> None:
-        """The opened pool is its opener's to close."""
+        """Unmaps the source's pool."""
+        self._opened.close()
 
 
 def _driver(device: int) -> ctypes.CDLL:

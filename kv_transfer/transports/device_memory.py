@@ -5,7 +5,9 @@ On a GPU this has not been run; the tests run it on the CPU, over gloo.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 
@@ -15,18 +17,24 @@ WORD_BYTES = 8
 FACTOR = -7046029254386353131  # odd, so that no word's bits are lost: 2^64 / golden ratio, as a signed number
 
 
+OnHang = Callable[[str], NoReturn]
+
+
 class DeviceMemory:
     """`pool` is a tensor of bytes, (num_blocks, block_bytes). Every method returns when the device is done.
+
+    A device that fails once does not work for this process any more: then `on_hang` ends it.
 
     The checksum is the sum modulo 2^64 of the frame's 64 bit words, each mixed with its place as MurmurHash3's
     finalizer mixes: it sees bits that flipped, words that are missing and blocks that changed places. It is no defence
     against intent.
     """
 
-    def __init__(self, pool: torch.Tensor) -> None:
+    def __init__(self, pool: torch.Tensor, *, on_hang: OnHang) -> None:
         if pool.dim() != 2 or pool.dtype != torch.uint8 or pool.shape[1] % WORD_BYTES:
             raise ValueError(f"pool: is {pool.dtype} of shape {tuple(pool.shape)}, must be rows of whole words")
         self.pool = pool
+        self._on_hang = on_hang
         self.block_bytes = int(pool.shape[1])
 
     def check(self, blocks: Sequence[int]) -> None:
@@ -43,20 +51,23 @@ class DeviceMemory:
 
     def gather(self, frame: torch.Tensor, blocks: Sequence[int]) -> int:
         """Through no other buffer."""
-        torch.index_select(self.pool, 0, self._index(blocks), out=frame.view(-1, self.block_bytes))
+        with self._device():
+            torch.index_select(self.pool, 0, self._index(blocks), out=frame.view(-1, self.block_bytes))
         return self.checksum(frame)
 
     def scatter(self, blocks: Sequence[int], frame: torch.Tensor) -> None:
         """Block ids are distinct."""
-        self.pool.index_copy_(0, self._index(blocks), frame.view(-1, self.block_bytes))
-        self._synchronize()
+        with self._device():
+            self.pool.index_copy_(0, self._index(blocks), frame.view(-1, self.block_bytes))
+            self._synchronize()
 
     def checksum(self, frame: torch.Tensor) -> int:
         """With temporaries of the frame's size."""
-        words = frame.view(torch.int64)
-        mixed = torch.arange(words.numel(), device=words.device).mul_(FACTOR).bitwise_xor_(words).mul_(FACTOR)
-        mixed.bitwise_xor_(mixed >> 32).mul_(FACTOR)
-        total: int = int(mixed.sum())  # waits for the device
+        with self._device():
+            words = frame.view(torch.int64)
+            mixed = torch.arange(words.numel(), device=words.device).mul_(FACTOR).bitwise_xor_(words).mul_(FACTOR)
+            mixed.bitwise_xor_(mixed >> 32).mul_(FACTOR)
+            total: int = int(mixed.sum())  # waits for the device
         return total & ((1 << 64) - 1)
 
     def damage(self, frame: torch.Tensor) -> None:
@@ -65,8 +76,19 @@ class DeviceMemory:
 
     def pull(self, blocks: Sequence[int], source: torch.Tensor, source_blocks: Sequence[int]) -> int:
         """Copies blocks of another pool that this device reaches into ours, and gives the checksum of what is ours."""
-        self.pool.index_copy_(0, self._index(blocks), source.index_select(0, self._index(source_blocks)))
-        return self.checksum(self.pool.index_select(0, self._index(blocks)).view(-1))
+        with self._device():
+            self.pool.index_copy_(0, self._index(blocks), source.index_select(0, self._index(source_blocks)))
+            written = self.pool.index_select(0, self._index(blocks)).view(-1)
+        return self.checksum(written)
+
+    @contextmanager
+    def _device(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise  # the frame fails, and goes again when there is room
+        except RuntimeError as error:
+            self._on_hang(f"{self.pool.device} failed: {error}")
 
     def _index(self, blocks: Sequence[int]) -> torch.Tensor:
         return torch.tensor(blocks, dtype=torch.int64, device=self.pool.device)

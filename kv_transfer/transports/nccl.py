@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import timedelta
-from typing import NoReturn, cast
+from typing import cast
 
 from kv_transfer.transports.channel import ChannelLost
-from kv_transfer.transports.device_memory import DeviceMemory
+from kv_transfer.transports.device_memory import DeviceMemory, OnHang
 from kv_transfer.transports.meeting import Meeting, meeting_store
 from kv_transfer.transports.pair import SOURCE_RANK, TARGET_RANK, Group, PairSource, PairTarget, Work, first_line
-
-OnHang = Callable[[str], NoReturn]
 
 POLL_S = 0.0002
 MAX_BLOCKS_OF_THREADS = 4

@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
+
+from device_agent import DeviceAgentClient, export
 
 from engine.kv_pool import shared_memory
 from kv_transfer.agent_client import AgentClient, AgentInfo
-from kv_transfer.agent_settings import AgentSettings
+from kv_transfer.agent_settings import AgentSettings, TransportChoice
 from kv_transfer.messages import (
     AgentCommand,
     AgentEvent,
@@ -26,6 +28,7 @@ from kv_transfer.messages import (
     SendFrame,
     TransferQuiet,
 )
+from kv_transfer.transports.cuda_pool import CudaPool
 from tandem.request import TransferId
 
 EventT = TypeVar("EventT", bound=AgentEvent)
@@ -39,6 +42,8 @@ LAYOUT = b"layout-digest-16"
 class End:
     """One worker's pool and agent client, with every event that came."""
 
+    client_type: ClassVar[type[AgentClient]] = AgentClient
+
     def __init__(
         self,
         *,
@@ -50,15 +55,15 @@ class End:
         log_file: Path | None = None,
     ) -> None:
         self.num_blocks, self.block_bytes = num_blocks, block_bytes
-        self.pool_fd = shared_memory("test-pool", num_blocks * block_bytes)
+        pool = self.open_pool()
         if fill:
             for block in range(num_blocks):
                 self.write(block, os.urandom(block_bytes))
         self.events: list[AgentEvent] = []
         self.restarts: list[AgentInfo | None] = []
         self._changed = threading.Condition()
-        self.client = AgentClient(
-            pool_fd=self.pool_fd,
+        self.client = self.client_type(
+            pool=pool,
             num_blocks=num_blocks,
             block_bytes=block_bytes,
             layout_digest=layout,
@@ -68,6 +73,15 @@ class End:
             log_file=log_file,
         )
         self.info = self.client.start()
+
+    def open_pool(self) -> int | CudaPool:
+        """Makes the pool, of zeros; what its agent is to be told of it."""
+        self.pool_fd = shared_memory("test-pool", self.num_blocks * self.block_bytes)
+        return self.pool_fd
+
+    def close_pool(self) -> None:
+        """Nobody uses it any more."""
+        os.close(self.pool_fd)
 
     def _on_event(self, event: AgentEvent) -> None:
         with self._changed:
@@ -122,7 +136,25 @@ class End:
     def close(self) -> None:
         """Ends the agent; the pool is gone."""
         self.client.close()
-        os.close(self.pool_fd)
+        self.close_pool()
+
+
+class DeviceEnd(End):
+    """With a pool on what stands for a device. `link`: where others find it."""
+
+    client_type = DeviceAgentClient
+
+    def __init__(self, *, link: Path | None = None, **other: Any) -> None:
+        self._link = link
+        super().__init__(**other)
+
+    def open_pool(self) -> CudaPool:
+        """Memory of the host all the same."""
+        super().open_pool()
+        if self._link is None:
+            return export(self.pool_fd)
+        self._link.symlink_to(f"/proc/{os.getpid()}/fd/{self.pool_fd}")
+        return export(self._link)
 
 
 class Pair:
@@ -212,6 +244,4 @@ def _state(thread: Path) -> str:
 
 def with_transport(settings: AgentSettings, transport: str) -> AgentSettings:
     """The same settings over another transport."""
-    from kv_transfer.agent_settings import TransportChoice
-
     return replace(settings, transport=TransportChoice(transport))

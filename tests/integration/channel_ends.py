@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from device_agent import OpenedPool, export
 
 from engine.kv_pool import shared_memory
 from kv_transfer.agent_meeting import LinkMeeting
@@ -61,7 +62,7 @@ class Pool:
         from kv_transfer.transports.device_memory import DeviceMemory
 
         whole = gloo.tensor_at(self.mapped.base, self.num_blocks * self.block_bytes)
-        return DeviceMemory(whole.view(self.num_blocks, self.block_bytes))
+        return DeviceMemory(whole.view(self.num_blocks, self.block_bytes), on_hang=pytest.fail)
 
     def read(self, block: int) -> bytes:
         """A block's bytes as its worker sees them."""
@@ -141,7 +142,8 @@ def make_ends(transport: str, source: Pool, target: Pool) -> Ends:
         from kv_transfer.transports.cuda_ipc import DevicePullSource, DevicePullTarget
 
         source_end = DevicePullSource(source.on_device())
-        target_end = DevicePullTarget(source.on_device().pool, target.on_device(), on_hang=pytest.fail)
+        opened = OpenedPool(export(source.fd), device=0, num_blocks=source.num_blocks, block_bytes=source.block_bytes)
+        target_end = DevicePullTarget(opened, target.on_device(), on_hang=pytest.fail)  # type: ignore[arg-type]
     else:
         assert transport == "shm"
         source_end, target_end = PullSource(source.mapped), _shm_target(source.fd, source.num_blocks, target)
