@@ -226,7 +226,9 @@ class DecodeCore:
             actions += self._stop(now_ms, before, f"assigned anew at epoch {assign.epoch}")
 
         def refuse(code: str, message: str, *, retryable: bool) -> list[Action]:
-            failed = request_failed(assign.request_id, assign.epoch, code, message, retryable=retryable)
+            failed = request_failed(
+                assign.request_id, assign.epoch, code, message, retryable=retryable, transfer_id=assign.transfer_id
+            )
             return [*actions, Report(session=session, piece=failed)]
 
         local = assign.mode is AssignMode.LOCAL
@@ -335,7 +337,14 @@ class DecodeCore:
         if (owner.worker_id, owner.incarnation, owner.epoch) != ours:
             return []
         message = "the target had given the attempt up"
-        failed = request_failed(owner.request_id, owner.epoch, "handoff_failed", message, retryable=True)
+        failed = request_failed(
+            owner.request_id,
+            owner.epoch,
+            "handoff_failed",
+            message,
+            retryable=True,
+            transfer_id=owner.transfer_id,
+        )
         return [Report(session=ended.session, piece=failed)]
 
     def _forget_early(self, now_ms: int) -> None:
@@ -501,10 +510,13 @@ class DecodeCore:
             case Quarantine():
                 self._ledger.quarantine(transfer)
                 self._leave(request)
-            case EndQuarantine():
-                self._ledger.end_quarantine(transfer)
+            case EndQuarantine(whole=whole):
+                known = {block: request.hashes[at] for at, block in whole if at < len(request.hashes)}
+                self._ledger.end_quarantine(transfer, known)
             case Failed(code=code, reason=reason, retryable=retryable):
-                failed = request_failed(attempt.request_id, machine.epoch, code, reason, retryable=retryable)
+                failed = request_failed(
+                    attempt.request_id, machine.epoch, code, reason, retryable=retryable, transfer_id=transfer
+                )
                 return [request.report(failed)]
             case Closed():
                 self._close(request, machine)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 
 from engine.prefix_cache import BlockHash, PrefixCache
@@ -247,10 +247,15 @@ class BlockLedger:
             for block in blocks:
                 self._move(block, BlockState.QUARANTINED)
 
-    def end_quarantine(self, transfer: str) -> None:
-        """Nothing writes the transfer's blocks any more: they are FREE. Not in quarantine: no effect."""
+    def end_quarantine(self, transfer: str, whole: Mapping[int, BlockHash] | None = None) -> None:
+        """Nothing writes the transfer's blocks any more: they are FREE. Not in quarantine: no effect.
+
+        Of `whole` blocks the content was checked and has this prefix hash: they are CACHED, unless others hold it.
+        """
         for block in reversed(self._quarantined.pop(transfer, [])):
-            self._put_free(block)
+            if whole and block in whole and self._prefix_cache:
+                self._cache.insert(whole[block], block)
+            self._settle(block)
 
     # ---- for the router and for watchers -----------------------------------------------------------------------------
 

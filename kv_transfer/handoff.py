@@ -224,7 +224,12 @@ class Quarantine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndQuarantine:
-    """The blocks in quarantine are free."""
+    """Nobody writes the blocks in quarantine any more.
+
+    `whole`: of each that landed and is a full block of the offered prefix, its place in the block table and its id.
+    """
+
+    whole: tuple[tuple[int, int], ...] = ()
 
 
 SourceAction = Say | ExportFrame | EndExport | Silence | AskOwner | HandedOver | Over | Failed | Closed

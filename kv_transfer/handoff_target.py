@@ -8,6 +8,7 @@ silence); and blocks that an outsider may still write are nobody's until the age
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -131,6 +132,7 @@ class TargetHandoff(Machine[TargetState]):
         self._quiet = True  # nobody can write our blocks: no frame was ever expected, or the agent has said so
         self._owned_epoch: int | None = None  # the owner record gave us the request, the agent is not quiet yet
         self._over = False
+        self._trusted = True  # what has landed is what the source speaks of
 
     @property
     def epoch(self) -> int:
@@ -224,9 +226,9 @@ class TargetHandoff(Machine[TargetState]):
             if before == event:
                 self.num_ignored += 1
                 return []
-            return self._abort(now_ms, f"frame {event.sequence} landed twice with different content")
+            return self._distrust(now_ms, f"frame {event.sequence} landed twice with different content")
         if not set(event.target_blocks) <= set(self._grant.blocks):
-            return self._abort(now_ms, f"frame {event.sequence} wrote blocks that were not granted")
+            return self._distrust(now_ms, f"frame {event.sequence} wrote blocks that were not granted")
         self.state = TargetState.RECEIVING
         self._landed[event.sequence] = event
         self._renew(now_ms)
@@ -240,7 +242,7 @@ class TargetHandoff(Machine[TargetState]):
     def _commit_asked(self, now_ms: int, event: CommitRequest) -> Actions:
         """The agent's word on the last frames may come after the source's word that they were acknowledged."""
         if self._commit is not None and self._commit != event:
-            return self._abort(now_ms, "two commit requests differ")
+            return self._distrust(now_ms, "two commit requests differ")
         self._commit = event
         self._renew(now_ms)
         return self._seal(now_ms)
@@ -306,7 +308,7 @@ class TargetHandoff(Machine[TargetState]):
     def _quiet_at_last(self, now_ms: int, event: TransferQuiet | AgentLost) -> Actions:
         self._quiet = self._over = True
         self.state = TargetState.NONE
-        return [EndQuarantine(), Closed()]
+        return [EndQuarantine(whole=self._whole()), Closed()]
 
     def _nothing(self, now_ms: int, event: object) -> Actions:
         return []
@@ -328,7 +330,7 @@ class TargetHandoff(Machine[TargetState]):
         assert grant is not None
         problem = self._problem(commit, grant)
         if problem:
-            return self._abort(now_ms, problem)
+            return self._distrust(now_ms, problem)
         self.state = TargetState.SEALED
         self._next_ms = now_ms + self.config.resend_ms
         silence: Actions = [] if self._quiet else [Silence()]
@@ -383,6 +385,24 @@ class TargetHandoff(Machine[TargetState]):
         )
         return [accept, Closed()]
 
+    def _whole(self) -> tuple[tuple[int, int], ...]:
+        """The leading granted blocks that have landed and that the offer names: worth keeping as prefix cache.
+
+        An offered block was final before the offer was made. A frame that has landed is not written again.
+        """
+        offer, grant = self._offer, self._grant
+        if offer is None or grant is None or not self._trusted:
+            return ()
+        landed = {block for frame in self._landed.values() for block in frame.target_blocks}
+        offered = grant.blocks[: max(0, len(offer.hashes) - grant.num_reused)]
+        leading = itertools.takewhile(lambda each: each[1] in landed, enumerate(offered, grant.num_reused))
+        return tuple(leading)
+
+    def _distrust(self, now_ms: int, reason: str) -> Actions:
+        """The source does not keep to the protocol: nothing of what it sent is used."""
+        self._trusted = False
+        return self._abort(now_ms, reason)
+
     def _abort(self, now_ms: int, reason: str, *, report: bool = True, tell_peer: bool = True) -> Actions:
         """Gives the attempt up. The blocks are nobody's until the agent is quiet."""
         self.story.tell(now_ms, reason)
@@ -393,7 +413,7 @@ class TargetHandoff(Machine[TargetState]):
         if self._quiet:
             self._over = True
             self.state = TargetState.NONE
-            return [*actions, EndQuarantine(), Closed()]
+            return [*actions, EndQuarantine(whole=self._whole()), Closed()]
         self.quarantined_since_ms = now_ms
         if self.state is not TargetState.SEALED:  # sealing told the agent already
             actions.append(Silence())

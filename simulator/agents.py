@@ -2,18 +2,20 @@
 
 They keep what real agents promise, and nothing more: a source's blocks are read at some time before FrameAcked; a
 target's blocks are written at some time before FrameLanded, and only between ExpectFrames and TransferQuiet; what
-landed has been checked. Whoever frees, reuses or reads a block earlier than that meets other bytes.
+landed has been checked. Whoever frees, reuses or reads a block earlier than that meets other bytes. Which frames may
+land, and when an attempt is quiet, is decided by what decides it in a real agent (kv_transfer/agent_attempts.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import xxhash
 
 from engine.blocks import BlockLedger, BlockState
 from engine.fake_runner import FakeRunner
+from kv_transfer.agent_attempts import AttemptKey, Attempts, Verdict
 from kv_transfer.messages import (
     AgentCommand,
     AgentEvent,
@@ -29,12 +31,13 @@ from kv_transfer.messages import (
 from simulator.checks import Violation
 from simulator.choices import Choices
 from simulator.network import Schedule
-from tandem.request import TransferId
 
 ANSWER_MS = 500
+GRANT_WAIT_MS = 200  # how long a frame waits to become expected
+WAIT_MS = 20  # until a frame that waits is looked at again
 WRITE_SLOW = 4  # a write may take so much longer than a message
 
-_Attempt = tuple[str, int]
+_Answer = Callable[[int | None, str], None]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,21 +51,12 @@ class AgentFaults:
     num_corrupted: int = 0
 
 
-@dataclass(slots=True)
-class _Expected:
-    """What may be written for one attempt, and how much of that is under way."""
+@dataclass(frozen=True, slots=True)
+class _Try:
+    """A frame that reads the source's blocks, from its announcement to its answer."""
 
-    command: ExpectFrames
-    num_writing: int = 0
-    ended: bool = False
-
-
-@dataclass(slots=True)
-class _Sending:
-    """The frames of one attempt that still read the source's blocks."""
-
-    reading: dict[int, int] = field(default_factory=dict)  # frame sequence -> number of its try
-    ended: bool = False
+    header: FrameHeader
+    number: int
 
 
 class VirtualAgent:
@@ -95,8 +89,9 @@ class VirtualAgent:
         self._tell = tell
         self._find = find
         self._parts = parts
-        self._expected: dict[_Attempt, _Expected] = {}
-        self._sending: dict[_Attempt, _Sending] = {}
+        self._attempts = Attempts()
+        self._known: set[AttemptKey] = set()  # that commands have named and that are not quiet
+        self._reading: dict[tuple[AttemptKey, int], _Try] = {}  # by frame sequence
         self._num_tries = 0
         self.alive = True
 
@@ -106,8 +101,8 @@ class VirtualAgent:
 
     def bury(self) -> None:
         """The dead process is reaped: all that it knew is failed, and quiet."""
-        for transfer_id, epoch in sorted({*self._expected, *self._sending}):
-            name = {"transfer_id": TransferId(transfer_id), "epoch": epoch}
+        for transfer_id, epoch in sorted(self._known):
+            name = {"transfer_id": transfer_id, "epoch": epoch}
             self._tell(FrameFailed(**name, sequence=None, reason="the transfer agent died"))  # type: ignore[arg-type]
             self._tell(TransferQuiet(**name))  # type: ignore[arg-type]
 
@@ -119,11 +114,16 @@ class VirtualAgent:
             self._answer_for_nobody(command)
             return
         match command:
-            case ExpectFrames():
-                self._expected[command.transfer_id, command.epoch] = _Expected(command)
+            case ExpectFrames(transfer_id=transfer_id, epoch=epoch):
+                self._known.add((transfer_id, epoch))
+                reason = self._attempts.expect(command, source_agent=_number(command.endpoint))
+                if reason is not None:
+                    self._tell(FrameFailed(transfer_id=transfer_id, epoch=epoch, sequence=None, reason=reason))
             case SendFrame(header=header, endpoint=endpoint):
-                self._send(header, endpoint)
+                self._known.add((header.transfer_id, header.epoch))
+                self._later(lambda: self._read(header, endpoint))
             case EndTransfer():
+                self._known.add((command.transfer_id, command.epoch))
                 self._end(command)
 
     def _answer_for_nobody(self, command: AgentCommand) -> None:
@@ -139,23 +139,14 @@ class VirtualAgent:
 
     # ---- the source's end ------------------------------------------------------------------------------------------
 
-    def _send(self, header: FrameHeader, endpoint: str) -> None:
-        attempt = (header.transfer_id, header.epoch)
-        sending = self._sending.setdefault(attempt, _Sending())
-        if sending.ended:
+    def _read(self, header: FrameHeader, endpoint: str) -> None:
+        """Only now are the source's blocks read: what was put there meanwhile is what travels."""
+        if not self._attempts.send(header):
             return
         self._num_tries += 1
-        number = self._num_tries
-        sending.reading[header.sequence] = number
-        self._later(lambda: self._read(header, endpoint, number))
+        this = self._reading[_key(header), header.sequence] = _Try(header, self._num_tries)
         # No answer at all, since the other agent died: the frame failed.
-        self._schedule.after(ANSWER_MS, lambda: self._outcome(header, number, None, "no answer in time"))
-
-    def _read(self, header: FrameHeader, endpoint: str, number: int) -> None:
-        """Only now are the source's blocks read: what was put there meanwhile is what travels."""
-        sending = self._sending.get((header.transfer_id, header.epoch))
-        if sending is None or sending.reading.get(header.sequence) != number:
-            return
+        self._schedule.after(ANSWER_MS, lambda: self._outcome(this, None, "no answer in time"))
         for block in header.source_blocks:
             if self._ledger.state(block) is not BlockState.EXPORTED:
                 raise Violation(f"{header.transfer_id} reads block {block} of {self.name}, which is not pinned")
@@ -163,19 +154,19 @@ class VirtualAgent:
         checksum = xxhash.xxh3_64_intdigest(payload)
         if self._choices.chance(self._faults.loss):
             self._faults.num_lost += 1
-            self._later(lambda: self._outcome(header, number, None, "lost on the way"), slow=20)
+            self._later(lambda: self._outcome(this, None, "lost on the way"), slow=20)
             return
         if self._choices.chance(self._faults.corruption):
             self._faults.num_corrupted += 1
             payload = bytes([payload[0] ^ 1]) + payload[1:]
-        self._later(lambda: self._hand_over(header, endpoint, number, payload, checksum))
+        self._later(lambda: self._hand_over(this, endpoint, payload, checksum))
 
-    def _hand_over(self, header: FrameHeader, endpoint: str, number: int, payload: bytes, checksum: int) -> None:
+    def _hand_over(self, this: _Try, endpoint: str, payload: bytes, checksum: int) -> None:
         peer = self._find(endpoint)
         if not self.alive:
             return
         if peer is None:
-            self._outcome(header, number, None, "the peer's agent is gone")
+            self._outcome(this, None, "the peer's agent is gone")
             return
         if self._parts(self.name, peer.name):
             return  # it gets no answer in time
@@ -183,51 +174,65 @@ class VirtualAgent:
 
         def answer(landed: int | None, reason: str) -> None:
             if not self._parts(theirs, self.name):
-                self._later(lambda: self._outcome(header, number, landed, reason))
+                self._later(lambda: self._outcome(this, landed, reason))
 
-        peer._receive(header, payload, checksum, answer)
+        peer._receive(this.header, payload, checksum, _number(self.endpoint), answer)
 
-    def _outcome(self, header: FrameHeader, number: int, checksum: int | None, reason: str) -> None:
+    def _outcome(self, this: _Try, checksum: int | None, reason: str) -> None:
         """The target's agent has the frame, or has not."""
-        attempt = (header.transfer_id, header.epoch)
-        sending = self._sending.get(attempt)
-        if not self.alive or sending is None or sending.reading.get(header.sequence) != number:
+        header = this.header
+        place = _key(header), header.sequence
+        if not self.alive or self._reading.get(place) != this:
             return
-        del sending.reading[header.sequence]
+        del self._reading[place]
         name = {"transfer_id": header.transfer_id, "epoch": header.epoch, "sequence": header.sequence}
-        if checksum is None:
+        if not self._attempts.sent(header):
+            pass  # the attempt ended meanwhile
+        elif checksum is None:
             self._tell(FrameFailed(**name, reason=reason))  # type: ignore[arg-type]
         else:
             self._tell(FrameAcked(**name, checksum=checksum))  # type: ignore[arg-type]
-        self._quiet_if(attempt)
+        self._settle(header)
 
     # ---- the target's end ------------------------------------------------------------------------------------------
 
     def _receive(
-        self, header: FrameHeader, payload: bytes, checksum: int, answer: Callable[[int | None, str], None]
+        self, header: FrameHeader, payload: bytes, checksum: int, source_agent: int, answer: _Answer, waited_ms: int = 0
     ) -> None:
-        expected = self._expected.get((header.transfer_id, header.epoch))
+        """A frame is announced: it lands, is refused, or waits for what it needs, as in kv_transfer/agent_context.py.
+
+        Only then are its blocks written, torn: some are there long before the others.
+        """
         if not self.alive:
             return
-        if expected is None or not self._expects(expected, header):
-            answer(None, "the target expects no such frame")
-            return
+        found = self._attempts.take(header, checksum, source_agent=source_agent)
+        limit_ms = {Verdict.UNKNOWN: GRANT_WAIT_MS, Verdict.BUSY: ANSWER_MS}.get(found.verdict, 0)
+        if found.verdict is Verdict.AGAIN:
+            answer(checksum, "")
+        elif waited_ms < limit_ms:
+            self._schedule.after(
+                WAIT_MS,
+                lambda: self._receive(header, payload, checksum, source_agent, answer, waited_ms + WAIT_MS),
+            )
+        elif found.verdict is not Verdict.TAKE:
+            answer(None, found.reason)
+        else:
+            self._write(header, payload, checksum, answer)
+
+    def _write(self, header: FrameHeader, payload: bytes, checksum: int, answer: _Answer) -> None:
         self._may_write(header)
-        expected.num_writing += 1
         size = len(payload) // len(header.target_blocks)
         pieces = [payload[at : at + size] for at in range(0, len(payload), size)]
-        # Torn: some blocks are there long before the others.
         for block, piece in list(zip(header.target_blocks, pieces, strict=True))[:-1]:
             self._runner.write_block(block, piece)
 
         def finish() -> None:
-            if not self.alive:
-                return
             self._may_write(header)
             self._runner.write_block(header.target_blocks[-1], pieces[-1])
-            expected.num_writing -= 1
-            whole = self._is_whole(payload, checksum)
-            if whole and not expected.ended:
+            if not self._is_whole(payload, checksum):
+                self._attempts.dropped(header)
+                answer(None, "the checksum differs")
+            elif self._attempts.landed(header, checksum):
                 landed = FrameLanded(
                     transfer_id=header.transfer_id,
                     epoch=header.epoch,
@@ -239,14 +244,10 @@ class VirtualAgent:
                 self._tell(landed)
                 answer(checksum, "")
             else:
-                answer(None, "the checksum differs" if not whole else "the target ended the transfer")
-            self._quiet_if((header.transfer_id, header.epoch))
+                answer(None, "the target ended the transfer")
+            self._settle(header)
 
         self._later(finish, slow=WRITE_SLOW)
-
-    def _expects(self, expected: _Expected, header: FrameHeader) -> bool:
-        """Whether the frame is of an attempt that goes on, and only writes what was granted to it."""
-        return not expected.ended and _allowed(expected.command, header)
 
     def _may_write(self, header: FrameHeader) -> None:
         for block, generation in zip(header.target_blocks, header.target_generations, strict=True):
@@ -261,45 +262,34 @@ class VirtualAgent:
     # ---- the end ---------------------------------------------------------------------------------------------------
 
     def _end(self, command: EndTransfer) -> None:
-        attempt = (command.transfer_id, command.epoch)
-        self._sending.setdefault(attempt, _Sending()).ended = True
-        self._expected.setdefault(attempt, _Expected(_nothing(command))).ended = True
-        # Reads that have not begun, and answers that are not here yet, are given up after a while.
-        self._later(lambda: self._give_up(attempt), slow=10)
-        self._quiet_if(attempt)
+        key = (command.transfer_id, command.epoch)
+        if self._attempts.end(*key):
+            self._quiet(key)
+        else:
+            # Answers that are not here yet are given up after a while.
+            self._later(lambda: self._give_up(key), slow=10)
 
-    def _give_up(self, attempt: _Attempt) -> None:
-        if attempt in self._sending:
-            self._sending[attempt].reading.clear()
-            self._quiet_if(attempt)
+    def _give_up(self, key: AttemptKey) -> None:
+        for this in [each for (attempt, _), each in self._reading.items() if attempt == key]:
+            self._outcome(this, None, "given up")
 
-    def _quiet_if(self, attempt: _Attempt) -> None:
-        sending, expected = self._sending.get(attempt), self._expected.get(attempt)
-        if sending is None or expected is None or not (sending.ended and expected.ended):
-            return
-        if not sending.reading and not expected.num_writing:
-            del self._sending[attempt], self._expected[attempt]
-            self._tell(TransferQuiet(transfer_id=expected.command.transfer_id, epoch=attempt[1]))
+    def _settle(self, header: FrameHeader) -> None:
+        if self._attempts.settle(header.transfer_id, header.epoch):
+            self._quiet(_key(header))
+
+    def _quiet(self, key: AttemptKey) -> None:
+        self._known.discard(key)
+        self._tell(TransferQuiet(transfer_id=key[0], epoch=key[1]))
 
     def _later(self, do: Callable[[], None], slow: int = 1) -> None:
         delay_ms = slow * self._choices.between(0, self._faults.delay_max_ms)
         self._schedule.after(delay_ms, lambda: do() if self.alive else None)
 
 
-def _allowed(expect: ExpectFrames, header: FrameHeader) -> bool:
-    granted = set(zip(expect.blocks, expect.generations, strict=True))
-    wanted = set(zip(header.target_blocks, header.target_generations, strict=True))
-    incarnations = (expect.source_incarnation, expect.target_incarnation)
-    return wanted <= granted and incarnations == (header.source_incarnation, header.target_incarnation)
+def _key(header: FrameHeader) -> AttemptKey:
+    return header.transfer_id, header.epoch
 
 
-def _nothing(command: EndTransfer) -> ExpectFrames:
-    return ExpectFrames(
-        transfer_id=command.transfer_id,
-        epoch=command.epoch,
-        source_incarnation=0,
-        target_incarnation=0,
-        blocks=(),
-        generations=(),
-        endpoint="",
-    )
+def _number(endpoint: str) -> int:
+    """What stands for the agent's own incarnation, which is a part of a real endpoint."""
+    return xxhash.xxh3_64_intdigest(endpoint.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,18 @@ import pytest
 from engine.events import PeerGone, Tick
 from engine.fake_runner import fake_layout
 from kv_transfer.actions import AgentLost
-from kv_transfer.handoff import Attempt, Closed, Failed, HandoffConfig, Machine, Say, Stop, frame_digest, mermaid
+from kv_transfer.handoff import (
+    Attempt,
+    Closed,
+    EndQuarantine,
+    Failed,
+    HandoffConfig,
+    Machine,
+    Say,
+    Stop,
+    frame_digest,
+    mermaid,
+)
 from kv_transfer.handoff_source import (
     SOURCE_INSIDE,
     SOURCE_TABLE,
@@ -332,3 +344,40 @@ def test_settings_name_what_is_wrong() -> None:
         HandoffConfig(credits=0)
     with pytest.raises(ValueError, match="renew_ms is 20000, must be at most half of lease_ms, 30000"):
         HandoffConfig(renew_ms=20_000)
+
+
+# ---- what the target keeps of an attempt that failed ---------------------------------------------------------------
+
+
+def kept(events: list[object]) -> tuple[tuple[int, int], ...]:
+    """What the quarantine leaves, place in the block table and block."""
+    machine = target([OFFER, RESERVED, *events])
+    (end,) = (each for each in machine.handle(1_000, QUIET) if isinstance(each, EndQuarantine))
+    return end.whole
+
+
+@pytest.mark.parametrize("end", [Cancel(reason="x"), GONE, Stop(reason="x")])
+def test_full_blocks_that_landed_are_kept(end: object) -> None:
+    """The second of the prompt's two full blocks was granted as block 7; block 9 is the rest of the prompt."""
+    assert kept([landed(0), landed(1), end]) == ((1, 7),)
+    assert kept([landed(1), end]) == ()
+    assert kept([end]) == ()
+
+
+def test_blocks_that_landed_are_kept_when_the_agent_dies() -> None:
+    actions = target([OFFER, RESERVED, landed(0)]).handle(1_000, LOST)
+    assert [each.whole for each in actions if isinstance(each, EndQuarantine)] == [((1, 7),)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [replace(landed(0), checksum=1)],
+        [replace(landed(1), target_blocks=(8,))],
+        [landed(1), replace(COMMIT, digest=b"x" * 16)],
+        [landed(1), replace(COMMIT, num_computed_tokens=3)],
+        [COMMIT, replace(COMMIT, num_frames=3)],
+    ],
+)
+def test_nothing_is_kept_of_a_source_that_breaks_the_rules(wrong: list[object]) -> None:
+    assert kept([landed(0), *wrong]) == ()

@@ -230,6 +230,12 @@ class Bench:
         self.say(target, self._assign(AssignMode.DECODE, tokens, target, source))
         self.say(source, self.migrate(source, num_tokens=len(tokens)))
 
+    def restart(self, name: str) -> None:
+        """The router places the request anew, on this worker alone."""
+        self.epoch += 64
+        tokens = (*self.prompt, *(token.token_id for token in self.tokens()))
+        self.say(name, self._assign(AssignMode.LOCAL, tokens, name, None))
+
     def tokens(self) -> list[Token]:
         """All that was told, by index; the same from all who told it."""
         by_index: dict[int, Token] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -211,10 +211,23 @@ class LedgerMachine(RuleBasedStateMachine):
         if blocks:
             self.quarantined[transfer] = blocks
 
-    @rule(transfer=st.sampled_from(TRANSFERS))
-    def end_quarantine(self, transfer: str) -> None:
-        self.ledger.end_quarantine(transfer)
-        self.quarantined.pop(transfer, None)
+    @rule(transfer=st.sampled_from(TRANSFERS), chain=st.integers(0, 2), first=st.integers(0, 5), num=st.integers(0, 3))
+    def end_quarantine(self, transfer: str, chain: int, first: int, num: int) -> None:
+        """The leading `num` blocks turn out to be whole, as blocks of a chain from `first` on."""
+        blocks = self.quarantined.pop(transfer, [])
+        whole = dict(zip(blocks[:num], CHAINS[chain][first:], strict=False))
+        self.ledger.end_quarantine(transfer, whole)
+        for block in reversed(blocks):
+            if block in whole:
+                self.index.setdefault(whole[block], block)
+        self.unpinned(blocks[::-1])
+
+    @rule(transfer=st.sampled_from(TRANSFERS), chain=st.integers(0, 2), num=st.integers(1, 3))
+    def lose(self, transfer: str, chain: int, num: int) -> None:
+        """What an attempt does that fails when its blocks have landed."""
+        self.grant(transfer, num)
+        self.quarantine(transfer)
+        self.end_quarantine(transfer, chain, 0, num)
 
     @rule()
     def drain_events(self) -> None:
@@ -337,8 +350,13 @@ class EvictsHeadFirst(BlockLedger):
 
 
 class LosesAGrantedBlock(BlockLedger):
-    def end_quarantine(self, transfer: str) -> None:
+    def end_quarantine(self, transfer: str, whole: Mapping[int, bytes] | None = None) -> None:
         self._quarantined[transfer] = self._quarantined.get(transfer, [])[:-1]
+        super().end_quarantine(transfer, whole)
+
+
+class ForgetsWhatIsWhole(BlockLedger):
+    def end_quarantine(self, transfer: str, whole: Mapping[int, bytes] | None = None) -> None:
         super().end_quarantine(transfer)
 
 
@@ -353,7 +371,7 @@ class ForgetsToTellRemoval(BlockLedger):
         FreesWhileShared, FreesUnderAStep, ForgetsWhoLeftInAStep,
         FreesWhileExported, KeepsStaleHash, AllocatesTooMuch, ForgetsGenerationOnFree,
         ForgetsGenerationOnEviction, FreesGrantWithoutQuarantine, EvictsHeadFirst, LosesAGrantedBlock,
-        ForgetsToTellRemoval,
+        ForgetsWhatIsWhole, ForgetsToTellRemoval,
     ],
 )  # fmt: skip
 def test_planted_bug_is_found(broken: type[BlockLedger]) -> None:
@@ -442,6 +460,27 @@ def test_misuse_is_an_assertion(misuse: Callable[[BlockLedger], object]) -> None
     with pytest.raises(AssertionError):
         misuse(ledger)
     assert ledger.audit() == []
+
+
+def test_of_what_a_quarantine_leaves_the_end_is_evicted_first() -> None:
+    ledger = BlockLedger(num_blocks=4, block_size=1)
+    blocks = ledger.grant("t", 4)
+    assert blocks is not None
+    ledger.quarantine("t")
+    ledger.end_quarantine("t", dict(zip(blocks[:3], CHAINS[0], strict=False)))
+    assert (ledger.counts().free, ledger.counts().cached) == (1, 3)
+    for left in (3, 2, 1):
+        assert ledger.match(CHAINS[0]) == left
+        ledger.allocate(f"a{left}", 1 + (left == 3))
+
+
+def test_without_a_prefix_cache_a_quarantine_leaves_nothing() -> None:
+    ledger = BlockLedger(num_blocks=2, block_size=1, prefix_cache=False)
+    blocks = ledger.grant("t", 1)
+    assert blocks is not None
+    ledger.quarantine("t")
+    ledger.end_quarantine("t", {blocks[0]: CHAINS[0][0]})
+    assert ledger.counts().free == 2
 
 
 def test_ending_twice_or_what_never_began_has_no_effect() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from move_bench import (
+    PROMPT,
     STAGES,
     UNCOMMITTED,
     Bench,
@@ -22,6 +23,7 @@ from move_bench import (
     to_sealed,
     waits,
 )
+from role_cores import BLOCK
 
 from engine.events import PeerGone, RouterGone, Tick
 from kv_transfer.actions import AgentLost
@@ -35,6 +37,7 @@ from kv_transfer.messages import (
 from tandem.messages import (
     AssignMode,
     RequestFailed,
+    TransferStats,
 )
 from tandem.request import Sampling, TransferId, WorkerId
 
@@ -106,18 +109,46 @@ def test_edge_11_dead_target_after_the_commit_request_is_asked_about(stage: Call
     bench.finish("a")
 
 
-@pytest.mark.parametrize("stage", STAGES[1:6])
-def test_edges_8_and_12_dead_source_is_reported_and_nothing_is_kept(stage: Callable[[Bench], None]) -> None:
+def num_whole(bench: Bench) -> int:
+    """Blocks that b could keep of an attempt: those that have landed, of those that were full when it was offered."""
+    request = bench["b"].core.decode._attempts[bench.transfer]
+    assert request.machine is not None
+    landed = sum(len(frame.target_blocks) for frame in request.machine._landed.values())
+    return min(landed, (len(PROMPT) + 9 - 1) // BLOCK)
+
+
+def lost_source(stage: Callable[[Bench], None]) -> tuple[Bench, int]:
+    """The source dies in that stage, after nine tokens; and the blocks that the target keeps."""
     bench = Bench()
     bench.start(num_tokens=9)
     stage(bench)
+    whole = num_whole(bench)
     bench.line.clear()
     bench.handle("b", PeerGone(worker_id=WorkerId("a"), incarnation=1))
     (failed,) = (each for each in bench["b"].told if isinstance(each, RequestFailed))
     assert (failed.epoch, failed.retryable) == (1, True)
     bench.settle()
+    return bench, whole
+
+
+@pytest.mark.parametrize("stage", STAGES[1:6])
+def test_edges_8_and_12_dead_source_leaves_what_has_landed_as_prefix_cache(stage: Callable[[Bench], None]) -> None:
+    bench, whole = lost_source(stage)
     counts = bench["b"].ledger.counts()
-    assert counts.free == counts.total
+    assert (counts.free, counts.cached) == (counts.total - whole, whole)
+    assert whole == {"to_committing": 4}.get(stage.__name__, whole)
+
+
+@pytest.mark.parametrize("stage", [to_fencing, to_committing])
+def test_edge_8_request_is_placed_anew_where_its_blocks_have_landed(stage: Callable[[Bench], None]) -> None:
+    bench, whole = lost_source(stage)
+    assert whole
+    bench.restart("b")
+    for _ in range(40):
+        bench.step("b")
+    assert len(bench.tokens()) == 40
+    (stats,) = (each for each in bench["b"].told if isinstance(each, TransferStats))
+    assert stats.tokens_cached == whole * BLOCK
 
 
 def test_edge_13_commit_proceeds_when_the_source_dies_after_the_seal() -> None:
@@ -132,7 +163,9 @@ def test_edge_13_commit_proceeds_when_the_source_dies_after_the_seal() -> None:
 
 
 @pytest.mark.parametrize("answer", [("a", 1, True), (None, 1, True), ("c", 65, True)])
-def test_edge_14_refused_commit_leaves_nothing_at_the_target(answer: tuple[str | None, int, bool]) -> None:
+def test_edge_14_refused_commit_leaves_nothing_at_the_target_but_prefix_cache(
+    answer: tuple[str | None, int, bool],
+) -> None:
     bench = Bench()
     bench.start(num_tokens=9)
     to_sealed(bench)
@@ -140,7 +173,7 @@ def test_edge_14_refused_commit_leaves_nothing_at_the_target(answer: tuple[str |
     bench.answer("b", owner, epoch, over=over, refused="stale")
     bench.settle()
     counts = bench["b"].ledger.counts()
-    assert counts.free == counts.total
+    assert (counts.free, counts.cached) == (counts.total - 4, 4)
     assert not len(bench["b"].batch)
 
 

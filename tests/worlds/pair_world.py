@@ -128,19 +128,19 @@ class Agent:
         reason = "the target's agent is gone"
         if target is not None and target.alive and self.alive:
             granted = target.expected.get(key, {})
+            again = (key, header.sequence) in target.landed
             pairs = list(zip(header.target_blocks, header.target_generations, strict=True))
             if key in target.ended:
                 reason = "ended"
-                if taken and granted and (key, header.sequence) not in target.landed:
+                if taken and granted and not again:
                     target.world.worker(target.name).runner.poison(header.target_blocks)  # torn
             elif any(granted.get(block) != generation for block, generation in pairs):
                 reason = "not granted"
-            elif target.world.hits(target.world.faults.fail_frame):
+            elif not again and target.world.hits(target.world.faults.fail_frame):
                 reason = "checksum"
                 target.world.worker(target.name).runner.poison(header.target_blocks)
             else:
                 reason = ""
-                again = (key, header.sequence) in target.landed
                 sink = self.world.worker(target.name)
                 pairs_of_blocks = zip(header.source_blocks, header.target_blocks, strict=True)
                 content = b"".join(source.runner.read_block(block) for block in header.source_blocks)
