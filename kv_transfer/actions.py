@@ -20,7 +20,7 @@ from tandem.messages import (
     WorkerAddress,
     WorkerLoad,
 )
-from tandem.request import RequestId, Token
+from tandem.request import RequestId, Token, TransferId
 
 # ---- events ------------------------------------------------------------------------------------------------------
 
@@ -81,6 +81,16 @@ class SendTransfer:
 Action = Report | SendTransfer | SendFrame | ExpectFrames | EndTransfer
 
 
-def request_failed(request_id: RequestId, epoch: int, code: str, message: str, *, retryable: bool) -> RequestFailed:
-    """What either role tells the router when it gives a request up."""
-    return RequestFailed(request_id=request_id, epoch=epoch, code=code, message=message, retryable=retryable)
+def request_failed(
+    request_id: RequestId,
+    epoch: int,
+    code: str,
+    message: str,
+    *,
+    retryable: bool,
+    transfer_id: TransferId = TransferId(""),
+) -> RequestFailed:
+    """What either role tells the router when it gives a request up, or an attempt to bring one here."""
+    return RequestFailed(
+        request_id=request_id, epoch=epoch, transfer_id=transfer_id, code=code, message=message, retryable=retryable
+    )

@@ -179,7 +179,9 @@ class PrefillCore:
             actions += self._stop(now_ms, before, f"assigned anew at epoch {assign.epoch}")
 
         def refuse(code: str, message: str, *, retryable: bool) -> list[Action]:
-            failed = request_failed(assign.request_id, assign.epoch, code, message, retryable=retryable)
+            failed = request_failed(
+                assign.request_id, assign.epoch, code, message, retryable=retryable, transfer_id=assign.transfer_id
+            )
             return [*actions, Report(session=session, piece=failed)]
 
         peer = assign.peer
@@ -387,7 +389,14 @@ class PrefillCore:
                 self._release(request)
             case Failed(code=code, reason=reason, retryable=retryable):
                 self._release(request)
-                failed = request_failed(attempt.request_id, attempt.epoch, code, reason, retryable=retryable)
+                failed = request_failed(
+                    attempt.request_id,
+                    attempt.epoch,
+                    code,
+                    reason,
+                    retryable=retryable,
+                    transfer_id=attempt.transfer_id,
+                )
                 return [self._report(request, failed)]
             case Closed():
                 del self._attempts[transfer]

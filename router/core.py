@@ -374,7 +374,8 @@ class RouterCore:
             return
         why = f"{worker.worker_id}: {failed.code}: {failed.message}"
         if request.move is not None and worker is request.move.target:
-            self._step(request, worker, MoveLost(why))
+            if failed.transfer_id == request.move.transfer_id:  # and not of an earlier move to the same target
+                self._step(request, worker, MoveLost(why))
         elif failed.retryable:
             # Of a handoff that failed the other end is to blame, as far as who reports it can see.
             others = [each for each in request.involved if each is not worker and failed.code == HANDOFF_FAILED]

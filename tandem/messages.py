@@ -117,6 +117,7 @@ class RequestFailed:
 
     request_id: RequestId
     epoch: int
+    transfer_id: TransferId = field(default=TransferId(""))  # of the attempt to bring it here; empty: it ran here
     code: str
     message: str
     retryable: bool

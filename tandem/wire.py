@@ -337,6 +337,7 @@ def encode_report(report: WorkerReport) -> pb.WorkerReport:
                 code=failed.code,
                 message=failed.message,
                 retryable=failed.retryable,
+                transfer_id=failed.transfer_id,
             )
             for failed in report.failed
         ],
@@ -386,6 +387,7 @@ def decode_report(message: pb.WorkerReport) -> WorkerReport:
                 code=failed.code,
                 message=failed.message,
                 retryable=failed.retryable,
+                transfer_id=TransferId(failed.transfer_id),
             )
             for failed in message.failed
         ),

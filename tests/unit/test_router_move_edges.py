@@ -58,7 +58,10 @@ DROPS: list[tuple[str, Callable[[MoveRig], object], bool, bool]] = [
     (
         "no_room",
         lambda rig: rig.report(
-            D2, failed=(RequestFailed(request_id=R, epoch=2, code="no_room", message="full", retryable=True),)
+            D2,
+            failed=(
+                RequestFailed(request_id=R, epoch=2, transfer_id=MOVE, code="no_room", message="full", retryable=True),
+            ),
         ),
         True,
         True,
@@ -114,6 +117,40 @@ def test_a_revocation_that_comes_after_the_commit_is_told_who_owns(moving: MoveR
     assert moving.records()[0].outcome is MoveOutcome.MOVED
 
 
+@pytest.mark.parametrize("stale", [TransferId("r.2.m0"), TransferId("r.1"), TransferId("")])
+def test_what_a_target_says_late_of_an_earlier_attempt_does_not_end_this_one(
+    moving: MoveRig, stale: TransferId
+) -> None:
+    failed = RequestFailed(request_id=R, epoch=2, transfer_id=stale, code="handoff_failed", message="", retryable=True)
+    assert not moving.report(D2, failed=(failed,))
+    moving.moved()
+    moving.token(D2, 3, 2)
+    assert moving.records()[0].outcome is MoveOutcome.MOVED
+
+
+def test_edge_20_move_whose_planner_is_gone_ends_by_itself(rig: MoveRig) -> None:
+    """Nobody speaks up for it any more: it is committed all the same, and one that stands still has a deadline."""
+    rig.move()
+    rig.moved()
+    rig.token(D2, 3, 2)
+    assert [each.outcome for each in rig.records()] == [MoveOutcome.MOVED]
+    rig.feed(Tick(), after_ms=10_000)
+    rig.move(to=None)
+    rig.feed(Tick(), after_ms=11_000)
+    assert [each.outcome for each in rig.records()] == [MoveOutcome.MOVED, MoveOutcome.FAILED]
+    rig.token(D2, 3, 3)
+    assert rig.delivered() == [2, 3]
+
+
+def test_edge_21_second_plan_for_a_request_is_refused_while_the_first_runs(moving: MoveRig) -> None:
+    for reason in (MoveReason.OPERATOR, MoveReason.BALANCE, MoveReason.DRAIN):
+        assert "is being moved already" in moving.refusal(moving.move(to=None, reason=reason)).message
+    moving.moved()
+    assert "is being moved already" in moving.refusal(moving.move(to=None)).message  # until the first token is here
+    moving.token(D2, 3, 2)
+    assert [each.outcome for each in moving.records()] == [MoveOutcome.MOVED]
+
+
 def test_only_the_source_revokes_and_only_its_own_move(moving: MoveRig) -> None:
     for worker, transfer_id in ((D2, MOVE), (P, MOVE), (D, TransferId("r.1")), (D, TransferId("r.2.m0"))):
         moving.asked(transfer_id, worker, revoke=True)
@@ -145,15 +182,20 @@ ORPHANS: list[Callable[[MoveRig], object]] = [
     lambda rig: rig.feed(WorkerLost(worker_id=D2, incarnation=1, reason="killed")),
     lambda rig: rig.feed(LinkLost(worker_id=D2, incarnation=1, reason="cut")),
     lambda rig: rig.report(
-        D2, failed=(RequestFailed(request_id=R, epoch=2, code="handoff_failed", message="", retryable=True),)
+        D2,
+        failed=(
+            RequestFailed(request_id=R, epoch=2, transfer_id=MOVE, code="handoff_failed", message="", retryable=True),
+        ),
     ),
     lambda rig: rig.moved(next_index=9),
 ]
 
 
 @pytest.mark.parametrize("lose", ORPHANS)
-def test_an_orphan_whose_move_fails_too_is_placed_anew(moving: MoveRig, lose: Callable[[MoveRig], object]) -> None:
-    """Edges 8 and 12: with what was delivered, and the target's copy as a prefix cache if it is there."""
+def test_edges_8_and_12_orphan_whose_move_fails_too_is_placed_anew(
+    moving: MoveRig, lose: Callable[[MoveRig], object]
+) -> None:
+    """With what was delivered, and the target's copy as a prefix cache if it is there."""
     moving.up("d2", Role.DECODE)
     moving.feed(WorkerLost(worker_id=D, incarnation=1, reason="killed"))
     moving.actions.clear()
@@ -203,8 +245,8 @@ def test_both_lost_and_in_either_order(moving: MoveRig) -> None:
     assert [each.outcome for each in moving.records()] == [MoveOutcome.FAILED]
 
 
-def test_a_target_that_dies_right_after_the_commit_loses_the_request_to_a_new_place(moving: MoveRig) -> None:
-    """Edge 17, without a grace: the source's blocks are prefix cache by then."""
+def test_edge_17_target_that_dies_right_after_the_commit_loses_the_request_to_a_new_place(moving: MoveRig) -> None:
+    """Without a grace: the source's blocks are prefix cache by then."""
     moving.moved()
     moving.actions.clear()
     moving.feed(WorkerLost(worker_id=D2, incarnation=1, reason="killed"))
@@ -268,8 +310,8 @@ def test_a_stalled_source_is_to_blame_and_not_its_target() -> None:
     assert rig.records()[0].outcome is MoveOutcome.ENDED
 
 
-def test_a_draining_source_goes_on_until_it_is_rid_of_the_request(rig: MoveRig) -> None:
-    """Edge 19: without a target it stays; nobody drops it."""
+def test_edge_19_draining_source_goes_on_until_it_is_rid_of_the_request(rig: MoveRig) -> None:
+    """Without a target it stays; nobody drops it."""
     rig.feed(WorkerDraining(worker_id=D, incarnation=1))
     rig.feed(WorkerDraining(worker_id=D2, incarnation=1))
     assert "d1: that worker is draining" in rig.refusal(rig.move(to=None, reason=MoveReason.DRAIN)).message

@@ -312,3 +312,34 @@ def test_a_malformed_transfer_message_is_refused_by_the_name_of_its_field() -> N
     ):
         with pytest.raises(ValueError, match=field):
             kv_wire.decode_transfer_message(message)
+
+
+@pytest.mark.parametrize("num_tokens", [256, 8192])
+def test_the_state_of_a_request_that_moves_is_small(num_tokens: int) -> None:
+    """All that its target learns but the blocks: under 1 KiB and 4 bytes a token (docs: sampling needs no other)."""
+    sampling = Sampling(
+        temperature=0.7, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.5,
+        frequency_penalty=0.5, seed=2**64 - 1, max_tokens=8192, min_tokens=1, stop_token_ids=(151_645,) * 8,
+        logprobs=20,
+    )  # fmt: skip
+    endpoint = "e" * 200
+    peer = m.WorkerAddress(
+        worker_id=WorkerId("decode-17"), incarnation=2**63, control="10.0.0.1:50123", endpoint=endpoint
+    )
+    request_id, transfer_id = RequestId(f"chatcmpl-{'f' * 32}"), TransferId(f"chatcmpl-{'f' * 32}.12345.m12")
+    assign = m.Assign(
+        request_id=request_id, epoch=2**40, mode=m.AssignMode.DECODE, tokens=(151_000,) * num_tokens,
+        num_prompt_tokens=num_tokens // 2, sampling=sampling, transfer_id=transfer_id, peer=peer, deadline_ms=10_000,
+        move=True,
+    )  # fmt: skip
+    token = Token(request_id=request_id, epoch=2**40, index=num_tokens, token_id=151_000, logprob=-0.5)
+    commit = kv.CommitRequest(
+        num_frames=64, digest=b"d" * 16, num_computed_tokens=num_tokens + 1, tokens=(token, replace(token, index=1))
+    )
+    header = kv.Header(
+        transfer_id=transfer_id, request_id=request_id, epoch=2**40, sender=WorkerId("decode-1"),
+        source_incarnation=2**63, target_incarnation=2**63,
+    )  # fmt: skip
+    said = wire.encode_router_message(assign).SerializeToString()
+    said += kv_wire.encode_transfer_message(kv.TransferMessage(header=header, body=commit)).SerializeToString()
+    assert len(said) <= 1024 + 4 * num_tokens
