@@ -1,8 +1,8 @@
 """What the rebalancer is worth: long requests that all sit on one worker, with it and without it.
 
-Each repetition runs both in turn on fresh clusters. The requests are gathered on one decode worker by command, then
-watched. With plenty of memory the step grows with the batch; with little memory the worker runs out of blocks
-and has to preempt and recompute.
+Each repetition runs both in turn on fresh clusters. One decode worker is exchanged (`tandem drain --restart`) while the
+requests come, so that all of them decode on the other; they are watched from when it is back. With plenty of memory the
+step grows with the batch; with little memory the worker runs out of blocks and has to preempt and recompute.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ import grpc
 
 from benchmarks import report
 from benchmarks.figures import Outcome, percentile
-from benchmarks.load import generate, migrate
+from benchmarks.load import generate
 from benchmarks.local_cluster import LocalCluster
 from benchmarks.workload import Offered, random_prompts
 from tandem.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 
 VOCAB_SIZE = 49152
 COMMON = ["--dtype", "float32", "--exact", "--threads", "1", "--prefill", "1", "--decode", "2"]
-GATHER_DEADLINE_S = 180.0
+EXCHANGE_DEADLINE_S = 120.0
+LEARN_TOKENS = 120  # of each request that lets the rebalancer see what batches cost
+LEARN_EVERY_S = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,7 @@ class Case:
 
 
 CASES = (
-    Case(name="plenty of memory", num_requests=8, prompt_tokens=1000, output_tokens=500, kv_memory="1GiB"),
+    Case(name="plenty of memory", num_requests=8, prompt_tokens=500, output_tokens=1000, kv_memory="1GiB"),
     Case(name="little memory", num_requests=6, prompt_tokens=200, output_tokens=600, kv_memory="160MiB"),
 )
 
@@ -62,37 +64,52 @@ class Side:
     errors: list[str] = field(default_factory=list)
 
 
-async def gathered(admin: admin_pb2_grpc.AdminStub, names: Sequence[str]) -> None:
-    """Waits until all requests decode, with those that are elsewhere moved to decode-0."""
-    deadline_s = asyncio.get_running_loop().time() + GATHER_DEADLINE_S
-    while True:
-        status = await admin.Status(admin_pb2.StatusRequest(), timeout=10)
-        found = {each.id: each for each in status.requests if each.id in names and each.state == "decoding"}
-        away = [each.id for each in found.values() if each.decode_worker != "decode-0"]
-        if len(found) == len(names) and not away:
-            return
-        if asyncio.get_running_loop().time() > deadline_s:
-            raise TimeoutError(f"requests did not gather on decode-0 within {GATHER_DEADLINE_S:.0f} s")
-        for name in away:
-            try:
-                await migrate(admin, name, "decode-0")
-            except grpc.aio.AioRpcError as error:
-                print(f"{name}: {error.details()}", file=sys.stderr)
-        await asyncio.sleep(0.1)
+async def learnt(inference: inference_pb2_grpc.InferenceStub, prompts: Sequence[Sequence[int]]) -> None:
+    """Traffic of growing batches; afterwards all prompts are in the prefill worker's cache."""
+    asked = []
+    for number, prompt in enumerate(prompts):
+        tokens = LEARN_TOKENS if number < 4 else 1
+        asked.append(asyncio.create_task(generate(inference, prompt, output_tokens=tokens)))
+        await asyncio.sleep(LEARN_EVERY_S)
+    for outcome in await asyncio.gather(*asked):
+        if outcome.error:
+            raise RuntimeError(f"a request before the measurement failed: {outcome.error}")
 
 
 async def watch(address: str, case: Case, prompts: Sequence[Sequence[int]]) -> tuple[float, list[Outcome]]:
-    """When (s) all requests were on one worker, and their outcomes."""
+    """When (s) the second worker was back with all requests on the first, and their outcomes."""
     async with grpc.aio.insecure_channel(address) as channel:
         inference = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
-        names = [f"long-{number}" for number in range(len(prompts))]
+        admin = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+        await learnt(inference, prompts)
+        exchange = asyncio.create_task(_exchange(admin, "decode-1"))
+        while await _state(admin, "decode-1") == "ready":
+            await asyncio.sleep(0.05)
         asked = [
-            asyncio.create_task(generate(inference, prompt, output_tokens=case.output_tokens, request_id=name))
-            for name, prompt in zip(names, prompts, strict=True)
+            asyncio.create_task(
+                generate(inference, prompt, output_tokens=case.output_tokens, request_id=f"long-{number}")
+            )
+            for number, prompt in enumerate(prompts)
         ]
-        await gathered(admin_pb2_grpc.AdminStub(channel), names)  # type: ignore[no-untyped-call]
+        await exchange
         begin_s = time.perf_counter()
+        status = await admin.Status(admin_pb2.StatusRequest(), timeout=10)
+        places = [each.decode_worker for each in status.requests if each.id.startswith("long-")]
+        if sorted(places) != ["decode-0"] * len(prompts):
+            raise RuntimeError(f"the requests are not all on decode-0: {places}")
         return begin_s, await asyncio.gather(*asked)
+
+
+async def _exchange(admin: admin_pb2_grpc.AdminStub, worker: str) -> None:
+    """Returns when the worker is back."""
+    drain = admin_pb2.DrainRequest(worker=worker, deadline_ms=60_000, restart=True)
+    async for _ in admin.Drain(drain, timeout=EXCHANGE_DEADLINE_S):
+        pass
+
+
+async def _state(admin: admin_pb2_grpc.AdminStub, worker: str) -> str:
+    status = await admin.Status(admin_pb2.StatusRequest(), timeout=10)
+    return next((str(each.state) for each in status.workers if each.id == worker), "")
 
 
 def one_run(case: Case, side: Side, *, rebalance: bool, seed: int) -> None:
@@ -114,10 +131,11 @@ def one_run(case: Case, side: Side, *, rebalance: bool, seed: int) -> None:
     side.itl_p99_ms.append(percentile(gaps_ms, 0.99))
     side.itl_max_ms.append(max(gaps_ms))
     side.span_s.append(max(outcome.token_times_s[-1] for outcome in outcomes) - begin_s)
-    side.preempted.append(sum(request["tokens_recomputed"] for request in status["requests"]))
-    unasked = [move for move in status["moves"] if move["reason"] != "operator" and move["outcome"] == "moved"]
-    side.moves.append(len(unasked))
-    side.reasons.update(move["reason"] for move in unasked)
+    watched = [request for request in status["requests"] if request["id"].startswith("long-")]
+    side.preempted.append(sum(request["tokens_recomputed"] for request in watched))
+    moved = [move for move in status["moves"] if move["request"].startswith("long-") and move["outcome"] == "moved"]
+    side.moves.append(len(moved))
+    side.reasons.update(move["reason"] for move in moved)
 
 
 def main() -> int:
@@ -132,6 +150,7 @@ def main() -> int:
         for repeat in range(options.repeats):
             for name, side in sides.items():
                 one_run(case, side, rebalance=name == "on", seed=options.seed + repeat)
+                print(f"{case.name}, {name}: p99 {side.itl_p99_ms[-1]:.0f} ms, {side.moves[-1]} moves", file=sys.stderr)
         for name, side in sides.items():
             rows.append(
                 [
@@ -156,7 +175,7 @@ def main() -> int:
     )
     body += (
         f"\n\n{options.repeats} repetitions in turn on fresh clusters of 1 prefill and 2 decode workers, medians. All "
-        "requests are gathered on decode-0 by command, then gaps between tokens are taken from there to the end. "
+        "requests decode on decode-0 while decode-1 is exchanged; gaps between tokens are taken from when it is back. "
         f"{described}. float32, exact mode.\n"
     )
     report.write("rebalance", "Rebalancer on and off", body, seed=options.seed, threads="1 a worker")

@@ -166,6 +166,7 @@ def request_status(request: RequestSnapshot) -> pb.RequestStatus:
         reason=request.reason,
         num_moves=request.num_moves,
         moving_to=request.moving_to,
+        priority=request.priority,
     )
     if request.ttft_ms is not None:
         status.ttft_ms = request.ttft_ms

@@ -144,6 +144,7 @@ class Observer:
             worker_id=WorkerId(request.decode_worker),
             num_tokens=_num_tokens(request),
             left_tokens=self.lengths.left(request.tokens, left_max),
+            priority=request.priority,
             reserve_blocks=self._reserve_blocks(request, size),
             moved_ms=self._moving_ms.get(request.request_id),
             moving_to=WorkerId(request.moving_to) if request.moving_to else None,

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tandem.request import RequestId, WorkerId
+from tandem.request import RequestId, WorkerId, weight_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,7 @@ class RunningRequest:
     worker_id: WorkerId
     num_tokens: int  # prompt and answer so far
     left_tokens: float  # predicted
+    priority: int = 0
     reserve_blocks: int = 0  # that the router counts it with on a worker that it comes to
     moved_ms: int | None = None  # when its last move began, however that ended; None: it never moved
     moving_to: WorkerId | None = None
@@ -110,6 +111,16 @@ class Outlook:
             return -math.inf
         num = len(self.requests) + self.worker.num_incoming
         return self.free_blocks * self.worker.block_size / num if num else math.inf
+
+    @property
+    def weight(self) -> int:
+        """Its requests, each counted by its priority."""
+        return sum(weight_of(each.priority) for each in self.requests)
+
+    @property
+    def priority(self) -> int:
+        """The highest of its requests."""
+        return max((each.priority for each in self.requests), default=0)
 
     @property
     def step_ms(self) -> float:

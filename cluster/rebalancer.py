@@ -1,9 +1,9 @@
-"""Decides which running requests are moved, where to and why: drain, pressure, balance, then de-fragmentation.
+"""Decides which running requests are moved, where to and why: drain, pressure, priority, balance, de-fragmentation.
 
 Form of algorithms.md 14 (3): a move must be worth more than it costs, and must take more than a tenth off what it is
 against; a worker takes part in one move in and one out at a time; a request that moved stays for a while, and a pair
 that failed is left alone for a while. Llumnix (OSDI'24, 3.3) pairs by freeness alone; here each reason has the measure
-that it is about.
+that it is about. Waiting counts by the priority of who waits; so priority and balance never undo each other's moves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from cluster.outlook import ClusterView, Outlook, RunningRequest, WaitingRequest, WorkerView
 from router.move import MoveReason
-from tandem.request import RequestId, WorkerId
+from tandem.request import RequestId, WorkerId, weight_of
 
 # Bounds of what one decision costs.
 QUICKEST = 4  # workers that a balancing move is weighed for
@@ -252,7 +252,7 @@ def _pressure(case: _Case) -> None:
         if shortage == 0:
             break
         steps = case.steps_ahead(source)
-        best: tuple[float, PlannedMove, RunningRequest] | None = None
+        best: tuple[tuple[int, float], PlannedMove, RunningRequest] | None = None
         for request in case.movable(source):
             relieved = shortage - case.shortage(source, request)
             if relieved <= case.config.improvement_least * shortage:
@@ -270,38 +270,64 @@ def _pressure(case: _Case) -> None:
                 f"this saves {relieved}, {target.worker.worker_id} has {target.free_blocks} free"
             )
             move = _planned(MoveReason.PRESSURE, source, target, request, why, gain_ms, case)
-            if best is None or relief > best[0]:
-                best = relief, move, request
+            rank = -request.priority, relief  # lower priorities make room for higher ones
+            if best is None or rank > best[0]:
+                best = rank, move, request
         if best is not None:
             case.take(best[1], best[2])
 
 
+def _priority(case: _Case) -> None:
+    """Who has a high priority should not wait for a batch of others: they leave while all waiting gets less for it."""
+    mixed = [each for each in case.sources() if any(other.priority < each.priority for other in each.requests)]
+    for source in sorted(mixed, key=lambda each: (-each.priority, -each.weight)):
+        high = [each for each in source.requests if each.priority == source.priority]
+        alone_ms = case.view.step.of(len(high), sum(each.num_tokens for each in high))
+        worthwhile_ms = case.config.improvement_least * (source.step_ms - alone_ms)
+        movable = [each for each in case.movable(source) if each.priority < source.priority]
+        found = []
+        for target in sorted(case.targets(source), key=lambda each: (each.weight, each.step_ms))[:QUICKEST]:
+            for change in _changes(case, source, target, movable):
+                cost_ms = case.cost_ms(source, change.request)
+                if source.step_ms - change.source_ms > worthwhile_ms and change.gain_ms > cost_ms:
+                    why = (
+                        f"{len(high)} requests of priority {source.priority} wait {source.step_ms:.1f} ms a step on "
+                        f"{source.worker.worker_id}; without this one {change.source_ms:.1f} ms"
+                    )
+                    move = _planned(MoveReason.PRIORITY, source, target, change.request, why, change.gain_ms, case)
+                    found.append((change.gain_ms - cost_ms, change, move))
+        _take_best(case, found)
+
+
 def _balance(case: _Case) -> None:
-    """Every token waits for its worker's step: the slowest batch gives to the quickest while that saves waiting."""
+    """Every token waits for its worker's step: the slowest batch gives to the quickest while that saves waiting.
+
+    One request of twenty cannot take a tenth off the maximum. All moves to come can, if `imbalance_least` holds (the
+    even share is then at most 0.9 of it); each takes more than a tenth of what they can.
+    """
     for source in sorted(case.sources(), key=lambda each: -each.step_ms):
-        found: list[tuple[float, _Evened, PlannedMove]] = []
+        found: list[tuple[float, _Change, PlannedMove]] = []
         movable = case.movable(source)
         for target in sorted(case.targets(source), key=lambda each: each.step_ms)[:QUICKEST]:
             if not movable or source.step_ms < case.config.imbalance_least * target.step_ms:
                 continue
-            for evened in _evened(case, source, target, movable):
-                cost_ms = case.cost_ms(source, evened.request)
-                if evened.gain_ms > cost_ms:
+            worthwhile_ms = case.config.improvement_least * (source.step_ms - target.step_ms) / 2
+            for change in _changes(case, source, target, movable):
+                cost_ms = case.cost_ms(source, change.request)
+                taken_off_ms = source.step_ms - max(change.source_ms, change.target_ms)
+                if taken_off_ms > worthwhile_ms and change.gain_ms > cost_ms:
                     why = (
                         f"a step takes {source.step_ms:.1f} ms on {source.worker.worker_id} and {target.step_ms:.1f} "
-                        f"ms on {target.worker.worker_id}; after this {evened.source_ms:.1f} and "
-                        f"{evened.target_ms:.1f} ms"
+                        f"ms on {target.worker.worker_id}; after this {change.source_ms:.1f} and "
+                        f"{change.target_ms:.1f} ms"
                     )
-                    move = _planned(MoveReason.BALANCE, source, target, evened.request, why, evened.gain_ms, case)
-                    found.append((evened.gain_ms - cost_ms, evened, move))
-        found.sort(key=lambda each: -each[0])
-        best = next((each for each in found if case.suits(each[1].target, each[1].request)), None)
-        if best is not None:
-            case.take(best[2], best[1].request)
+                    move = _planned(MoveReason.BALANCE, source, target, change.request, why, change.gain_ms, case)
+                    found.append((change.gain_ms - cost_ms, change, move))
+        _take_best(case, found)
 
 
 @dataclass(frozen=True, slots=True)
-class _Evened:
+class _Change:
     """What moving one request would make of the steps of two workers, and the waiting that it saves."""
 
     request: RunningRequest
@@ -311,27 +337,32 @@ class _Evened:
     gain_ms: float
 
 
-def _evened(case: _Case, source: Outlook, target: Outlook, movable: list[RunningRequest]) -> Iterator[_Evened]:
-    """The moves that take enough off the source's step.
+def _changes(case: _Case, source: Outlook, target: Outlook, movable: list[RunningRequest]) -> Iterator[_Change]:
+    """What each move would bring: the waiting that all requests of both workers are spared, counted by priority.
 
-    One of twenty cannot take a tenth off the maximum. All moves to come can, if `imbalance_least` holds (the even share
-    is then at most 0.9 of it); each takes more than a tenth of what they can.
-
-    What is gained is the waiting that all requests of both workers are spared, as long as the request runs, in bounds.
+    As long as the request runs, in bounds.
     """
     step, source_ms, target_ms = case.view.step, source.step_ms, target.step_ms
-    here, there, source_tokens, target_tokens = (
-        len(source.requests), len(target.requests), source.num_tokens, target.num_tokens,
-    )  # fmt: skip
-    worthwhile_ms = case.config.improvement_least * (source_ms - target_ms) / 2
+    num_here, num_there = len(source.requests), len(target.requests)
+    tokens_here, tokens_there = source.num_tokens, target.num_tokens
+    weight_here, weight_there = source.weight, target.weight
+    before = weight_here * source_ms + weight_there * target_ms
     steps_max = case.config.balance_ms / max(source_ms, 0.1)
     for request in movable:
-        quicker = step.of(here - 1, source_tokens - request.num_tokens)
-        slower = step.of(there + 1, target_tokens + request.num_tokens)
-        if source_ms - max(slower, quicker) > worthwhile_ms:
-            before = here * source_ms + there * target_ms
-            after = (here - 1) * quicker + (there + 1) * slower
-            yield _Evened(request, target, quicker, slower, (before - after) * min(request.left_tokens, steps_max))
+        weight = weight_of(request.priority)
+        here_ms = step.of(num_here - 1, tokens_here - request.num_tokens)
+        there_ms = step.of(num_there + 1, tokens_there + request.num_tokens)
+        after = (weight_here - weight) * here_ms + (weight_there + weight) * there_ms
+        gain_ms = (before - after) * min(request.left_tokens, steps_max)
+        yield _Change(request, target, here_ms, there_ms, gain_ms)
+
+
+def _take_best(case: _Case, found: list[tuple[float, _Change, PlannedMove]]) -> None:
+    """The move that brings most, of those whose target stays within its band."""
+    found.sort(key=lambda each: -each[0])
+    best = next((each for each in found if case.suits(each[1].target, each[1].request)), None)
+    if best is not None:
+        case.take(best[2], best[1].request)
 
 
 def _defragment(case: _Case) -> None:
@@ -425,5 +456,5 @@ def _planned(
     )
 
 
-# In this order; drain is the first. MoveReason.PRIORITY belongs after pressure, once requests have classes.
-RULES: tuple[Callable[[_Case], None], ...] = (_drain, _pressure, _balance, _defragment)
+# In this order; drain is the first.
+RULES: tuple[Callable[[_Case], None], ...] = (_drain, _pressure, _priority, _balance, _defragment)

@@ -65,6 +65,7 @@ class Attempts:
         return Ask(
             num_tokens=request.num_tokens,
             num_more=request.num_more,
+            priority=request.new.priority,
             hashes=request.hashes,
             avoid=frozenset(request.avoid),
         )
@@ -97,7 +98,13 @@ class Attempts:
             num_tokens=request.num_tokens,
         )
         self._placer.charge(now_ms, placement.prefill_ms)
-        self._fleet.reserve(target, request.request_id, self._placer.num_blocks(ask, target), arriving=not local)
+        self._fleet.reserve(
+            target,
+            request.request_id,
+            self._placer.num_blocks(ask, target),
+            arriving=not local,
+            priority=request.new.priority,
+        )
         # The target first: it should know of the request when the source's offer comes.
         roles = ((target, AssignMode.DECODE, source), (source, AssignMode.PREFILL, target))
         for worker, mode, peer in ((source, AssignMode.LOCAL, None),) if local else roles:

@@ -24,13 +24,15 @@ from tandem.request import FinishReason, RequestId, Sampling, Token, WorkerId
 class NewRequest:
     """A request that passed the edge's validation. `tokens` is the prompt; `deadline_ms` counts from now.
 
-    `deadline_ms` 0: the router's own bound. `model` is for status only.
+    `deadline_ms` 0: the router's own bound. `priority`: 0 to PRIORITY_MAX, the highest first. `model` is for status
+    only.
     """
 
     request_id: RequestId
     tokens: tuple[int, ...]
     sampling: Sampling
     deadline_ms: int = 0
+    priority: int = 0
     model: str = ""
 
 

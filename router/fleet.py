@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from router.cost import CostModel
 from tandem.messages import Role, WorkerAddress, WorkerInfo, WorkerLoad
-from tandem.request import RequestId, WorkerId
+from tandem.request import RequestId, WorkerId, weight_of
 
 _Key = TypeVar("_Key", bound=tuple[float, int])
 
@@ -53,6 +53,7 @@ class Worker:
     free_at_ms: float = 0.0  # when the prefills it has are predicted to be done
     reserved: dict[RequestId, int] = field(default_factory=dict)  # blocks in this router's account
     num_reserved_blocks: int = 0
+    urgent: dict[RequestId, int] = field(default_factory=dict)  # of them, by how much more than others they count
     arriving: dict[RequestId, int] = field(default_factory=dict)  # of them, those whose blocks are yet to come
     num_arriving_blocks: int = 0
     dispatches: dict[RequestId, _Dispatch] = field(default_factory=dict)
@@ -92,6 +93,11 @@ class Worker:
             unseen = max(0, self.num_arriving_blocks - counts.granted)  # promised, and not in its report yet
             left = min(left, counts.free + counts.cached - unseen)
         return left
+
+    @property
+    def urgency(self) -> int:
+        """How much more its requests of higher priority count than as many others; 0: there are none."""
+        return sum(self.urgent.values())
 
     def queue_ms(self, now_ms: int) -> float:
         """Predicted wait of a prefill that is given to it now."""
@@ -215,7 +221,9 @@ class Fleet:
         worker.free_at_ms = max(worker.free_at_ms, float(now_ms)) + predicted_ms
         self._list(worker)
 
-    def reserve(self, worker: Worker, request_id: RequestId, num_blocks: int, *, arriving: bool = False) -> None:
+    def reserve(
+        self, worker: Worker, request_id: RequestId, num_blocks: int, *, arriving: bool = False, priority: int = 0
+    ) -> None:
         """The request counts as one of the worker's, with this much memory. `arriving`: by a transfer, until `arrived`.
 
         Two placements or moves do not fill the same memory, though the worker's reports know of neither yet.
@@ -223,6 +231,8 @@ class Fleet:
         self._unlist(worker)
         worker.num_reserved_blocks += num_blocks - worker.reserved.get(request_id, 0)
         worker.reserved[request_id] = num_blocks
+        if priority:
+            worker.urgent[request_id] = weight_of(priority) - 1
         if arriving:
             worker.num_arriving_blocks += num_blocks - worker.arriving.get(request_id, 0)
             worker.arriving[request_id] = num_blocks
@@ -250,6 +260,7 @@ class Fleet:
         """The request is no longer this worker's."""
         self._unlist(worker)
         worker.num_reserved_blocks -= worker.reserved.pop(request_id, 0)
+        worker.urgent.pop(request_id, None)
         self.arrived(worker, request_id)
         dispatch = worker.dispatches.pop(request_id, None)
         if dispatch is not None:

@@ -123,8 +123,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 raise InvalidRequest("prompt", "is missing; send text, chat or tokens")
         fields = _fields(request.sampling)
         return self._service.open(
-            Ask(api=Api.GRPC, request_id=request.request_id, prompts=[prompt], fields=fields)
-        )  # fmt: skip
+            Ask(
+                api=Api.GRPC,
+                request_id=request.request_id,
+                prompts=[prompt],
+                fields=fields,
+                priority=request.priority,
+            )
+        )
 
     async def _chat(self, chat: inference_pb2.ChatPrompt) -> tuple[int, ...]:
         check_num_messages(len(chat.messages))

@@ -1,4 +1,4 @@
-"""The line of requests that wait for a place: first come first served, each with a bound on its wait."""
+"""The line of requests that wait for a place: by priority, then first come first served; each wait has a bound."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from router.request import Request, RequestState
 
 
 class Line:
-    """Who needs much memory is not overtaken for ever: what cannot be placed now holds up what comes after it."""
+    """Who needs much memory is not overtaken for ever: what cannot be placed now holds up what comes after it.
+
+    Only higher priorities overtake; who is overtaken until its wait is over is told so.
+    """
 
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
@@ -20,11 +23,18 @@ class Line:
         self._no_workers_since_ms = 0
 
     def append(self, request: Request) -> None:
-        self._waiting.append(request)
+        """Behind all of its priority."""
+        at = len(self._waiting)
+        while at and self._waiting[at - 1].new.priority < request.new.priority:
+            at -= 1
+        self._waiting.insert(at, request)
 
     def appendleft(self, request: Request) -> None:
-        """For who has waited before."""
-        self._waiting.appendleft(request)
+        """For who has waited before: ahead of all of its priority."""
+        at = 0
+        while at < len(self._waiting) and self._waiting[at].new.priority > request.new.priority:
+            at += 1
+        self._waiting.insert(at, request)
 
     def advance(self, now_ms: int, place: Callable[[Request], NoPlacement | None]) -> None:
         """Lets `place` take the first ones; it says why it did not. NEVER_FITS must end the request instead."""

@@ -162,7 +162,13 @@ class Moves:
         self._history.begin(move.transfer_id, record)
         request.move = move
         request.involved.append(target)
-        self._fleet.reserve(target, request.request_id, self._placer.num_blocks(_ask(request), target), arriving=True)
+        self._fleet.reserve(
+            target,
+            request.request_id,
+            self._placer.num_blocks(_ask(request), target),
+            arriving=True,
+            priority=request.new.priority,
+        )
         reason = f"{event.reason.value}: {why}" if why else event.reason.value
         request.tell(now_ms, f"moves from {source.worker_id} to {target.worker_id} ({reason})")
         told = request.assign(AssignMode.DECODE, move.transfer_id, source, deadline_ms, move=True)

@@ -122,7 +122,16 @@ def _open(
     own_id = request.headers.get(REQUEST_ID, "")
     request_id = check_request_id(own_id, REQUEST_ID) if own_id else ""
     n = 1 if asked.n is None else asked.n
-    answers = service.open(Ask(api=api, request_id=request_id, prompts=prompts, fields=fields, n=n, names=names))
+    ask = Ask(
+        api=api,
+        request_id=request_id,
+        prompts=prompts,
+        fields=fields,
+        n=n,
+        priority=asked.priority or 0,
+        names=names,
+    )
+    answers = service.open(ask)
     form = ReplyForm(
         id=answers.request_id,
         model=service.model.id,

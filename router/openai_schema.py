@@ -15,7 +15,7 @@ from tandem.errors import InvalidRequest
 IGNORED = frozenset(
     {
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-        "prompt_cache_retention", "parallel_tool_calls", "priority",
+        "prompt_cache_retention", "parallel_tool_calls",
     }
 )  # fmt: skip
 
@@ -104,6 +104,9 @@ class CommonRequest(BaseModel):
     min_tokens: int | None = None
     stop_token_ids: _Ids | None = None
     ignore_eos: bool | None = None
+    priority: int | None = Field(
+        default=None, description="0 (default) to 3: higher ones are placed first, and others make room for them."
+    )
     return_token_ids: bool | None = Field(default=None, description="Adds `token_ids` to each choice.")
 
     @property

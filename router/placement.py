@@ -16,7 +16,7 @@ from router.config import RouterConfig
 from router.fleet import Fleet, Worker
 from router.prefix_index import PrefixIndex
 from tandem.messages import AssignMode, Role, WorkerAddress
-from tandem.request import WorkerId
+from tandem.request import WorkerId, weight_of
 
 WARMEST = 4  # candidates by match
 SOONEST = 4  # candidates by queue
@@ -64,6 +64,7 @@ class Ask:
 
     num_tokens: int
     num_more: int
+    priority: int = 0
     hashes: Sequence[bytes] = ()
     avoid: frozenset[WorkerKey] = field(default=frozenset())
 
@@ -210,7 +211,7 @@ class Placer:
         options = []
         for role in roles:
             for each in self._options(case, role):
-                batch_ms = each.worker.cost.step_ms(each.worker.num_requests + 1) * HORIZON_STEPS
+                batch_ms = (_step_ms(each.worker) + _disturbed_ms(case.ask, each.worker)) * HORIZON_STEPS
                 options.append(
                     _Option(each.worker, each.score_ms + batch_ms, each.queue_ms, each.prefill_ms, each.num_cached)
                 )
@@ -233,7 +234,7 @@ class Placer:
         for worker in candidates:
             missing = case.ask.num_tokens - case.cached(worker)
             num_bytes = -(-missing // worker.info.block_size) * worker.info.block_bytes
-            batch_ms = worker.cost.step_ms(worker.num_requests + 1) * HORIZON_STEPS
+            batch_ms = (_step_ms(worker) + _disturbed_ms(case.ask, worker)) * HORIZON_STEPS
             scored.append((batch_ms + num_bytes / self._config.transfer_bytes_per_ms, worker.slot, worker))
         if not scored:
             return None
@@ -293,6 +294,22 @@ class Placer:
         num = max(1, (self._fleet.ready[Role.PREFILL] | self._fleet.ready[Role.MIXED]).bit_count())
         utilisation = self._recent_work_ms(now_ms) / (UTILISATION_WINDOW_MS * num)
         return 1.0 + 2.0 * min(1.0, max(0.0, (utilisation - 0.6) / 0.4))
+
+
+def _step_ms(worker: Worker) -> float:
+    """A step of the worker with one request more."""
+    return worker.cost.step_ms(worker.num_requests + 1)
+
+
+def _disturbed_ms(ask: Ask, worker: Worker) -> float:
+    """What that makes its requests of higher priority wait longer, a step, as this request's own waiting counts.
+
+    Their head-room (Llumnix, OSDI'24, 3.3), as a price instead of a fixed amount of memory.
+    """
+    if not worker.urgency:
+        return 0.0
+    longer_ms = _step_ms(worker) - worker.cost.step_ms(worker.num_requests)
+    return max(0.0, longer_ms) * worker.urgency / weight_of(ask.priority)
 
 
 def _distinct(*groups: Iterable[Worker]) -> list[Worker]:

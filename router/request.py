@@ -177,6 +177,7 @@ class RequestSnapshot:
     prompt_tokens: int
     tokens: int
     max_tokens: int
+    priority: int = 0
     num_moves: int
     moving_to: str
     transferred: Transferred
@@ -240,6 +241,7 @@ def snapshot(request: Request, now_ms: int, *, error: str = "", waits_for: str =
         prompt_tokens=len(request.new.tokens),
         tokens=len(request.answer),
         max_tokens=request.new.sampling.max_tokens,
+        priority=request.new.priority,
         num_moves=request.num_moves,
         moving_to="" if request.move is None or ended else request.move.target.worker_id,
         transferred=request.transferred,

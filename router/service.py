@@ -18,6 +18,7 @@ from router.validation import (
     Limits,
     SamplingFields,
     check_num_choices,
+    check_priority,
     check_prompt,
     check_request_id,
     check_sampling,
@@ -81,6 +82,7 @@ class Ask:
     prompts: Sequence[Sequence[int]]
     fields: SamplingFields
     n: int = 1
+    priority: int = 0
     names: Mapping[str, str] = field(default_factory=dict)  # our field -> what the client calls it
 
 
@@ -368,6 +370,7 @@ class Service:
         """
         stops = check_stops(ask.fields.stop)
         check_num_choices(ask.n, len(ask.prompts))
+        check_priority(ask.priority)
         request_id = check_request_id(ask.request_id) if ask.request_id else new_request_id(ask.api)
         if request_id in self._in_flight:
             raise DuplicateRequest(f"request_id: {request_id!r} is in flight")
@@ -411,9 +414,14 @@ class Service:
                     choice=choice,
                     names=ask.names,
                 )
-                requests.append(
-                    NewRequest(request_id=RequestId(own_id), tokens=tokens, sampling=sampling, model=self.model.id)
+                request = NewRequest(
+                    request_id=RequestId(own_id),
+                    tokens=tokens,
+                    sampling=sampling,
+                    priority=ask.priority,
+                    model=self.model.id,
                 )
+                requests.append(request)
         return requests
 
 

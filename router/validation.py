@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tandem.errors import InvalidRequest
-from tandem.request import RequestId, Sampling
+from tandem.request import PRIORITY_MAX, RequestId, Sampling
 
 BODY_BYTES_MAX = 8 * 1024 * 1024
 STOPS_MAX = 16
@@ -84,6 +84,11 @@ def check_num_choices(n: int, num_prompts: int = 1) -> int:
             "prompt", f"{num_prompts} prompts times n={n} are {n * num_prompts}, at most {CHOICES_MAX}"
         )
     return n
+
+
+def check_priority(value: int) -> int:
+    """The priority, when there is such a one."""
+    return _whole("priority", value, 0, PRIORITY_MAX)
 
 
 def check_prompt(tokens: Sequence[int], limits: Limits, name: str = "prompt") -> tuple[int, ...]:

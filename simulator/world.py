@@ -175,7 +175,12 @@ class World:
             max_tokens=min(2 + choices.choose(self.options.answer_tokens_max), room),
             ignore_eos=True,
         )
-        request = NewRequest(request_id=RequestId(f"r{self._num_requests}"), tokens=(*shared, *own), sampling=sampling)
+        request = NewRequest(
+            request_id=RequestId(f"r{self._num_requests}"),
+            tokens=(*shared, *own),
+            sampling=sampling,
+            priority=max(0, choices.choose(6) - 3),
+        )
         self.tell(f"{request.request_id}: {len(request.tokens)} tokens, then {sampling.max_tokens}")
         self.checks.submitted(request, healthy=self.healed)
         self.feed(Submitted(request=request))

@@ -135,16 +135,28 @@ class Client:
         self._channel.close()
 
     def generate(
-        self, prompt: Prompt, *, model: str = "", request_id: str = "", **sampling: Unpack[SamplingOptions]
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        request_id: str = "",
+        priority: int = 0,
+        **sampling: Unpack[SamplingOptions],
     ) -> Completion:
         """The whole answer. Raises TandemError."""
-        return _joined(list(self.stream(prompt, model=model, request_id=request_id, **sampling)))
+        return _joined(list(self.stream(prompt, model=model, request_id=request_id, priority=priority, **sampling)))
 
     def stream(
-        self, prompt: Prompt, *, model: str = "", request_id: str = "", **sampling: Unpack[SamplingOptions]
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        request_id: str = "",
+        priority: int = 0,
+        **sampling: Unpack[SamplingOptions],
     ) -> Iterator[Chunk]:
         """The answer as it comes; leaving the iteration cancels the request. Raises TandemError."""
-        call = self._stub.Generate(_request(prompt, model, request_id, sampling), timeout=self._timeout_s)
+        call = self._stub.Generate(_request(prompt, model, request_id, priority, sampling), timeout=self._timeout_s)
         try:
             for response in call:
                 yield _chunk(response)
@@ -194,16 +206,29 @@ class AsyncClient:
         await self._channel.close(None)
 
     async def generate(
-        self, prompt: Prompt, *, model: str = "", request_id: str = "", **sampling: Unpack[SamplingOptions]
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        request_id: str = "",
+        priority: int = 0,
+        **sampling: Unpack[SamplingOptions],
     ) -> Completion:
         """The whole answer. Raises TandemError."""
-        return _joined([each async for each in self.stream(prompt, model=model, request_id=request_id, **sampling)])
+        stream = self.stream(prompt, model=model, request_id=request_id, priority=priority, **sampling)
+        return _joined([each async for each in stream])
 
     async def stream(
-        self, prompt: Prompt, *, model: str = "", request_id: str = "", **sampling: Unpack[SamplingOptions]
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        request_id: str = "",
+        priority: int = 0,
+        **sampling: Unpack[SamplingOptions],
     ) -> AsyncIterator[Chunk]:
         """The answer as it comes; closing the iterator cancels the request. Raises TandemError."""
-        call = self._stub.Generate(_request(prompt, model, request_id, sampling), timeout=self._timeout_s)
+        call = self._stub.Generate(_request(prompt, model, request_id, priority, sampling), timeout=self._timeout_s)
         try:
             async for response in call:
                 yield _chunk(response)
@@ -231,12 +256,12 @@ class AsyncClient:
             raise _translated(error) from None
 
 
-def _request(prompt: Prompt, model: str, request_id: str, sampling: SamplingOptions) -> GenerateRequest:
+def _request(prompt: Prompt, model: str, request_id: str, priority: int, sampling: SamplingOptions) -> GenerateRequest:
     try:
         # protobuf's own errors name neither the field nor the value well, but say what type it wants.
         params = inference_pb2.SamplingParams(**sampling)
         request = inference_pb2.GenerateRequest(
-            model=model, request_id=request_id, sampling=params, return_token_ids=True
+            model=model, request_id=request_id, priority=priority, sampling=params, return_token_ids=True
         )
         if isinstance(prompt, str):
             request.text = prompt

@@ -11,6 +11,14 @@ WorkerId = NewType("WorkerId", str)
 TransferId = NewType("TransferId", str)
 
 
+PRIORITY_MAX = 3
+
+
+def weight_of(priority: int) -> int:
+    """How much the waiting of a request of this priority counts, beside that of one of priority 0."""
+    return 1 << 2 * priority
+
+
 class FinishReason(StrEnum):
     """Why a request ended well."""
 

@@ -69,7 +69,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., agent_pid: _Optional[int] = ..., incarnation: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., exact: _Optional[bool] = ..., kv_blocks: _Optional[_Union[BlockCountsStatus, _Mapping]] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., audit: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ..., exact_reason: _Optional[str] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ...) -> None: ...
 
 class RequestStatus(_message.Message):
-    __slots__ = ("id", "state", "prefill_worker", "decode_worker", "tokens", "blocks_moved", "tokens_recomputed", "blocks_granted", "blocks_reused", "error", "reason", "first_frame_ms", "last_chunk_start_ms", "committed_ms", "tokens_cached", "prompt_tokens", "ttft_ms", "num_replacements", "mode", "num_moves", "moving_to", "first_step_ms")
+    __slots__ = ("id", "state", "prefill_worker", "decode_worker", "tokens", "blocks_moved", "tokens_recomputed", "blocks_granted", "blocks_reused", "error", "reason", "first_frame_ms", "last_chunk_start_ms", "committed_ms", "tokens_cached", "prompt_tokens", "ttft_ms", "num_replacements", "mode", "num_moves", "moving_to", "first_step_ms", "priority")
     ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +92,7 @@ class RequestStatus(_message.Message):
     NUM_MOVES_FIELD_NUMBER: _ClassVar[int]
     MOVING_TO_FIELD_NUMBER: _ClassVar[int]
     FIRST_STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     id: str
     state: str
     prefill_worker: str
@@ -114,7 +115,8 @@ class RequestStatus(_message.Message):
     num_moves: int
     moving_to: str
     first_step_ms: float
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokens: _Optional[int] = ..., blocks_moved: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., blocks_granted: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., first_frame_ms: _Optional[int] = ..., last_chunk_start_ms: _Optional[int] = ..., committed_ms: _Optional[int] = ..., tokens_cached: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., ttft_ms: _Optional[int] = ..., num_replacements: _Optional[int] = ..., mode: _Optional[str] = ..., num_moves: _Optional[int] = ..., moving_to: _Optional[str] = ..., first_step_ms: _Optional[float] = ...) -> None: ...
+    priority: int
+    def __init__(self, id: _Optional[str] = ..., state: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokens: _Optional[int] = ..., blocks_moved: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., blocks_granted: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., first_frame_ms: _Optional[int] = ..., last_chunk_start_ms: _Optional[int] = ..., committed_ms: _Optional[int] = ..., tokens_cached: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., ttft_ms: _Optional[int] = ..., num_replacements: _Optional[int] = ..., mode: _Optional[str] = ..., num_moves: _Optional[int] = ..., moving_to: _Optional[str] = ..., first_step_ms: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class MoveStatus(_message.Message):
     __slots__ = ("request", "to", "reason", "why", "outcome", "error", "rounds", "blocks", "bytes", "precopy_ms", "pause_ms", "at_ms", "blocks_reused", "fence_ms")

@@ -64,13 +64,18 @@ def info(worker_id: str, role: Role, total_blocks: int = 100) -> WorkerInfo:
 
 
 def request(
-    request_id: str = "r", tokens: tuple[int, ...] = PROMPT, max_tokens: int = 8, deadline_ms: int = 0
+    request_id: str = "r",
+    tokens: tuple[int, ...] = PROMPT,
+    max_tokens: int = 8,
+    deadline_ms: int = 0,
+    priority: int = 0,
 ) -> NewRequest:
     return NewRequest(
         request_id=RequestId(request_id),
         tokens=tokens,
         sampling=Sampling(max_tokens=max_tokens),
         deadline_ms=deadline_ms,
+        priority=priority,
     )
 
 

@@ -140,6 +140,8 @@ def test_bad_input_names_the_field() -> None:
         assert (await refusal("x", temperature=float("nan"))).field == "temperature"
         assert (await refusal([{"role": "king", "content": "x"}])).field == "chat.messages.0.role"
         assert (await refusal("x", max_tokens="many")).field == "request"
+        assert (await refusal("x", priority=4)).message == "priority: is 4, must be 0 to 3"
+        assert (await refusal("x", priority=-1)).field == "request"
         assert (await refusal([{"role": "user"}])).field == "messages"
         with pytest.raises(InvalidRequest, match="request_id: is 'a b'"):
             await client.generate("x", request_id="a b")

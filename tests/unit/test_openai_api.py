@@ -271,6 +271,9 @@ BAD: list[tuple[str, dict[str, object], str, str]] = [
     (CHAT, {"messages": HI, "stop": 5}, "stop", "is 5, must be a valid string or a valid array"),
     (CHAT, {"messages": HI, "n": 17}, "n", "is 17, must be 1 to 16"),
     (CHAT, {"messages": HI, "n": 0}, "n", "is 0, must be 1 to 16"),
+    (CHAT, {"messages": HI, "priority": 4}, "priority", "is 4, must be 0 to 3"),
+    (CHAT, {"messages": HI, "priority": -1}, "priority", "is -1, must be 0 to 3"),
+    (COMPLETIONS, {"prompt": "x", "priority": "high"}, "priority", "is 'high', must be a valid integer"),
     (CHAT, {"messages": HI, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "is 21, must be 0 to 20"),
     (CHAT, {"messages": HI, "top_logprobs": 2}, "top_logprobs", "needs logprobs"),
     (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, "tools", "not supported"),
@@ -343,6 +346,13 @@ def test_fields_that_change_nothing_are_taken() -> None:
     }  # fmt: skip
     reply = post(service_over(saying(TEXT)), CHAT, body)
     assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize(("sent", "priority"), [({}, 0), ({"priority": None}, 0), ({"priority": 3}, 3)])
+def test_priority_reaches_the_router(sent: dict[str, object], priority: int) -> None:
+    driver = saying(TEXT)
+    assert post(service_over(driver), CHAT, {"messages": HI, "n": 2, **sent}).status_code == 200
+    assert [each.request.priority for each in driver.requests.values()] == [priority, priority]
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -173,6 +173,69 @@ def test_what_ends_soon_is_no_pressure() -> None:
     assert plan(replace(seen, running=tuple(replace(each, left_tokens=30) for each in running))) == []
 
 
+def test_of_several_the_lowest_priority_gives_way_to_pressure() -> None:
+    grows = [request(f"r{number}", "d0", tokens=1500, left=800, priority=number != 3) for number in range(5)]
+    [move] = plan(view([worker("d0", total=480), worker("d1", total=480)], grows))
+    assert (move.reason, move.request_id) == (MoveReason.PRESSURE, "r3")
+
+
+# ---- priority --------------------------------------------------------------------------------------------------------
+
+
+def settled(running: list[RunningRequest], num_workers: int = 2) -> tuple[dict[str, str], list[PlannedMove]]:
+    """Where each request is when nothing is moved any more, every move done at once; and the moves."""
+    workers = [worker(f"d{number}") for number in range(num_workers)]
+    moves: list[PlannedMove] = []
+    for _ in range(40):
+        planned = plan(view(workers, running))
+        if not planned:
+            return {each.request_id: each.worker_id for each in running}, moves
+        to = {each.request_id: each.target for each in planned}
+        moves += planned
+        running = [replace(each, worker_id=to.get(each.request_id, each.worker_id)) for each in running]
+    raise AssertionError(f"it does not settle: {shown(moves)}")
+
+
+@pytest.mark.parametrize("priority", [1, 2, 3])
+def test_others_leave_the_worker_of_a_high_priority(priority: int) -> None:
+    """Of eight long requests on two workers one is of a higher priority: it gets the more room the higher it is."""
+    running = [request("high", "d0", tokens=1000, priority=priority)]
+    running += [request(f"r{number}", f"d{number % 2}", tokens=1000) for number in range(7)]
+    places, moves = settled(running)
+    beside = sum(place == places["high"] for place in places.values()) - 1
+    assert beside == {1: 2, 2: 0, 3: 0}[priority]
+    assert {each.reason for each in moves} == {MoveReason.PRIORITY}
+    assert places["high"] == "d0"
+    assert f"1 requests of priority {priority} wait" in moves[0].why
+
+
+def test_nobody_is_moved_when_all_are_of_one_priority_or_steps_cost_the_same() -> None:
+    alike = [request(f"r{number}", f"d{number % 2}", tokens=1000, priority=3) for number in range(8)]
+    assert settled(alike)[1] == []
+    mixed = [replace(each, priority=number % 4) for number, each in enumerate(alike)]
+    flat = replace(view([worker("d0"), worker("d1")], mixed), step=StepTime(fixed_ms=50.0, row_ms=0.0, token_ms=0.0))
+    assert plan(flat) == []
+
+
+def test_balance_does_not_fill_the_head_room_again() -> None:
+    """A crowd beside a worker with one request of priority 3 stays a crowd; of priority 0 it is spread."""
+    crowd = [request(f"r{number}", "d1", tokens=1000) for number in range(6)]
+    assert settled([request("high", "d0", tokens=1000, priority=3), *crowd])[1] == []
+    places, moves = settled([request("low", "d0", tokens=1000), *crowd])
+    assert {each.reason for each in moves} == {MoveReason.BALANCE}
+    assert sorted(places.values()).count("d0") == 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(100, 3000)), min_size=1, max_size=12))
+def test_priorities_and_balance_settle_together(loads: list[tuple[int, int, int]]) -> None:
+    running = [
+        request(f"r{number}", f"d{at}", tokens=tokens, priority=priority)
+        for number, (at, priority, tokens) in enumerate(loads)
+    ]
+    settled(running, num_workers=3)
+
+
 # ---- balance ---------------------------------------------------------------------------------------------------------
 
 

@@ -279,6 +279,33 @@ def test_memory_is_waited_for_in_order() -> None:
     assert [each.request_id for each in rig.assigns()] == ["r", "a"]
 
 
+def test_higher_priorities_are_placed_first_and_each_in_its_order() -> None:
+    rig = Rig()
+    rig.up("m0", Role.MIXED, total_blocks=10)
+    for name, priority in (("r", 0), ("a", 0), ("b", 1), ("c", 3), ("d", 1), ("e", 0)):
+        rig.feed(Submitted(request=request(name, tuple(range(100)), priority=priority)))
+    for _ in range(5):
+        last = rig.assigns()[-1]
+        end = Token(request_id=last.request_id, epoch=last.epoch, index=0, token_id=1, finish=FinishReason.STOP)
+        rig.report(WorkerId("m0"), tokens=(end,))
+    assert [each.request_id for each in rig.assigns()] == ["r", "c", "b", "d", "a", "e"]
+    assert {each.request_id: each.priority for each in rig.core.status(rig.now_ms).requests}[RequestId("c")] == 3
+
+
+def test_who_is_placed_again_comes_before_those_of_its_priority_alone() -> None:
+    rig = Rig()
+    rig.up("m0", Role.MIXED, total_blocks=10)
+    for name, priority in (("r", 1), ("a", 1), ("b", 2)):
+        rig.feed(Submitted(request=request(name, tuple(range(100)), priority=priority)))
+    rig.feed(WorkerLost(worker_id=WorkerId("m0"), incarnation=1, reason="killed"))
+    rig.up("m0", Role.MIXED, incarnation=2, total_blocks=10)
+    for _ in range(2):
+        last = rig.assigns()[-1]
+        end = Token(request_id=last.request_id, epoch=last.epoch, index=0, token_id=1, finish=FinishReason.STOP)
+        rig.report(WorkerId("m0"), incarnation=2, tokens=(end,))
+    assert [each.request_id for each in rig.assigns()] == ["r", "b", "r", "a"]
+
+
 def test_a_prompt_larger_than_any_memory_is_invalid() -> None:
     rig = Rig()
     rig.up("m0", Role.MIXED, total_blocks=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -194,6 +195,21 @@ def test_decode_goes_where_there_is_memory_and_the_batch_is_small() -> None:
     found = pool.placer.place(NOW_MS, ask())
     assert isinstance(found, NoPlacement)
     assert found.why is Why.NO_MEMORY
+
+
+def test_others_keep_away_from_the_worker_of_a_high_priority_unless_theirs_is_as_high() -> None:
+    pool = Pool()
+    pool.add("p0", Role.PREFILL)
+    quiet, crowded = (pool.add(f"d{each}", Role.DECODE) for each in range(2))
+    pool.fleet.reserve(quiet, RequestId("high"), 10, priority=2)
+    for number in range(4):
+        pool.fleet.reserve(crowded, RequestId(f"r{number}"), 10)
+    assert quiet.urgency == 15
+    assert pool.place(ask()).decode_worker.worker_id == crowded.worker_id
+    assert pool.place(replace(ask(), priority=2)).decode_worker.worker_id == quiet.worker_id
+    pool.fleet.forget(quiet, RequestId("high"))
+    assert quiet.urgency == 0
+    assert pool.place(ask()).decode_worker.worker_id == quiet.worker_id
 
 
 def test_a_decode_worker_that_holds_the_prefix_and_is_as_free_is_preferred() -> None:
