@@ -103,7 +103,9 @@ def target_main(control_fd: int, source_pool_fd: int) -> None:
     tcp, _ = listener.accept()
     meeting_sock, _ = listener.accept()
     bare, verified = make_groups(meeting_sock, pair.TARGET_RANK)
-    ends: dict[str, TargetEnd] = {"gloo": gloo.target_end(verified, pool, timeout_s=TIMEOUT_S)}
+    ends: dict[str, TargetEnd] = {
+        "gloo": gloo.target_end(verified, pool, copy_frame=load_copy_frame(), timeout_s=TIMEOUT_S)
+    }
     ends["shm"] = shm.open_target(
         source_pool_fd, source_num_blocks=NUM_BLOCKS, target=pool, copy_frame=load_copy_frame(), corrupt_every=0
     )
@@ -353,8 +355,9 @@ def main() -> int:
     note = (
         f"Blocks of {BLOCK_BYTES >> 10} KiB, a pool of {POOL_BYTES >> 20} MiB, {flags.rounds} rounds interleaved, "
         f"medians. Copy and hash {fused}. Bare: gloo's own sends and receives, in place. Verified: xxh3-64 made at the "
-        "source and checked at the target; gloo lands in staging and is scattered. Agents: from the worker's command "
-        "to its event, both ways through sockets, with the grant checked per block and source blocks scattered too."
+        "source and checked at the target; gloo lands in staging, and is checked as it is copied on into its blocks. "
+        "Agents: from the worker's command to its event, both ways through sockets, with the grant checked per "
+        "block and source blocks scattered too."
     )
     if rivals:
         note += (

@@ -119,5 +119,9 @@ class HostPool(AgentPool):
             meeting, pair.TARGET_RANK, host=settings.reachable_host, timeout_s=settings.group_timeout_s
         )
         return gloo.target_end(
-            group, self._mapped, timeout_s=settings.operation_timeout_s, corrupt_every=settings.corrupt_every
+            group,
+            self._mapped,
+            copy_frame=self._copy_frame,
+            timeout_s=settings.operation_timeout_s,
+            corrupt_every=settings.corrupt_every,
         )

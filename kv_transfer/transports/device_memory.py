@@ -55,11 +55,14 @@ class DeviceMemory:
             torch.index_select(self.pool, 0, self._index(blocks), out=frame.view(-1, self.block_bytes))
         return self.checksum(frame)
 
-    def scatter(self, blocks: Sequence[int], frame: torch.Tensor) -> None:
-        """Block ids are distinct."""
-        with self._device():
-            self.pool.index_copy_(0, self._index(blocks), frame.view(-1, self.block_bytes))
-            self._synchronize()
+    def land(self, blocks: Sequence[int], frame: torch.Tensor, announced: int) -> int:
+        """Block ids are distinct. Nothing is copied of a frame that does not check."""
+        found = self.checksum(frame)
+        if found == announced:
+            with self._device():
+                self.pool.index_copy_(0, self._index(blocks), frame.view(-1, self.block_bytes))
+                self._synchronize()
+        return found
 
     def checksum(self, frame: torch.Tensor) -> int:
         """With temporaries of the frame's size."""

@@ -7,14 +7,13 @@ made.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 
 from kv_transfer.transports.channel import ChannelLost
 from kv_transfer.transports.meeting import Meeting, meeting_store
-from kv_transfer.transports.memory import CopyFrame, MappedPool, bytes_at, copy_then_hash, hash_frame
+from kv_transfer.transports.memory import CopyFrame, MappedPool, bytes_at, hash_frame
 from kv_transfer.transports.pair import Group, PairSource, PairTarget, Work, first_line
 from kv_transfer.transports.pull import flip_bit
 
@@ -53,9 +52,11 @@ def source_end(group: Group, pool: MappedPool, *, copy_frame: CopyFrame, timeout
     return PairSource(group, HostMemory(pool, copy_frame), HostWaiter(timeout_s))
 
 
-def target_end(group: Group, pool: MappedPool, *, timeout_s: float, corrupt_every: int = 0) -> PairTarget:
+def target_end(
+    group: Group, pool: MappedPool, *, copy_frame: CopyFrame, timeout_s: float, corrupt_every: int = 0
+) -> PairTarget:
     """The end that frames arrive at; `timeout_s` as above."""
-    memory, waiter = HostMemory(pool, copy_then_hash), HostWaiter(timeout_s)  # this end gathers nothing
+    memory, waiter = HostMemory(pool, copy_frame), HostWaiter(timeout_s)
     return PairTarget(group, memory, waiter, post_timeout_s=timeout_s, corrupt_every=corrupt_every)
 
 
@@ -96,11 +97,9 @@ class HostMemory:
         """Copy and hash in one pass."""
         return self._copy_frame(frame.data_ptr(), range(len(blocks)), self._pool.base, blocks, self.block_bytes)
 
-    def scatter(self, blocks: Sequence[int], frame: torch.Tensor) -> None:
-        """Block by block."""
-        size, start = self.block_bytes, frame.data_ptr()
-        for at, block in enumerate(blocks):
-            ctypes.memmove(self._pool.base + block * size, start + at * size, size)
+    def land(self, blocks: Sequence[int], frame: torch.Tensor, announced: int) -> int:
+        """Copy and hash in one pass: nothing reads granted blocks before they check, and no operation writes them."""
+        return self._copy_frame(self._pool.base, blocks, frame.data_ptr(), range(len(blocks)), self.block_bytes)
 
     def checksum(self, frame: torch.Tensor) -> int:
         """One pass."""

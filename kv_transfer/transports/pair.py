@@ -1,8 +1,8 @@
 """The two ends of a channel over a torch.distributed group of two: what gloo and NCCL have in common.
 
 A frame is one message of all its blocks. It leaves straight from the pool where its blocks are neighbours, else from
-a staging buffer; it arrives in staging and is scattered only when it checks, so that a hung operation never has a hand
-on a block.
+a staging buffer. It arrives in staging, so that a hung operation never has a hand on a block, and is checked by the one
+pass that copies it on into its granted blocks, or before.
 """
 
 from __future__ import annotations
@@ -68,8 +68,11 @@ class FrameMemory(Protocol):
     def gather(self, frame: torch.Tensor, blocks: Sequence[int]) -> int:
         """Copies the blocks into a frame and gives its checksum."""
 
-    def scatter(self, blocks: Sequence[int], frame: torch.Tensor) -> None:
-        """Copies a frame into the blocks; they hold it when this returns."""
+    def land(self, blocks: Sequence[int], frame: torch.Tensor, announced: int) -> int:
+        """Copies a frame into the blocks and gives the checksum of what it holds.
+
+        When that is not the one announced, what the blocks hold means nothing.
+        """
 
     def checksum(self, frame: torch.Tensor) -> int:
         """Of what the frame holds now."""
@@ -190,7 +193,7 @@ class PairTarget(TargetEnd):
         self._posted.put((work, slot))
 
     def take(self, header: FrameHeader, checksum: int) -> None:
-        """Waits for the bytes in staging, checks them, and only then scatters them into the target blocks."""
+        """Waits for the bytes in staging, and has them in the target blocks, checked."""
         work, slot = self._posted.get_nowait()
         try:
             self._waiter.wait(work)
@@ -201,10 +204,9 @@ class PairTarget(TargetEnd):
             self._num_frames += 1
             if self._corrupt_every and self._num_frames % self._corrupt_every == 0:
                 self._memory.damage(frame)
-            found = self._memory.checksum(frame)
+            found = self._memory.land(header.target_blocks, frame, checksum)
             if found != checksum:
                 raise FrameCorrupt(f"checksum {found:016x}, announced {checksum:016x}")
-            self._memory.scatter(header.target_blocks, frame)
         finally:
             self._slots.put(slot)
 

@@ -177,7 +177,7 @@ def _device_gloo_ends(source: Pool, target: Pool) -> tuple[SourceEnd, TargetEnd]
 def _gloo_end(meeting: Meeting, rank: int, pool: Pool) -> SourceEnd | TargetEnd:
     group = gloo.make_group(meeting, rank, host=HOST, timeout_s=TIMEOUT_S)
     if rank == pair.TARGET_RANK:
-        return gloo.target_end(group, pool.mapped, timeout_s=TIMEOUT_S)
+        return gloo.target_end(group, pool.mapped, copy_frame=load_copy_frame(), timeout_s=TIMEOUT_S)
     return gloo.source_end(group, pool.mapped, copy_frame=load_copy_frame(), timeout_s=TIMEOUT_S)
 
 
