@@ -187,6 +187,18 @@ def target_skips_the_quarantine(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(DecodeCore, "_do", hasty)
 
 
+def target_keeps_what_has_not_landed(patch: pytest.MonkeyPatch) -> None:
+    """Of an attempt that failed every offered block becomes prefix cache, whether or not it has come."""
+
+    def offered(machine: TargetHandoff) -> tuple[tuple[int, int], ...]:
+        if machine._offer is None or machine._grant is None:
+            return ()
+        reused, blocks = machine._grant.num_reused, machine._grant.blocks
+        return tuple(enumerate(blocks[: max(0, len(machine._offer.hashes) - reused)], reused))
+
+    patch.setattr(TargetHandoff, "_whole", offered)
+
+
 def agent_believes_every_frame(patch: pytest.MonkeyPatch) -> None:
     """No checksum is compared."""
     patch.setattr(VirtualAgent, "_is_whole", lambda agent, payload, checksum: True)
@@ -237,6 +249,7 @@ BUGS = [
     target_runs_with_a_hole,
     router_forgets_settled_attempts,
     target_skips_the_quarantine,
+    target_keeps_what_has_not_landed,
     agent_believes_every_frame,
     agent_checks_no_generations,
     blocks_are_freed_under_a_step,
