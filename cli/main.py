@@ -10,6 +10,7 @@ import typer
 
 from benchmarks.workload import BadWorkload
 from cli.bench import bench
+from cli.chaos import chaos
 from cli.configuration import show_config
 from cli.down import down
 from cli.drain import drain
@@ -33,6 +34,7 @@ app.command("migrate")(migrate)
 app.command("drain")(drain)
 app.command("down")(down)
 app.command("bench")(bench)
+app.add_typer(chaos)
 app.command("config")(with_settings(show_config))
 
 

@@ -86,6 +86,8 @@ PURE = {
     "router/request.py",
     "router/validation.py",
     "router/store.py",
+    "cluster/chaos_plan.py",
+    "cluster/chaos_tally.py",
     "cluster/memory.py",
     "cluster/membership.py",
     "cluster/draining.py",

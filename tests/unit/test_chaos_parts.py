@@ -1,0 +1,140 @@
+"""What strikes when, and the book that is kept of what clients saw: nothing that is lost or wrong goes unseen."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.chaos_plan import SETTLE_MS, STOPS_MS, VICTIMS, Fault, FaultKind, Victim, parse_kinds, plan
+from cluster.chaos_tally import Harm, Tally
+
+FAULT = Fault(number=1, at_ms=0, kind=FaultKind.KILL, victim=Victim.DECODE, pick=0)
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 1000), st.sets(st.sampled_from(FaultKind), min_size=1), st.integers(500, 20_000))
+def test_a_plan_is_that_of_its_seed_and_strikes_all_alike(seed: int, kinds: set[FaultKind], every_ms: int) -> None:
+    duration_ms = SETTLE_MS + 60 * every_ms
+    ordered = tuple(sorted(kinds))
+    faults = plan(random.Random(seed).randrange, kinds=ordered, duration_ms=duration_ms, every_ms=every_ms)
+    assert faults == plan(random.Random(seed).randrange, kinds=ordered, duration_ms=duration_ms, every_ms=every_ms)
+    assert [each.number for each in faults] == list(range(1, len(faults) + 1))
+    assert faults[-1].at_ms <= duration_ms - SETTLE_MS
+    gaps = [after.at_ms - before.at_ms for before, after in pairwise(faults)]
+    assert all(every_ms // 2 <= gap < every_ms // 2 + every_ms for gap in gaps)
+    pairs = {(kind, victim) for kind in kinds for victim in VICTIMS[kind]}
+    times = Counter((each.kind, each.victim) for each in faults)
+    assert set(times) <= pairs
+    assert max(times[pair] for pair in pairs) - min(times[pair] for pair in pairs) <= 1
+    for each in faults:
+        assert (each.for_ms in STOPS_MS) is (each.kind is FaultKind.STOP)
+
+
+def test_a_run_that_is_too_short_says_how_long_it_must_be() -> None:
+    with pytest.raises(ValueError, match=r"--duration: is 11 s, too short for a fault; 26 s are enough"):
+        plan(lambda below: below - 1, kinds=[FaultKind.KILL], duration_ms=11_000, every_ms=8_000)
+    assert plan(lambda below: below - 1, kinds=[FaultKind.KILL], duration_ms=26_000, every_ms=8_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"), [("kill", "kill"), (" stop, kill ,stop,", "stop kill"), ("cancel", "cancel")]
+)
+def test_kinds_are_read_from_a_list(text: str, kinds: str) -> None:
+    assert parse_kinds(text) == tuple(FaultKind(each) for each in kinds.split())
+
+
+@pytest.mark.parametrize(("text", "says"), [("kill,earthquake", "there is no fault 'earthquake'"), (" ,", "must name")])
+def test_a_fault_that_there_is_not_is_named(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=f"--faults: .*{says}.*kill, stop, cancel"):
+        parse_kinds(text)
+
+
+# ---- the tally -------------------------------------------------------------------------------------------------------
+
+
+def test_streams_that_are_as_they_should_be_break_nothing() -> None:
+    tally = Tally()
+    tally.opened(0, 1, [5, 6, 7])
+    tally.came(10, 1, 0, [5])
+    tally.struck(20, FAULT, "d0")
+    tally.came(1_020, 1, 1, [6, 7])
+    tally.ended(1_030, 1)
+    (row,) = tally.rows()
+    assert (row.what, row.num, row.in_flight, row.recovered_ms, row.gap_ms) == (
+        "kill decode worker",
+        1,
+        1,
+        1_000,
+        1_010,
+    )
+    assert not row.harm
+    assert tally.failures(recovery_limit_ms=1_000) == []
+    assert tally.failures(recovery_limit_ms=999) == ["kill decode worker at 20 ms (d0): all went on after 1000 ms"]
+    assert (tally.num_finished, tally.num_tokens, tally.worst_gap_ms) == (1, 3, 1_010)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "harm"),
+    [
+        ([(0, [5, 6]), (1, [6, 7])], {Harm.DOUBLED: 1}),
+        ([(0, [5]), (2, [7])], {Harm.LOST: 1}),
+        ([(0, [5, 9, 7])], {Harm.WRONG: 1}),
+        ([(0, [5, 6, 7, 8])], {Harm.WRONG: 1}),
+        ([(0, [5, 6])], {Harm.LOST: 1}),
+        ([], {Harm.LOST: 1}),
+    ],
+)
+def test_each_harm_is_seen_and_charged_to_the_last_fault(
+    pieces: list[tuple[int, list[int]]], harm: dict[Harm, int]
+) -> None:
+    tally = Tally()
+    tally.opened(0, 1, [5, 6, 7])
+    tally.struck(1, FAULT, "d0")
+    tally.struck(2, FAULT, "d1")
+    for index, tokens in pieces:
+        tally.came(3, 1, index, tokens)
+    tally.ended(4, 1)
+    assert tally.harm == tally.strikes[1].harm == harm
+    assert not tally.strikes[0].harm
+    assert len(tally.failures(recovery_limit_ms=100)) == len(harm)
+    assert "stream 1" in tally.examples[0]
+
+
+def test_an_error_loses_a_stream_a_refusal_or_its_client_does_not() -> None:
+    tally = Tally()
+    for stream in range(5):
+        tally.opened(0, stream, [5, 6])
+    tally.ended(1, 0, "request_lost: gone")
+    tally.ended(1, 1, "overloaded: full", refused=True)
+    tally.came(1, 2, 0, [5])
+    tally.ended(2, 2, "unavailable: no worker", refused=True)  # it had begun: that is a loss
+    tally.ended(2, 3, cancelled=True)
+    assert (tally.harm[Harm.LOST], tally.num_refused, tally.num_cancelled) == (2, 1, 1)
+    assert "after 1 of 2 tokens: unavailable" in tally.examples[1]
+
+
+def test_a_fault_that_streams_do_not_get_over_is_told_until_they_do() -> None:
+    tally = Tally()
+    tally.opened(0, 1, [5])
+    tally.opened(0, 2, [5])
+    tally.struck(10, FAULT, "d0")
+    tally.came(20, 1, 0, [5])
+    assert tally.failures(recovery_limit_ms=10_000) == ["kill decode worker at 10 ms (d0): 1 streams did not go on"]
+    assert tally.rows()[0].recovered_ms is None
+    tally.ended(500, 2, cancelled=True)
+    assert tally.strikes[0].recovered_ms == 490
+    tally.leaked("d0: 3 blocks owned")
+    assert tally.failures(recovery_limit_ms=10_000) == ["d0: 3 blocks owned"]
+
+
+def test_a_fault_with_nobody_in_flight_is_over_at_once() -> None:
+    tally = Tally()
+    tally.struck(10, FAULT, "d0")
+    assert tally.strikes[0].recovered_ms == 0
