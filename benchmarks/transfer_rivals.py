@@ -17,6 +17,8 @@ PYTHON = FOLDER / "bin" / "python"
 # Without what they depend on: NIXL's names a torch build with gigabytes of CUDA, and neither needs it here.
 PACKAGES = ("mooncake-transfer-engine-non-cuda==0.3.13.post1", "nixl-cu12==1.5.1", "numpy==2.2.6")
 KINDS = {"mooncake": "Mooncake 0.3.13 over TCP", "nixl": "NIXL 1.5.1 over UCX"}
+# What a wheel expects of the system, and the package that has it (Debian's name).
+SYSTEM_PACKAGES = {"libibverbs.so.1": "libibverbs1"}
 INSTALL_TIMEOUT_S = 600
 ANSWER_TIMEOUT_S = 60.0
 
@@ -119,5 +121,7 @@ def start_all(*, pool_bytes: int, block_bytes: int) -> tuple[list[Rival], list[s
         try:
             rivals.append(Rival(kind, pool_bytes=pool_bytes, block_bytes=block_bytes))
         except NoRival as error:
-            missing.append(f"{name}: does not run here: {error}.")
+            needed = [package for library, package in SYSTEM_PACKAGES.items() if library in str(error)]
+            hint = f" (apt install {' '.join(needed)})" if needed else ""
+            missing.append(f"{name}: does not run here: {error}{hint}.")
     return rivals, missing
