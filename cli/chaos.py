@@ -108,7 +108,8 @@ def to_table(tally: Tally) -> Table:
     """A row for each kind of fault and victim."""
     table = Table(show_edge=False)
     for column in ("fault", "times", "in flight", *Harm, "recovered in", "worst gap"):
-        table.add_column(column, justify="left" if column == "fault" else "right")
+        fault = column == "fault"
+        table.add_column(column, justify="left" if fault else "right", no_wrap=fault)
     for row in tally.rows():
         recovered = "never" if row.recovered_ms is None else f"{row.recovered_ms / 1000:.1f} s"
         harm = (str(row.harm[each]) for each in Harm)
