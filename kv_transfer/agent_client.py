@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from kv_transfer.agent_settings import AgentSettings, AgentStart, Memory, check_transport, to_arguments
+from kv_transfer.agent_settings import AgentSettings, AgentStart, check_transport, to_arguments
 from kv_transfer.agent_wire import AgentReady, Ping, validate
 from kv_transfer.framed_socket import FramedSocket, LinkLost
 from kv_transfer.messages import (
@@ -84,7 +84,7 @@ class AgentClient:
         on_restart: Callable[[AgentInfo | None], None],
         log_file: Path | None = None,
     ) -> None:
-        check_transport(settings, Memory.CUDA if isinstance(pool, CudaPool) else Memory.HOST)
+        check_transport(settings, pool)
         self._pool = pool
         self._num_blocks = num_blocks
         self._block_bytes = block_bytes
@@ -185,10 +185,8 @@ class AgentClient:
 
     def _spawn(self) -> AgentInfo:
         own, theirs = socket.socketpair()
-        pool_fd, cuda_pool = (None, self._pool) if isinstance(self._pool, CudaPool) else (self._pool, None)
         start = AgentStart(
-            pool_fd=pool_fd,
-            cuda_pool=cuda_pool,
+            pool=self._pool,
             control_fd=theirs.fileno(),
             parent_pid=os.getpid(),
             num_blocks=self._num_blocks,
@@ -196,13 +194,14 @@ class AgentClient:
             layout_digest=self._layout_digest,
             settings=self._settings,
         )
+        passed = (theirs.fileno(),) if isinstance(self._pool, CudaPool) else (theirs.fileno(), self._pool)
         with theirs:
             try:
                 with ExitStack() as opened:
                     log = None if self._log_file is None else opened.enter_context(self._log_file.open("ab"))
                     process = subprocess.Popen(
                         [*self.program, *to_arguments(start)],
-                        pass_fds=(theirs.fileno(), *(() if pool_fd is None else (pool_fd,))),
+                        pass_fds=passed,
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from kv_transfer.agent_settings import AgentStart, Memory, TransportChoice
 from kv_transfer.agent_wire import Hello
-from kv_transfer.transports import shm
+from kv_transfer.transports import gloo, pair, shm
 from kv_transfer.transports.channel import SourceEnd, TargetEnd
+from kv_transfer.transports.cuda_pool import CudaPool
 from kv_transfer.transports.meeting import Meeting
 from kv_transfer.transports.memory import CopyFrame, MappedPool, copy_then_hash, load_copy_frame
 from kv_transfer.transports.pull import PullSource
@@ -51,11 +52,11 @@ class AgentPool(ABC):
 
 def open_pool(start: AgentStart) -> AgentPool:
     """The pool that the agent was started on. Raises ValueError, OSError, RuntimeError."""
-    if start.cuda_pool is None:
-        return HostPool(start)
+    if not isinstance(start.pool, CudaPool):
+        return HostPool(start, start.pool)
     from kv_transfer.agent_device_pool import DevicePool  # with torch
 
-    return DevicePool(start, start.cuda_pool)
+    return DevicePool(start, start.pool)
 
 
 class HostPool(AgentPool):
@@ -64,15 +65,11 @@ class HostPool(AgentPool):
     memory = Memory.HOST
     near, far = TransportChoice.SHM, TransportChoice.GLOO
 
-    def __init__(self, start: AgentStart) -> None:
-        assert start.pool_fd is not None, "checked"
-        self._start = start
+    def __init__(self, start: AgentStart, pool_fd: int) -> None:
         self._settings = start.settings
-        self._mapped = MappedPool(
-            start.pool_fd, num_blocks=start.num_blocks, block_bytes=start.block_bytes, writable=True
-        )
+        self._mapped = MappedPool(pool_fd, num_blocks=start.num_blocks, block_bytes=start.block_bytes, writable=True)
         self._copy_frame: CopyFrame = copy_then_hash
-        self.descriptors = (shm.read_only(start.pool_fd),)
+        self.descriptors = (shm.read_only(pool_fd),)
 
     def warm_up(self) -> None:
         """Maps all pages; the copying kernel may have to be built first."""
@@ -81,8 +78,6 @@ class HostPool(AgentPool):
 
     def load_far(self) -> None:
         """Imports torch."""
-        from kv_transfer.transports import gloo
-
         gloo.load()
 
     def near_source(self) -> SourceEnd:
@@ -102,8 +97,6 @@ class HostPool(AgentPool):
 
     def far_source(self, meeting: Meeting) -> SourceEnd:
         """Over gloo."""
-        from kv_transfer.transports import gloo, pair
-
         group = gloo.make_group(
             meeting, pair.SOURCE_RANK, host=self._settings.reachable_host, timeout_s=self._settings.group_timeout_s
         )
@@ -112,8 +105,6 @@ class HostPool(AgentPool):
 
     def far_target(self, meeting: Meeting) -> TargetEnd:
         """Over gloo."""
-        from kv_transfer.transports import gloo, pair
-
         settings = self._settings
         group = gloo.make_group(
             meeting, pair.TARGET_RANK, host=settings.reachable_host, timeout_s=settings.group_timeout_s

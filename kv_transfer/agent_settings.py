@@ -78,8 +78,7 @@ class AgentSettings:
 class AgentStart:
     """What a worker hands to its agent beside the settings: descriptors, the shape of the pool, and who it is."""
 
-    pool_fd: int | None  # of a pool in this host's memory
-    cuda_pool: CudaPool | None = None  # or where it is on a GPU
+    pool: int | CudaPool  # a descriptor of this host's memory, or where it is on a GPU
     control_fd: int
     parent_pid: int
     num_blocks: int
@@ -88,13 +87,12 @@ class AgentStart:
     settings: AgentSettings
 
     def __post_init__(self) -> None:
-        if (self.pool_fd is None) is (self.cuda_pool is None):
-            raise ValueError("pool_fd, cuda_pool: one of the two must be given")
-        check_transport(self.settings, Memory.HOST if self.cuda_pool is None else Memory.CUDA)
+        check_transport(self.settings, self.pool)
 
 
-def check_transport(settings: AgentSettings, memory: Memory) -> None:
-    """Raises ValueError when blocks in such memory cannot move over the transport that was chosen."""
+def check_transport(settings: AgentSettings, pool: int | CudaPool) -> None:
+    """Raises ValueError when blocks of such a pool cannot move over the transport that was chosen."""
+    memory = Memory.CUDA if isinstance(pool, CudaPool) else Memory.HOST
     if settings.transport not in TRANSPORTS[memory]:
         can = ", ".join(TRANSPORTS[memory])
         raise ValueError(f"transport: is {settings.transport}, blocks in {memory} memory move over one of: {can}")
@@ -110,8 +108,7 @@ def to_arguments(start: AgentStart) -> list[str]:
     """The command line of an agent, after `python -m kv_transfer.agent`."""
     settings = start.settings
     pairs: list[tuple[str, object]] = [
-        ("pool_fd", "" if start.pool_fd is None else start.pool_fd),
-        ("cuda_pool", "" if start.cuda_pool is None else to_bytes(start.cuda_pool).hex()),
+        ("cuda_pool", to_bytes(start.pool).hex()) if isinstance(start.pool, CudaPool) else ("pool_fd", start.pool),
         ("control_fd", start.control_fd),
         ("parent_pid", start.parent_pid),
         ("num_blocks", start.num_blocks),
@@ -130,8 +127,9 @@ def from_arguments(arguments: Sequence[str]) -> AgentStart:
     parser = argparse.ArgumentParser(prog="python -m kv_transfer.agent", description="Moves KV blocks for one worker.")
     for name in ("control-fd", "parent-pid", "num-blocks", "block-bytes"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    for name in ("pool-fd", "cuda-pool"):
-        parser.add_argument(f"--{name}", default="")
+    pool = parser.add_mutually_exclusive_group(required=True)
+    pool.add_argument("--pool-fd", dest="pool", type=int)
+    pool.add_argument("--cuda-pool", dest="pool", type=lambda text: from_bytes(bytes.fromhex(text)))
     parser.add_argument("--layout-digest", type=bytes.fromhex, required=True)
     defaults = AgentSettings()
     parser.add_argument("--bind-host", default=defaults.bind_host)
@@ -141,8 +139,7 @@ def from_arguments(arguments: Sequence[str]) -> AgentStart:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
     flags = parser.parse_args(arguments)
     return AgentStart(
-        pool_fd=int(flags.pool_fd) if flags.pool_fd else None,
-        cuda_pool=from_bytes(bytes.fromhex(flags.cuda_pool)) if flags.cuda_pool else None,
+        pool=flags.pool,
         control_fd=flags.control_fd,
         parent_pid=flags.parent_pid,
         num_blocks=flags.num_blocks,
