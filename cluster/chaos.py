@@ -66,7 +66,6 @@ class ChaosRun:
         self._begin_s = 0.0
         self._num_streams = 0
         self._reading: set[asyncio.Task[None]] = set()
-        self._ending = False
 
     def _now_ms(self) -> int:
         return round((time.monotonic() - self._begin_s) * 1000)
@@ -144,14 +143,13 @@ class ChaosRun:
         load, draw = self._load, self._draw
         questions = []
         longest = min(load.prompt_tokens_max, context_tokens // 2)
+        most = min(load.output_tokens_max, context_tokens // 2)
         for number in range(load.num_questions):
             prompt = [draw.randrange(vocab_size) for _ in range(draw.randint(1, longest))]
             sampling = SamplingOptions(
                 temperature=float(number % 2),
                 seed=number,
-                max_tokens=draw.randint(
-                    min(16, load.output_tokens_max), min(load.output_tokens_max, context_tokens // 2)
-                ),
+                max_tokens=draw.randint(min(16, most), most),
                 ignore_eos=True,
             )
             questions.append(_Question(prompt, sampling))
@@ -168,8 +166,8 @@ class ChaosRun:
                 self._reading.add(reading)
                 reading.add_done_callback(self._reading.discard)
                 await asyncio.gather(reading, return_exceptions=True)
-                if not reading.cancelled() and (error := reading.exception()) is not None:
-                    raise error
+                if not reading.cancelled():
+                    reading.result()
 
     async def _read(self, client: AsyncClient, question: _Question) -> None:
         """One stream to its end."""
@@ -194,7 +192,7 @@ class ChaosRun:
 
     async def _strike(self, admin: admin_pb2_grpc.AdminStub, fault: Fault) -> None:
         if fault.kind is FaultKind.CANCEL:
-            reading = sorted(self._reading, key=id)[: (len(self._reading) + 1) // 2]
+            reading = list(self._reading)[: (len(self._reading) + 1) // 2]
             self._struck(fault, f"{len(reading)} of {len(self._reading)} streams")
             for each in reading:
                 each.cancel()
@@ -206,8 +204,10 @@ class ChaosRun:
                 process.send_signal(signal.SIGKILL)
                 return
             process.send_signal(signal.SIGSTOP)
-            await asyncio.sleep(fault.for_ms / 1000)
-            process.send_signal(signal.SIGCONT)
+            try:
+                await asyncio.sleep(fault.for_ms / 1000)
+            finally:  # also when the run is interrupted: nobody else would wake it
+                process.send_signal(signal.SIGCONT)
 
     async def _victim(self, admin: admin_pb2_grpc.AdminStub, fault: Fault) -> tuple[str, psutil.Process]:
         """The process that is struck, by its name; waits until there is one. Raises NotReady when there is none."""
@@ -219,11 +219,10 @@ class ChaosRun:
             ready = [each for each in status.workers if each.state == "ready" and each.role == ROLES[fault.victim]]
             if ready:
                 worker = ready[fault.pick % len(ready)]
-                agent = fault.victim in AGENTS
                 with suppress(psutil.NoSuchProcess):
-                    return (f"{worker.id}'s agent", psutil.Process(worker.agent_pid)) if agent else (
-                        worker.id, psutil.Process(worker.pid)
-                    )  # fmt: skip
+                    if fault.victim in AGENTS:
+                        return f"{worker.id}'s agent", psutil.Process(worker.agent_pid)
+                    return worker.id, psutil.Process(worker.pid)
             await asyncio.sleep(WATCH_S)
         raise NotReady(f"there was no {fault.victim} to strike within {VICTIM_WAIT_S:.0f} s")
 
