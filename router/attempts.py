@@ -38,6 +38,10 @@ class Attempts:
         self._outbox = outbox
         self._next_epoch = first_epoch
 
+    def epochs_from(self, first_epoch: int) -> None:
+        """All epochs from now on are at least this one."""
+        self._next_epoch = max(self._next_epoch, first_epoch)
+
     def begin(self, now_ms: int, request: Request) -> NoPlacement | None:
         """Places the request, or says why it cannot be placed now."""
         ask = self._ask(request)

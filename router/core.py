@@ -22,6 +22,7 @@ from router.events import (
     Event,
     Fail,
     Finish,
+    LetGo,
     LinkLost,
     LinkUp,
     MoveLost,
@@ -102,6 +103,14 @@ class RouterCore:
         """Requests in flight."""
         return len(self._requests)
 
+    def has(self, request_id: RequestId) -> bool:
+        """Whether the request is in flight."""
+        return request_id in self._requests
+
+    def request_ids(self) -> list[RequestId]:
+        """All requests in flight."""
+        return list(self._requests)
+
     def handle(self, now_ms: int, event: Event) -> list[Action]:
         """The one entry: an event in, the actions that follow from it out, in order."""
         self._now_ms = now_ms
@@ -114,8 +123,8 @@ class RouterCore:
                 self._worker_joined(event)
             case WorkerDraining() | WorkerSuspected() | WorkerLost() | LinkUp() | LinkLost():
                 self._worker_changed(event)
-            case ClientGone(request_id=request_id) | StopRequested(request_id=request_id):
-                request = self._requests.get(request_id)
+            case ClientGone() | LetGo() | StopRequested():
+                request = self._requests.get(event.request_id)
                 if request is not None:
                     self._step(request, None, event)
             case MoveRequested(request_id=request_id):
@@ -142,8 +151,10 @@ class RouterCore:
             submitted_ms=self._now_ms,
             deadline_ms=self._now_ms + bound_ms,
             stage_since_ms=self._now_ms,
+            answer=list(event.answer),
         )
-        request.tell(self._now_ms, "admitted")
+        self._attempts.epochs_from(event.first_epoch)
+        request.tell(self._now_ms, f"taken over after {len(event.answer)} tokens" if event.taken_over else "admitted")
         self._requests[new.request_id] = request
         self._queued_tokens += len(new.tokens)
         self._line.append(request)
@@ -155,6 +166,8 @@ class RouterCore:
             return DuplicateRequest(f"a request of id {new.request_id!r} is being served")
         if not new.tokens:
             return InvalidRequest("prompt", "is empty; at least one token is needed")
+        if event.taken_over:
+            return None
         return admission.refusal(
             self._config,
             num_requests=len(self._requests),
@@ -481,6 +494,10 @@ class RouterCore:
         assert isinstance(event, ClientGone)
         self._fail(request, Cancelled(event.reason))
 
+    def _on_let_go(self, request: Request, worker: Worker | None, event: RequestEvent) -> None:
+        assert isinstance(event, LetGo)
+        self._fail(request, event.error)
+
     def _on_stop(self, request: Request, worker: Worker | None, event: RequestEvent) -> None:
         assert isinstance(event, StopRequested)
         if event.index >= len(request.answer):
@@ -503,7 +520,7 @@ class RouterCore:
     def _fail(self, request: Request, error: TandemError) -> None:
         request.state = RequestState.CANCELLED if isinstance(error, Cancelled) else RequestState.FAILED
         request.tell(self._now_ms, f"{request.state.value}: {error.message}")
-        self._outbox.add(Fail(request_id=request.request_id, error=error))
+        self._outbox.add(Fail(request_id=request.request_id, error=error, num_tokens=len(request.answer)))
         self._end(request, f"{error.code}: {error.message}")
 
     def _end(self, request: Request, error: str) -> None:
@@ -547,6 +564,7 @@ _ASSIGNED: dict[type, _Row] = {
     CommitAsk: _C._on_commit_ask,
     RequestFailed: _C._on_failed,
     ClientGone: _C._on_client_gone,
+    LetGo: _C._on_let_go,
     StopRequested: _C._on_stop,
     AttemptLost: _C._on_attempt_lost,
     WorkerGone: _C._on_worker_gone,
@@ -559,6 +577,7 @@ _ASSIGNED: dict[type, _Row] = {
 TABLE: dict[tuple[RequestState, type], _Row] = {
     (_S.ADMITTED, CommitAsk): _C._on_commit_ask,
     (_S.ADMITTED, ClientGone): _C._on_client_gone,
+    (_S.ADMITTED, LetGo): _C._on_let_go,
     (_S.ADMITTED, StopRequested): _C._on_stop,
     (_S.ADMITTED, StageDue): _C._on_wait_due,
     (_S.ADMITTED, RequestDue): _C._on_request_due,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import assert_never
 
+from router.answer import TokenStream
 from router.clients import WorkerLink
 from router.config import GRACE_MS, RouterConfig
 from router.core import RouterCore
@@ -21,6 +22,7 @@ from router.events import (
     Event,
     Fail,
     Finish,
+    LetGo,
     LinkLost,
     LinkUp,
     MoveEnded,
@@ -41,7 +43,18 @@ from router.events import (
 )
 from router.move import MoveReason, MoveRecord
 from router.request import StatusSnapshot
-from tandem.errors import Cancelled, DeadlinePassed, Overloaded, TandemError, Unavailable
+from router.transcripts import Ended, Keep, Kept, Transcripts
+from tandem.errors import (
+    Cancelled,
+    DeadlinePassed,
+    DuplicateRequest,
+    Overloaded,
+    TakenOver,
+    TandemError,
+    Unavailable,
+    UnknownRequest,
+    error_of,
+)
 from tandem.messages import WorkerInfo, WorkerReport
 from tandem.request import RequestId, Token, WorkerId
 
@@ -72,6 +85,7 @@ class RequestStream:
     def __init__(self, request_id: RequestId) -> None:
         self.request_id = request_id
         self.usage: Usage | None = None
+        self.num_replayed = 0  # tokens of before this reader came
         self._buffer: list[Token] = []
         self._ended = False
         self._error: TandemError | None = None
@@ -111,21 +125,46 @@ class RequestStream:
         self._buffer.extend(tokens)
         self._wake.set()
 
+    def _replay(self, tokens: tuple[Token, ...]) -> None:
+        self.num_replayed = len(tokens)
+        self._push(tokens)
+
     def _end(self, usage: Usage | None, error: TandemError | None) -> None:
         if not self._ended:
             self._ended, self.usage, self._error = True, usage, error
             self._wake.set()
 
 
-class Driver:
-    """Feeds the core and performs what it wants. All methods are called on the event loop that `start` ran on."""
+def replay_of(kept: Kept) -> RequestStream:
+    """The stream of what is known of an answer; over, if that has ended."""
+    stream = RequestStream(kept.new.request_id)
+    stream._replay(kept.tokens)
+    if kept.ended is not None:
+        error = error_of(kept.ended.code, kept.ended.message) if kept.ended.code else None
+        stream._end(kept.ended.usage, error)
+    return stream
 
-    def __init__(self, config: RouterConfig | None = None) -> None:
+
+class Driver:
+    """Feeds the core and performs what it wants. All methods are called on the event loop that `start` ran on.
+
+    `born_us`: when this router's life began, by the clock of the store that routers share, if any. Epochs, fences and
+    sessions count from there, and so grow over restarts: nothing old is ever taken for current.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig | None = None,
+        *,
+        transcripts: Transcripts | None = None,
+        born_us: int | None = None,
+    ) -> None:
         self.config = RouterConfig() if config is None else config
-        # Epochs and sessions grow over restarts of the router, so that nothing old is ever taken for current.
-        born_us = time.time_ns() // 1000
+        self.transcripts = Transcripts(shared=False) if transcripts is None else transcripts
+        born_us = time.time_ns() // 1000 if born_us is None else born_us
         self._core = RouterCore(self.config, first_epoch=born_us)
         self._sessions = itertools.count(born_us)
+        self._fences = itertools.count(born_us)
         self._streams: dict[RequestId, RequestStream] = {}
         self._tickets = itertools.count(1)
         self._moves: dict[int, asyncio.Future[MoveRecord]] = {}  # who waits for the end of a move, by ticket
@@ -163,8 +202,9 @@ class Driver:
     async def stop(self) -> None:
         """Ends every request with a named error, then every link. Bounded."""
         self._stopped = True
-        for request_id in list(self._streams):
-            self._feed(ClientGone(request_id=request_id, reason="the router is stopping"))
+        self.transcripts.close()
+        for request_id in self._core.request_ids():
+            self._feed(LetGo(request_id=request_id, error=Unavailable("the router is stopping")))
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
@@ -174,28 +214,79 @@ class Driver:
 
     # ---- clients ---------------------------------------------------------------------------------------------------
 
-    def submit(self, request: NewRequest) -> RequestStream:
-        """Starts a request. Raises the TandemError that it is refused with."""
+    def next_fence(self) -> int:
+        """A fence for a request that begins here: above those of all that began before."""
+        return next(self._fences)
+
+    def submit(self, request: NewRequest, keep: Keep | None = None, *, fence: int | None = None) -> RequestStream:
+        """Starts a request. `keep`: its client may come back. `fence`: the shared store has it already, under this one.
+
+        Raises the TandemError that it is refused with.
+        """
+        if self._core.has(request.request_id):
+            raise DuplicateRequest(f"a request of id {request.request_id!r} is being served")
+        if keep is not None:
+            self.transcripts.begin(request, keep, fence=fence or self.next_fence(), written=fence is not None)
+        return self._begin(Submitted(request=request))
+
+    def take_over(self, kept: Kept) -> RequestStream:
+        """Goes on with a request that another router had, under the fence that the store gave for it."""
+        self.transcripts.begin(kept.new, kept.keep, fence=kept.fence, tokens=kept.tokens, written=True)
+        event = Submitted(request=kept.new, answer=kept.tokens, first_epoch=kept.first_epoch)
+        return self._begin(event)
+
+    def _begin(self, event: Submitted) -> RequestStream:
         if self._stopped:
             raise Unavailable("the router is stopping")
-        stream = RequestStream(request.request_id)
-        known = self._streams.get(request.request_id)
-        self._streams[request.request_id] = stream
-        for action in self._handle(Submitted(request=request)):
+        request_id = event.request.request_id
+        stream = RequestStream(request_id)
+        stream._replay(event.answer)
+        self._streams[request_id] = stream
+        for action in self._handle(event):
             if isinstance(action, Refuse):
-                if known is None:
-                    del self._streams[request.request_id]
-                else:
-                    self._streams[request.request_id] = known
+                del self._streams[request_id]
+                self.transcripts.let_go(request_id)
                 raise action.error
             self._perform(action)
         if stream.error is not None:
             raise stream.error  # it can never be served: known at once
         return stream
 
+    def read_again(self, request_id: RequestId) -> RequestStream:
+        """The answer of a request that is served here, or was lately, from its first token on; ends an earlier reader.
+
+        Raises UnknownRequest.
+        """
+        kept = self.transcripts.find(request_id)
+        if kept is None:
+            raise UnknownRequest(f"no request of id {request_id!r} is known, that could be resumed")
+        stream = replay_of(kept)
+        if kept.ended is None:
+            before = self._streams.get(request_id)
+            if before is not None:
+                before._end(None, TakenOver("another client reads this answer now"))
+            self._streams[request_id] = stream
+            self.transcripts.read(request_id)
+        return stream
+
+    def leave(self, stream: TokenStream, reason: str) -> None:
+        """The reader of this stream is gone: the request waits for another one, if its client wants that, or ends."""
+        if self._streams.get(stream.request_id) is not stream:
+            return  # it has ended, or another one reads it already
+        if not self.transcripts.left(self._now_ms(), stream.request_id):
+            self._feed(ClientGone(request_id=stream.request_id, reason=reason))
+        else:
+            del self._streams[stream.request_id]
+
+    def let_go(self, request_id: RequestId) -> None:
+        """Another router has the request: it ends here, whatever was under way."""
+        self.transcripts.let_go(request_id)
+        error = TakenOver("another router has this request now: its client resumed the stream there")
+        self._feed(LetGo(request_id=request_id, error=error))
+
     def cancel(self, request_id: RequestId, reason: str) -> bool:
         """Ends a request everywhere; its stream raises Cancelled. False when it is not known."""
-        if request_id not in self._streams:
+        if not self._core.has(request_id):
             return False
         self._feed(ClientGone(request_id=request_id, reason=reason))
         return True
@@ -300,6 +391,10 @@ class Driver:
         while True:
             await asyncio.sleep(self.config.tick_ms / 1000)
             self._feed(Tick())
+            now_ms = self._now_ms()
+            for request_id, waited_ms in self.transcripts.overdue(now_ms):
+                self.cancel(request_id, f"its client did not come back within {waited_ms} ms")
+            self.transcripts.expire(now_ms)
 
     def _reported(self, key: _Key, report: WorkerReport) -> None:
         if (report.worker_id, report.incarnation) != key:
@@ -338,9 +433,13 @@ class Driver:
             case Deliver(request_id=request_id, tokens=tokens):
                 self._deliver(request_id, tokens)
             case Finish(request_id=request_id, usage=usage):
+                ended = Ended(num_tokens=usage.completion_tokens, usage=usage)
+                self.transcripts.end(self._now_ms(), request_id, ended)
                 self._end(request_id, usage, None)
             case Fail(request_id=request_id, error=error):
                 log.info("request=%s failed: %s", request_id, error)
+                ended = Ended(num_tokens=action.num_tokens, usage=None, code=error.code, message=error.message)
+                self.transcripts.end(self._now_ms(), request_id, ended)
                 self._end(request_id, None, error)
             case MoveRefused(ticket=ticket, error=error):
                 log.debug("request=%s is not moved: %s", action.request_id, error)
@@ -358,11 +457,12 @@ class Driver:
                 assert_never(action)
 
     def _deliver(self, request_id: RequestId, tokens: tuple[Token, ...]) -> None:
+        self.transcripts.deliver(request_id, tokens)
         stream = self._streams.get(request_id)
         if stream is None:
             return
         stream._push(tokens)
-        limit = self.config.stream_tokens_max
+        limit = self.config.stream_tokens_max + stream.num_replayed
         if stream.num_buffered > limit and not stream.ended:
             reason = f"the client reads too slowly: {stream.num_buffered} tokens wait for it, the limit is {limit}"
             stream._end(None, Cancelled(reason))

@@ -38,9 +38,20 @@ class NewRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
-    """A client wants this request served."""
+    """A client wants this request served.
+
+    `answer`: what another router delivered of it; it goes on from there, under epochs from `first_epoch` on. It was
+    admitted then, and is not refused for want of capacity now.
+    """
 
     request: NewRequest
+    answer: tuple[Token, ...] = ()
+    first_epoch: int = 0
+
+    @property
+    def taken_over(self) -> bool:
+        """Whether another router had it before."""
+        return self.first_epoch > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +136,14 @@ class ClientGone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LetGo:
+    """The request ends here with this error, and may go on elsewhere: another router has it, or this one ends."""
+
+    request_id: RequestId
+    error: TandemError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StopRequested:
     """The answer ends at token `index` (kept, 0-based) by a stop string that the edge found."""
 
@@ -147,6 +166,7 @@ Event = (
     | LinkUp
     | LinkLost
     | ClientGone
+    | LetGo
     | StopRequested
     | MoveRequested
     | Tick
@@ -189,7 +209,9 @@ class RequestDue:
 
 Internal = AttemptLost | WorkerGone | MoveLost | StageDue | RequestDue
 INTERNAL = (AttemptLost, WorkerGone, MoveLost, StageDue, RequestDue)
-RequestEvent = Token | RequestFailed | CommitAsk | OwnerQuery | MoveFailed | ClientGone | StopRequested | Internal
+RequestEvent = (
+    Token | RequestFailed | CommitAsk | OwnerQuery | MoveFailed | ClientGone | LetGo | StopRequested | Internal
+)
 
 # ---- actions -----------------------------------------------------------------------------------------------------
 
@@ -232,10 +254,11 @@ class Finish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fail:
-    """The request ended badly."""
+    """The request ended badly, after `num_tokens` tokens."""
 
     request_id: RequestId
     error: TandemError
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

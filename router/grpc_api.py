@@ -12,9 +12,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]  # it is set at run time
 from grpc_reflection.v1alpha import reflection
 
+from router.answer import Answers, Piece
 from router.chat import check_num_messages, check_role
 from router.metrics import Api
-from router.service import Answers, Ask, Piece, Service
+from router.service import Ask, Service
 from router.tokenizer import Tokenizer
 from router.validation import BODY_BYTES_MAX, SamplingFields
 from tandem.errors import InvalidRequest, Overloaded, TandemError
@@ -52,15 +53,28 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._service = service
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: _Context) -> None:
-        """Streams one answer; the client's cancellation ends it everywhere."""
+        """Streams one answer; when the client goes away it ends everywhere, or waits for the client to come back."""
         try:
             answers = await self._open(request)
         except TandemError as error:
             self._service.metrics.refused(Api.GRPC, error)
             await _abort(context, error)
+        await self._write(answers, context, with_ids=request.return_token_ids)
+
+    async def Attach(self, request: inference_pb2.AttachRequest, context: _Context) -> None:
+        """Streams the rest of an answer, in the form that was asked for when it began."""
+        try:
+            answers = await self._service.resume(request.request_id, request.from_index)
+        except TandemError as error:
+            self._service.metrics.refused(Api.GRPC, error)
+            await _abort(context, error)
+        assert answers.form is not None, "what can be resumed has its form"
+        await self._write(answers, context, with_ids=bool(answers.form.get("token_ids")))
+
+    async def _write(self, answers: Answers, context: _Context, *, with_ids: bool) -> None:
         try:
             async for piece in answers.answers[0]:
-                await context.write(self._response(answers, piece, with_ids=request.return_token_ids))
+                await context.write(self._response(answers, piece, with_ids=with_ids))
         except TandemError as error:
             await _abort(context, error)
         except Exception as error:
@@ -68,13 +82,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             await _abort(context, TandemError(f"internal error: {type(error).__name__}"))
         finally:
             answers.close("the client disconnected")
-
-    async def Attach(self, request: inference_pb2.AttachRequest, context: _Context) -> None:
-        """Refused: a stream can only be resumed where routers share their state."""
-        await context.abort(
-            grpc.StatusCode.UNIMPLEMENTED,
-            "resuming a stream needs shared state (Redis), which this router does not have; send the request again",
-        )
 
     async def Cancel(self, request: inference_pb2.CancelRequest, context: _Context) -> inference_pb2.CancelResponse:
         """Ends a request and all its answers."""
@@ -122,13 +129,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             case _:
                 raise InvalidRequest("prompt", "is missing; send text, chat or tokens")
         fields = _fields(request.sampling)
-        return self._service.open(
+        return await self._service.open(
             Ask(
                 api=Api.GRPC,
                 request_id=request.request_id,
                 prompts=[prompt],
                 fields=fields,
                 priority=request.priority,
+                idempotency_key=request.idempotency_key,
+                resume_ms=request.resume_ms,
+                form={"token_ids": request.return_token_ids},
             )
         )
 

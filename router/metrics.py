@@ -33,6 +33,7 @@ class EdgeMetrics:
         self._requests = self._plain(Counter, table.REQUESTS_TOTAL)
         self._refusals = self._plain(Counter, table.REFUSALS_TOTAL)
         self._running = self._plain(Gauge, table.REQUESTS_RUNNING)
+        self._resumed = self._plain(Counter, table.RESUMED_TOTAL)
         self._prompt_tokens = self._plain(Counter, table.PROMPT_TOKENS_TOTAL)
         self._generated_tokens = self._plain(Counter, table.GENERATED_TOKENS_TOTAL)
         self._ttft = self._histogram(table.TTFT_SECONDS)
@@ -57,6 +58,15 @@ class EdgeMetrics:
         """More tokens of a request came, `gap_s` seconds after those before."""
         self._generated_tokens.inc(num_tokens)
         self._itl.observe(gap_s)
+
+    def reopened(self) -> None:
+        """A client came back for an answer."""
+        self._resumed.inc()
+        self._running.inc()
+
+    def resumed(self, num_tokens: int) -> None:
+        """The first tokens that a client had not came to it; no gap is known."""
+        self._generated_tokens.inc(num_tokens)
 
     def ended(self, api: Api, outcome: str, after_s: float) -> None:
         """A request taken in ended; `outcome` is a finish reason or an error's code."""

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import asdict
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -16,17 +17,29 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from router.answer import Answers, Piece
 from router.metrics import CONTENT_TYPE, Api
 from router.openai_page import page_of
 from router.openai_schema import ChatRequest, CommonRequest, CompletionRequest, parse
-from router.openai_stream import DONE, EventWriter, ReplyForm, error_body, whole_reply
-from router.service import Answers, Ask, Piece, Service
-from router.validation import BODY_BYTES_MAX, CHOICES_MAX, SamplingFields, check_request_id
+from router.openai_stream import (
+    DONE,
+    EVENT_ID_MARK,
+    EVENT_INDEX_DIGITS_MAX,
+    EventWriter,
+    ReplyForm,
+    error_body,
+    whole_reply,
+)
+from router.service import Ask, Service
+from router.validation import BODY_BYTES_MAX, CHOICES_MAX, SamplingFields, check_request_id, show
 from tandem.errors import Cancelled, InvalidRequest, Overloaded, TandemError
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
+IDEMPOTENCY_KEY = "idempotency-key"
+RESUME_MS = "x-resume-ms"
+LAST_EVENT_ID = "last-event-id"
 _DROPPED_BYTES_MAX = 8 * BODY_BYTES_MAX
 _BODY_TIMEOUT_S = 30.0
 _DISCONNECTED = "the client disconnected"
@@ -92,25 +105,29 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         """Answers a chat; with `stream` as server-sent events."""
         with _Refusals(service, Api.CHAT):
             asked = parse(ChatRequest, await _body(request))
+            if LAST_EVENT_ID in request.headers:
+                return await _resume(service, Api.CHAT, request)
             service.check_model(asked.model)
             fields = asked.fields()
             prompt = await service.encode_chat(asked.turns())
-            return _open(service, Api.CHAT, request, asked, [prompt], fields, asked.names())
+            return await _open(service, Api.CHAT, request, asked, [prompt], fields, asked.names())
 
     @app.post("/v1/completions", openapi_extra=_schema(CompletionRequest), tags=["completions"])
     async def completions(request: Request) -> Response:
         """Continues one or several prompts, each a text or token ids."""
         with _Refusals(service, Api.COMPLETIONS):
             asked = parse(CompletionRequest, await _body(request))
+            if LAST_EVENT_ID in request.headers:
+                return await _resume(service, Api.COMPLETIONS, request)
             service.check_model(asked.model)
             fields, prompts = asked.fields(), asked.prompts()
             if len(prompts) > CHOICES_MAX:
                 raise InvalidRequest("prompt", f"has {len(prompts)} prompts, at most {CHOICES_MAX}")
             encoded = [await service.encode(each) if isinstance(each, str) else each for each in prompts]
-            return _open(service, Api.COMPLETIONS, request, asked, encoded, fields, {})
+            return await _open(service, Api.COMPLETIONS, request, asked, encoded, fields, {})
 
 
-def _open(
+async def _open(
     service: Service,
     api: Api,
     request: Request,
@@ -122,6 +139,15 @@ def _open(
     own_id = request.headers.get(REQUEST_ID, "")
     request_id = check_request_id(own_id, REQUEST_ID) if own_id else ""
     n = 1 if asked.n is None else asked.n
+    form = ReplyForm(
+        model=service.model.id,
+        created_s=int(time.time()),
+        chat=api is Api.CHAT,
+        logprobs=fields.logprobs is not None,
+        token_ids=bool(asked.return_token_ids),
+        include_usage=asked.include_usage,
+        stream=bool(asked.stream),
+    )
     ask = Ask(
         api=api,
         request_id=request_id,
@@ -129,19 +155,32 @@ def _open(
         fields=fields,
         n=n,
         priority=asked.priority or 0,
+        idempotency_key=request.headers.get(IDEMPOTENCY_KEY, ""),
+        resume_ms=_resume_ms(request.headers.get(RESUME_MS, "0")),
+        form=asdict(form),
         names=names,
     )
-    answers = service.open(ask)
-    form = ReplyForm(
-        id=answers.request_id,
-        model=service.model.id,
-        created_s=int(time.time()),
-        chat=api is Api.CHAT,
-        logprobs=fields.logprobs is not None,
-        token_ids=bool(asked.return_token_ids),
-        include_usage=asked.include_usage,
-    )
-    return _Reply(service, answers, form, stream=bool(asked.stream))
+    return _Reply(service, await service.open(ask), form)
+
+
+async def _resume(service: Service, api: Api, request: Request) -> Response:
+    """The rest of a stream, after the event that the client saw last."""
+    last = request.headers[LAST_EVENT_ID]
+    request_id, _, index = last.rpartition(EVENT_ID_MARK)
+    if not request_id or not index.isascii() or not index.isdigit() or len(index) > EVENT_INDEX_DIGITS_MAX:
+        raise InvalidRequest(LAST_EVENT_ID, f"is {show(last)}, must be the id of an event of a stream of this cluster")
+    answers = await service.resume(request_id, int(index))
+    assert answers.form is not None, "what can be resumed has its form"
+    if answers.form["api"] != api:
+        answers.close("it was asked for where it is not")
+        raise InvalidRequest(LAST_EVENT_ID, f"is {show(last)}, of a request to {answers.form['api']}")
+    return _Reply(service, answers, ReplyForm.kept(answers.form))
+
+
+def _resume_ms(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or len(value) > 9:
+        raise InvalidRequest(RESUME_MS, f"is {show(value)}, must be a whole number of milliseconds")
+    return int(value)
 
 
 class _Refusals:
@@ -165,12 +204,12 @@ class _Reply(Response):
     The status goes out with the first piece, so that an error before it still has a status of its own.
     """
 
-    def __init__(self, service: Service, answers: Answers, form: ReplyForm, *, stream: bool) -> None:
+    def __init__(self, service: Service, answers: Answers, form: ReplyForm) -> None:
         super().__init__()
         self._service = service
         self._answers = answers
         self._form = form
-        self._write = self._write_stream if stream else self._write_whole
+        self._write = self._write_stream if form.stream else self._write_whole
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -213,7 +252,7 @@ class _Reply(Response):
         await send({"type": "http.response.body", "body": EventWriter.error(error) + DONE})
 
     async def _write_stream(self, send: Send) -> None:
-        writer = EventWriter(self._form, self._service.tokenizer)
+        writer = EventWriter(self._answers, self._form, self._service.tokenizer)
         async with aclosing(self._answers.pieces()) as pieces:
             async for number, piece in pieces:
                 if not self._begun:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from json.encoder import encode_basestring_ascii as quoted
+from typing import Any
 
-from router.service import Answers, Piece
+from router.answer import Answers, Piece
 from router.tokenizer import Tokenizer
 from tandem.errors import InvalidRequest, TandemError
 from tandem.request import FinishReason, Token
 
 DONE = b"data: [DONE]\n\n"
+EVENT_ID_MARK = "/"  # no request's id has it
+EVENT_INDEX_DIGITS_MAX = 9
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
@@ -21,13 +24,18 @@ LEAST_LOGPROB = -9999.0  # JSON has no infinity
 class ReplyForm:
     """What one reply looks like."""
 
-    id: str
     model: str
     created_s: int
     chat: bool
     logprobs: bool
     token_ids: bool
     include_usage: bool
+    stream: bool
+
+    @classmethod
+    def kept(cls, form: Mapping[str, Any]) -> ReplyForm:
+        """The form as it was kept with the request."""
+        return cls(**{each.name: form[each.name] for each in fields(cls)})
 
 
 def error_body(error: TandemError) -> bytes:
@@ -49,18 +57,23 @@ def usage_of(answers: Answers) -> dict[str, object]:
 
 
 class EventWriter:
-    """Server-sent events of one streamed reply. What is the same in all of them is serialised once."""
+    """Server-sent events of one streamed reply. What is the same in all of them is serialised once.
 
-    def __init__(self, form: ReplyForm, tokenizer: Tokenizer) -> None:
+    Where the answer is kept for a client that comes back, an event's id says which request, and how many of its tokens
+    the client has with that event: it sends the last one as Last-Event-ID.
+    """
+
+    def __init__(self, answers: Answers, form: ReplyForm, tokenizer: Tokenizer) -> None:
         self._form = form
         self._tokenizer = tokenizer
+        self._id_head = "" if answers.form is None else f"id: {answers.request_id}{EVENT_ID_MARK}"
         kind = "chat.completion.chunk" if form.chat else "text_completion"
-        head = {"id": form.id, "object": kind, "created": form.created_s, "model": form.model}
+        head = {"id": answers.request_id, "object": kind, "created": form.created_s, "model": form.model}
         self._head = "data: " + json.dumps(head)[:-1] + ', "choices": ['
         self._tail = '], "usage": null}\n\n' if form.include_usage else "]}\n\n"
         self._plain_tail = ', "logprobs": null, "finish_reason": null}' + self._tail
         self._openings: dict[int, str] = {}
-        self._begun: set[int] = set()
+        self._begun: set[int] = {0} if answers.skip else set()
 
     def piece(self, number: int, piece: Piece) -> bytes:
         """The events for one piece of answer `number`; may be empty."""
@@ -69,18 +82,19 @@ class EventWriter:
             start = '"delta": {"content": ' if self._form.chat else '"text": '
             opening = self._openings[number] = f'{self._head}{{"index": {number}, {start}'
         close = "}" if self._form.chat else ""
+        mark = f"{self._id_head}{piece.index + len(piece.tokens)}\n" if self._id_head else ""
         events = ""
         if self._form.chat and number not in self._begun:
             self._begun.add(number)
             role = '"delta": {"role": "assistant", "content": ""}'
             events = f'{self._head}{{"index": {number}, {role}{self._plain_tail}'
         rich = self._form.logprobs or self._form.token_ids
-        if rich:
-            events += f"{opening}{quoted(piece.text)}{close}{self._rich(piece)}"
+        if rich and piece.tokens:
+            events += f"{mark}{opening}{quoted(piece.text)}{close}{self._rich(piece)}"
         elif piece.text:
-            events += f"{opening}{quoted(piece.text)}{close}{self._plain_tail}"
+            events += f"{mark}{opening}{quoted(piece.text)}{close}{self._plain_tail}"
         if piece.finish is not None:
-            events += self._end(number, piece, piece.finish)
+            events += mark + self._end(number, piece, piece.finish)
         return events.encode()
 
     def usage(self, answers: Answers) -> bytes:
@@ -121,7 +135,7 @@ def whole_reply(form: ReplyForm, tokenizer: Tokenizer, answers: Answers, pieces:
             choice["token_ids"] = _ids(own)
         choices.append(choice)
     reply = {
-        "id": form.id,
+        "id": answers.request_id,
         "object": "chat.completion" if form.chat else "text_completion",
         "created": form.created_s,
         "model": form.model,

@@ -1,18 +1,23 @@
-"""What both APIs share: requests checked and submitted, their tokens turned into text, stops, ends and measures."""
+"""What both APIs share: requests checked, submitted and resumed."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from router.detokenizer import StopStrings, text_stream
-from router.events import NewRequest, Usage
+from router.answer import Answer, Answers, TokenStream
+from router.driver import replay_of
+from router.events import NewRequest
+from router.journal import Journal
 from router.metrics import Api, EdgeMetrics
 from router.tokenizer import Tokenizer
+from router.transcripts import Keep, Kept, Transcripts
 from router.validation import (
     ANSWER_MARK,
     Limits,
@@ -21,36 +26,45 @@ from router.validation import (
     check_priority,
     check_prompt,
     check_request_id,
+    check_resuming,
     check_sampling,
     check_stops,
     show,
 )
-from tandem.errors import DuplicateRequest, InvalidRequest, Overloaded, RequestLost, TandemError, UnknownModel
-from tandem.request import FinishReason, RequestId, Sampling, Token
+from tandem.errors import (
+    DuplicateRequest,
+    InvalidRequest,
+    Overloaded,
+    RequestLost,
+    TandemError,
+    UnknownModel,
+    UnknownRequest,
+)
+from tandem.request import RequestId
 
 _ENCODE_HERE_CHARACTERS = 16_384  # about a millisecond
 _ENCODING_MAX = 64  # long texts on threads, or waiting for one
-_MERGE_QUEUE_MAX = 256  # pieces of all answers of one request that wait for its client
-
-
-class TokenStream(Protocol):
-    """What the edge needs of router.driver.RequestStream: tokens in order, ended by the one with `finish`.
-
-    Raises TandemError when the request fails.
-    """
-
-    usage: Usage | None
-
-    async def __anext__(self) -> tuple[Token, ...]:
-        """The tokens that came since the last call."""
-        ...
 
 
 class Driver(Protocol):
     """What the edge needs of router.driver.Driver."""
 
-    def submit(self, request: NewRequest) -> TokenStream:
+    transcripts: Transcripts
+
+    def submit(self, request: NewRequest, keep: Keep | None = None, *, fence: int | None = None) -> TokenStream:
         """Starts a request. Raises the TandemError that it is refused with."""
+        ...
+
+    def take_over(self, kept: Kept) -> TokenStream:
+        """Goes on with a request that another router had."""
+        ...
+
+    def read_again(self, request_id: RequestId) -> TokenStream:
+        """An answer from its first token on. Raises UnknownRequest."""
+        ...
+
+    def leave(self, stream: TokenStream, reason: str) -> None:
+        """The reader of this stream is gone."""
         ...
 
     def cancel(self, request_id: RequestId, reason: str) -> bool:
@@ -75,7 +89,11 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """One request of a client, of the right types and not yet checked. An empty `request_id`: make one."""
+    """One request of a client, of the right types and not yet checked. An empty `request_id`: make one.
+
+    `idempotency_key`: the same again is the same request. `resume_ms`: so long it goes on when its client is cut off.
+    `form`: what the edge needs to answer in the same form when the client comes back.
+    """
 
     api: Api
     request_id: str
@@ -83,213 +101,10 @@ class Ask:
     fields: SamplingFields
     n: int = 1
     priority: int = 0
+    idempotency_key: str = ""
+    resume_ms: int = 0
+    form: Mapping[str, object] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)  # our field -> what the client calls it
-
-
-@dataclass(slots=True, kw_only=True)
-class Piece:
-    """What one batch of tokens added to an answer.
-
-    `text` may lag behind the tokens while a character or a stop string is incomplete. `offsets` has, for each token,
-    the length of the answer's text before it; only when logprobs were asked for. `stop_reason` is the stop string or
-    the stop token id that ended the answer, when one did that the client named.
-    """
-
-    index: int
-    text: str
-    tokens: tuple[Token, ...]
-    offsets: tuple[int, ...] = ()
-    finish: FinishReason | None = None
-    stop_reason: str | int | None = None
-
-
-class Answer:
-    """The answer to one prompt, piece by piece. Iterate to the end, or `close` it."""
-
-    def __init__(self, service: Service, api: Api, request: NewRequest, stops: tuple[str, ...], named: frozenset[int]):
-        self.request_id = request.request_id
-        self.num_prompt_tokens = len(request.tokens)
-        self.num_tokens = 0
-        self.done = False
-        self._service = service
-        self._api = api
-        self._sampling: Sampling = request.sampling
-        self._named_stop_ids = named
-        self._text = text_stream(service.tokenizer, request.tokens)
-        self._stops = StopStrings(stops) if stops else None
-        self._text_length = 0
-        self._started_s = self._last_s = service.clock()
-        self._stream = service.driver.submit(request)
-        service.metrics.admitted(self.num_prompt_tokens)
-
-    def __aiter__(self) -> Answer:
-        return self
-
-    async def __anext__(self) -> Piece:
-        """The next piece; StopAsyncIteration after the one with `finish`. Raises TandemError when the request fails."""
-        if self.done:
-            raise StopAsyncIteration
-        try:
-            batch = await self._stream.__anext__()
-        except StopAsyncIteration:
-            error = RequestLost("the answer's stream ended without a finish")
-            self._end(error.code)
-            raise error from None
-        except TandemError as error:
-            self._end(error.code)
-            raise
-        self._measure(len(batch))
-        piece = self._take(batch)
-        if piece.finish is not None:
-            self._end(piece.finish.value)
-        return piece
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Of the prompt, found in a prefix cache; 0 until the answer has ended."""
-        usage = self._stream.usage
-        return 0 if usage is None else usage.cached_tokens
-
-    def close(self, reason: str) -> None:
-        """Cancels the request everywhere unless it has ended."""
-        if not self.done:
-            self._service.driver.cancel(self.request_id, reason)
-            self._end("cancelled")
-
-    def _end(self, outcome: str) -> None:
-        self.done = True
-        self._service.metrics.ended(self._api, outcome, self._service.clock() - self._started_s)
-
-    def _measure(self, num_tokens: int) -> None:
-        now_s = self._service.clock()
-        if self.num_tokens == 0:
-            self._service.metrics.first_tokens(num_tokens, now_s - self._started_s)
-        else:
-            self._service.metrics.next_tokens(num_tokens, now_s - self._last_s)
-        self._last_s = now_s
-
-    def _take(self, batch: tuple[Token, ...]) -> Piece:
-        if self._stops is None and self._sampling.logprobs is None and len(batch) == 1:
-            return self._take_plain(batch)
-        index, parts, offsets = self.num_tokens, [], []
-        for number, token in enumerate(batch):
-            offsets.append(self._text_length)
-            text = self._text_of(token)
-            self._text_length += len(text)
-            self.num_tokens += 1
-            sent, stop = self._pass_stops(text, token)
-            parts.append(sent)
-            if stop is not None:
-                if token.finish is None:
-                    self._service.driver.stop_at(self.request_id, token.index)
-                return Piece(
-                    index=index, text="".join(parts), tokens=batch[: number + 1], offsets=tuple(offsets),
-                    finish=FinishReason.STOP, stop_reason=stop,
-                )  # fmt: skip
-        last = batch[-1]
-        return Piece(
-            index=index, text="".join(parts), tokens=batch, offsets=tuple(offsets),
-            finish=last.finish, stop_reason=self._stop_token(last),
-        )  # fmt: skip
-
-    def _take_plain(self, batch: tuple[Token, ...]) -> Piece:
-        """The common case, short: one token, no stop strings, no logprobs."""
-        token = batch[0]
-        index = self.num_tokens
-        self.num_tokens = index + 1
-        if token.finish is None:
-            return Piece(index=index, text=self._text.step(token.token_id), tokens=batch)
-        return Piece(
-            index=index,
-            text=self._text_of(token),
-            tokens=batch,
-            finish=token.finish,
-            stop_reason=self._stop_token(token),
-        )
-
-    def _text_of(self, token: Token) -> str:
-        """The text that the token completes; the last token's includes what is left. A stop token has no text."""
-        if token.finish is None:
-            return self._text.step(token.token_id)
-        own = "" if token.finish is FinishReason.STOP else self._text.step(token.token_id)
-        return own + self._text.flush()
-
-    def _pass_stops(self, text: str, token: Token) -> tuple[str, str | None]:
-        if self._stops is None or self.num_tokens <= self._sampling.min_tokens:
-            return text, None
-        sent, stop = self._stops.feed(text)
-        if stop is None and token.finish is not None:
-            sent += self._stops.flush()
-        return sent, stop
-
-    def _stop_token(self, last: Token) -> int | None:
-        named = last.finish is FinishReason.STOP and last.token_id in self._named_stop_ids
-        return last.token_id if named else None
-
-
-class Answers:
-    """All answers of one client's request: `n` for each prompt, in order. `close` it in every case."""
-
-    def __init__(self, service: Service, request_id: RequestId, num_prompts: int) -> None:
-        self.request_id = request_id
-        self.num_prompts = num_prompts
-        self.answers: list[Answer] = []
-        self._service = service
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Of all prompts, each counted once."""
-        each = len(self.answers) // self.num_prompts
-        return sum(answer.num_prompt_tokens for answer in self.answers[::each])
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Of all prompts, as `num_prompt_tokens` counts them."""
-        each = len(self.answers) // self.num_prompts
-        return sum(answer.num_cached_tokens for answer in self.answers[::each])
-
-    @property
-    def num_tokens(self) -> int:
-        """Of all answers so far."""
-        return sum(answer.num_tokens for answer in self.answers)
-
-    def close(self, reason: str) -> None:
-        """Cancels what has not ended and lets the id go."""
-        for answer in self.answers:
-            answer.close(reason)
-        self._service.forget(self.request_id)
-
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """Pieces of all answers as they come, each with its answer's number. Raises the first error of any."""
-        if len(self.answers) == 1:
-            async for piece in self.answers[0]:
-                yield 0, piece
-            return
-        queue: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue(_MERGE_QUEUE_MAX)
-        tasks = [asyncio.create_task(_pump(number, answer, queue)) for number, answer in enumerate(self.answers)]
-        try:
-            left = len(tasks)
-            while left:
-                number, item = await queue.get()
-                if item is None:
-                    left -= 1
-                elif isinstance(item, Exception):
-                    raise item
-                else:
-                    yield number, item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _pump(number: int, answer: Answer, queue: asyncio.Queue[tuple[int, Piece | Exception | None]]) -> None:
-    try:
-        async for piece in answer:
-            await queue.put((number, piece))
-        await queue.put((number, None))
-    except Exception as error:  # of whatever kind: it is raised where the pieces are read, which would wait for ever
-        await queue.put((number, error))
 
 
 class Service:
@@ -305,6 +120,7 @@ class Service:
         tokenizer: Tokenizer,
         model: ServedModel,
         metrics: EdgeMetrics,
+        journal: Journal | None = None,
         not_ready: Callable[[], str] = str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -312,6 +128,7 @@ class Service:
         self.tokenizer = tokenizer
         self.model = model
         self.metrics = metrics
+        self.journal = journal
         self.not_ready = not_ready
         self.clock = clock
         self.limits = Limits(
@@ -360,8 +177,8 @@ class Service:
         finally:
             self._encoding -= 1
 
-    def open(self, ask: Ask) -> Answers:
-        """Checks and submits all answers that `ask` asks for.
+    async def open(self, ask: Ask) -> Answers:
+        """Checks and submits all answers that `ask` asks for; of a known idempotency key, resumes from the beginning.
 
         With more than one answer, each is a request of its own: id#0, id#1, ...
 
@@ -371,20 +188,114 @@ class Service:
         stops = check_stops(ask.fields.stop)
         check_num_choices(ask.n, len(ask.prompts))
         check_priority(ask.priority)
+        check_resuming(ask.idempotency_key, ask.resume_ms, num_answers=ask.n * len(ask.prompts))
         request_id = check_request_id(ask.request_id) if ask.request_id else new_request_id(ask.api)
+        keep = self._keep(ask, stops)
+        if keep is not None and keep.key:
+            known = self.driver.transcripts.of_key(keep.key)
+            if known is not None:
+                return await self._same(known, keep)
         if request_id in self._in_flight:
             raise DuplicateRequest(f"request_id: {request_id!r} is in flight")
         requests = self._requests(ask, request_id)
-        group = Answers(self, request_id, len(ask.prompts))
+        form = None if keep is None else json.loads(keep.form)
+        group = Answers(self, request_id, num_prompts=len(ask.prompts), form=form)
         named = frozenset(ask.fields.stop_token_ids)
         self._in_flight[request_id] = group
+        fence: int | None = None
         try:
+            if keep is not None and self.journal is not None and (keep.key or ask.request_id):
+                claim = await self.journal.claim(requests[0], keep)
+                if isinstance(claim, Kept):
+                    self.forget(group)
+                    return await self._same(claim, keep)
+                fence = claim
             for request in requests:
-                group.answers.append(Answer(self, ask.api, request, stops, named))
+                stream = self.driver.submit(request, keep, fence=fence)
+                self.metrics.admitted(len(request.tokens))
+                group.answers.append(Answer(self, ask.api, request, stream, stops=stops, named=named))
         except BaseException:
             group.close("another answer of the same request was refused")
             raise
         return group
+
+    async def resume(self, request_id: str, from_index: int) -> Answers:
+        """The answer of a request that runs or ended lately, from token `from_index` on, wherever it was served.
+
+        A reader of before is ended. Raises InvalidRequest, UnknownRequest, RequestLost, Unavailable.
+        """
+        known = check_request_id(request_id)
+        if from_index < 0:
+            raise InvalidRequest("from_index", f"is {from_index}, must be at least 0")
+        kept = self.driver.transcripts.find(known)
+        if kept is None:
+            kept, stream = await self._take_over(known)
+        else:
+            stream = self.driver.read_again(known)
+        form = json.loads(kept.keep.form)
+        group = Answers(self, known, form=form, skip=from_index)
+        answer = Answer(
+            self,
+            Api(form["api"]),
+            kept.new,
+            stream,
+            stops=tuple(form["stops"]),
+            named=frozenset(form["named"]),
+            skip=from_index,
+        )
+        group.answers.append(answer)
+        self.metrics.reopened()
+        try:
+            if from_index > len(kept.tokens):
+                self._check_ahead(kept, from_index)
+        except TandemError:
+            group.close("its client asked for what there is not")
+            raise
+        self._in_flight[known] = group
+        return group
+
+    async def _take_over(self, request_id: RequestId) -> tuple[Kept, TokenStream]:
+        """From the router that had it, or of what is remembered of it."""
+        found = None if self.journal is None else await self.journal.take_over(request_id)
+        here = self.driver.transcripts.find(request_id)
+        if here is not None:  # it came here meanwhile
+            return here, self.driver.read_again(request_id)
+        if found is None:
+            raise UnknownRequest(f"no request of id {request_id!r} is known, that could be resumed")
+        over = found.ended is not None or (found.tokens and found.tokens[-1].finish is not None)
+        return found, replay_of(found) if over else self.driver.take_over(found)
+
+    async def _same(self, known: Kept, keep: Keep) -> Answers:
+        """The request that came with the same idempotency key, or id, if it is the same."""
+        if not keep.key:
+            raise DuplicateRequest(f"request_id: {known.new.request_id!r} is in flight")
+        if known.keep.digest != keep.digest:
+            raise DuplicateRequest(f"idempotency_key: {show(keep.key)} came with another request before")
+        return await self.resume(known.new.request_id, 0)
+
+    def _check_ahead(self, kept: Kept, from_index: int) -> None:
+        """What a client has beyond what is kept is computed again, to the same tokens: only exact mode promises."""
+        if kept.ended is not None:
+            raise InvalidRequest("from_index", f"is {from_index}, the answer has {len(kept.tokens)} tokens")
+        if not self.model.exact:
+            raise RequestLost(
+                f"from_index is {from_index}, {len(kept.tokens)} tokens are kept, and the others cannot be computed "
+                "again to the same ones: the cluster is not exact"
+            )
+
+    def _keep(self, ask: Ask, stops: tuple[str, ...]) -> Keep | None:
+        """What is kept of the request; None when nothing could bring its client back."""
+        wanted = bool(ask.idempotency_key or ask.resume_ms or self.driver.transcripts.shared)
+        if not wanted or ask.n * len(ask.prompts) > 1:
+            return None
+        form = {"api": ask.api, "stops": stops, "named": sorted(set(ask.fields.stop_token_ids)), **ask.form}
+        asked = [[*ask.prompts[0]], repr(ask.fields), ask.priority, {**form, "created_s": 0}]
+        return Keep(
+            form=json.dumps(form).encode(),
+            digest=hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).digest(),
+            key=ask.idempotency_key,
+            resume_ms=ask.resume_ms,
+        )
 
     def cancel(self, request_id: str, reason: str) -> bool:
         """Ends a request and all its answers; False when it is not known."""
@@ -394,9 +305,10 @@ class Service:
         found = [self.driver.cancel(answer.request_id, reason) for answer in group.answers if not answer.done]
         return any(found)
 
-    def forget(self, request_id: RequestId) -> None:
+    def forget(self, group: Answers) -> None:
         """The id of a request whose client has its answer, or is gone, may be used again."""
-        self._in_flight.pop(request_id, None)
+        if self._in_flight.get(group.request_id) is group:
+            del self._in_flight[group.request_id]
 
     def _requests(self, ask: Ask, request_id: RequestId) -> list[NewRequest]:
         many = ask.n * len(ask.prompts) > 1

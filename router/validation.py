@@ -22,6 +22,8 @@ LOGPROBS_MAX = 20
 CHOICES_EACH_MAX = 16  # `n`
 CHOICES_MAX = 128  # prompts times `n`
 REQUEST_ID_CHARACTERS_MAX = 128
+KEY_CHARACTERS_MAX = 255
+RESUME_MS_MAX = 600_000
 TEMPERATURE_LEAST = 1e-5  # logits divided by less leave float32; 0 is greedy
 COMPLETION_MAX_TOKENS = 16  # what /v1/completions gives when nothing is asked
 
@@ -89,6 +91,18 @@ def check_num_choices(n: int, num_prompts: int = 1) -> int:
 def check_priority(value: int) -> int:
     """The priority, when there is such a one."""
     return _whole("priority", value, 0, PRIORITY_MAX)
+
+
+def check_resuming(key: str, resume_ms: int, *, num_answers: int) -> None:
+    """What a client that may come back gives, when it is within bounds and the request has one answer."""
+    if len(key) > KEY_CHARACTERS_MAX or not key.isascii() or (key and not key.isprintable()):
+        raise InvalidRequest(
+            "idempotency_key", f"is {show(key)}, must be at most {KEY_CHARACTERS_MAX} printable ASCII characters"
+        )
+    _whole("resume_ms", resume_ms, 0, RESUME_MS_MAX)
+    if num_answers > 1 and (key or resume_ms):
+        name = "idempotency_key" if key else "resume_ms"
+        raise InvalidRequest(name, f"is for requests of one answer, this one asks for {num_answers}")
 
 
 def check_prompt(tokens: Sequence[int], limits: Limits, name: str = "prompt") -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 import grpc
 import grpc.aio
 
-from tandem.errors import ERRORS, InvalidRequest, Overloaded, TandemError
+from tandem.errors import ERRORS, InvalidRequest, TandemError, error_of
 from tandem.request import FinishReason
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
@@ -355,14 +355,14 @@ def _translated(error: grpc.RpcError) -> TandemError:
     # The two kinds of calls have metadata of different types, both of pairs.
     metadata: Any = error.trailing_metadata() or ()
     told = {key: value for key, value in metadata if isinstance(value, str)}
-    kind = ERRORS.get(told.get("tandem-code", "")) or _by_status(error.code().name)
-    if issubclass(kind, InvalidRequest):
-        field = told.get("tandem-field", "request")
-        return kind(field, message.removeprefix(f"{field}: "))
-    if issubclass(kind, Overloaded):
-        after = told.get("retry-after-ms", "")
-        return kind(message, retry_after_ms=int(after) if after.isdigit() else 1000)
-    return kind(message)
+    after = told.get("retry-after-ms", "")
+    return error_of(
+        told.get("tandem-code", ""),
+        message,
+        field=told.get("tandem-field", "request"),
+        retry_after_ms=int(after) if after.isdigit() else 1000,
+        kind=_by_status(error.code().name),
+    )
 
 
 def _by_status(status: str) -> type[TandemError]:

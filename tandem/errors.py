@@ -5,6 +5,7 @@ TandemError
   |     +-- UnknownModel                                                             404  NOT_FOUND
   +-- UnknownRequest      no such request is known                                   404  NOT_FOUND
   +-- DuplicateRequest    the id is in use                                           409  ALREADY_EXISTS
+  +-- TakenOver           another router has the request: its stream goes on there    409  ABORTED
   +-- MoveImpossible      a running request cannot be moved (so, now); says why        409  FAILED_PRECONDITION
   +-- DrainRefused        a worker cannot be drained (so, now); says why             409  FAILED_PRECONDITION
   +-- Overloaded          over capacity; says when to come again                     429  RESOURCE_EXHAUSTED
@@ -71,6 +72,14 @@ class DuplicateRequest(TandemError):
     http_status = 409
     grpc_status = "ALREADY_EXISTS"
     openai_type = "invalid_request_error"
+
+
+class TakenOver(TandemError):
+    """Another router has the request now, where its client resumed the stream."""
+
+    code = "taken_over"
+    http_status = 409
+    grpc_status = "ABORTED"
 
 
 class MoveImpossible(TandemError):
@@ -156,6 +165,7 @@ ERRORS: dict[str, type[TandemError]] = {
         UnknownModel,
         UnknownRequest,
         DuplicateRequest,
+        TakenOver,
         MoveImpossible,
         DrainRefused,
         Overloaded,
@@ -167,3 +177,19 @@ ERRORS: dict[str, type[TandemError]] = {
         Cancelled,
     )
 }
+
+
+def error_of(
+    code: str, message: str, *, field: str = "", retry_after_ms: int = 1000, kind: type[TandemError] = TandemError
+) -> TandemError:
+    """The error of this code and message, as its other end raised it; `kind` where the code is not known.
+
+    `field`: of an InvalidRequest, whose message begins with it.
+    """
+    found = ERRORS.get(code, kind)
+    if issubclass(found, InvalidRequest):
+        name = field or message.partition(": ")[0]
+        return found(name, message.removeprefix(f"{name}: "))
+    if issubclass(found, Overloaded):
+        return found(message, retry_after_ms=retry_after_ms)
+    return found(message)

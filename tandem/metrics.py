@@ -68,6 +68,12 @@ REQUESTS_RUNNING = Metric(
     unit=Unit.REQUESTS,
     help="Requests admitted and not yet ended.",
 )
+RESUMED_TOTAL = Metric(
+    name="tandem_router_resumed_requests_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.REQUESTS,
+    help="Times that a client came back for an answer, here or from another router.",
+)
 PROMPT_TOKENS_TOTAL = Metric(
     name="tandem_router_prompt_tokens_total",
     kind=MetricKind.COUNTER,
@@ -106,6 +112,7 @@ METRICS: tuple[Metric, ...] = (
     REQUESTS_TOTAL,
     REFUSALS_TOTAL,
     REQUESTS_RUNNING,
+    RESUMED_TOTAL,
     PROMPT_TOKENS_TOTAL,
     GENERATED_TOKENS_TOTAL,
     TTFT_SECONDS,

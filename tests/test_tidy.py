@@ -84,6 +84,7 @@ PURE = {
     "router/placement.py",
     "router/prefix_index.py",
     "router/request.py",
+    "router/transcripts.py",
     "router/validation.py",
     "router/store.py",
     "cluster/chaos_plan.py",

@@ -74,7 +74,8 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Attach(self, request, context):
-        """Resumes the stream of a running or lately finished request from a token index. Needs shared state (Redis).
+        """Resumes the stream of a request that runs or ended lately, from a token index. Without a shared store (Redis) only the
+        router that serves it knows it. NOT_FOUND: nobody does. The call that read it before ends with ABORTED (taken_over).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

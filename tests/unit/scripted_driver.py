@@ -9,8 +9,10 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+from router.answer import TokenStream
 from router.events import NewRequest, Usage
-from tandem.errors import Cancelled, DuplicateRequest, TandemError
+from router.transcripts import Keep, Kept, Transcripts
+from tandem.errors import Cancelled, DuplicateRequest, TandemError, UnknownRequest
 from tandem.request import FinishReason, RequestId, Token
 
 Script = Callable[[NewRequest], list[int]]
@@ -31,6 +33,7 @@ class ScriptedStream:
     """As router.driver.RequestStream."""
 
     def __init__(self, batches: AsyncIterator[tuple[Token, ...]], running: Running) -> None:
+        self.request_id = running.request.request_id
         self.usage: Usage | None = None
         self._batches = batches
         self._running = running
@@ -49,6 +52,7 @@ class ScriptedDriver:
     """Gives `script(request)` as the answer: to max_tokens, or to the first stop token."""
 
     def __init__(self, script: Script, *, batch: int = 1) -> None:
+        self.transcripts = Transcripts(shared=False)
         self.script = script
         self.batch = batch
         self.requests: dict[str, Running] = {}
@@ -57,7 +61,7 @@ class ScriptedDriver:
         self.fail_after = 0
         self.hold_after: int | None = None  # deliver so many tokens, then wait to be cancelled
 
-    def submit(self, request: NewRequest) -> ScriptedStream:
+    def submit(self, request: NewRequest, keep: Keep | None = None, *, fence: int | None = None) -> ScriptedStream:
         """As router.driver.Driver.submit."""
         if self.refuse_with is not None:
             raise self.refuse_with
@@ -66,6 +70,18 @@ class ScriptedDriver:
             raise DuplicateRequest(f"request_id: {request.request_id!r} is known")
         running = self.requests[request.request_id] = Running(request)
         return ScriptedStream(self._stream(running), running)
+
+    def take_over(self, kept: Kept) -> ScriptedStream:
+        """As router.driver.Driver.take_over; a script has nothing to go on from."""
+        raise UnknownRequest(kept.new.request_id)
+
+    def read_again(self, request_id: RequestId) -> ScriptedStream:
+        """As router.driver.Driver.read_again; a script keeps nothing."""
+        raise UnknownRequest(request_id)
+
+    def leave(self, stream: TokenStream, reason: str) -> None:
+        """As router.driver.Driver.leave."""
+        self.cancel(stream.request_id, reason)
 
     def cancel(self, request_id: RequestId, reason: str) -> bool:
         """As router.driver.Driver.cancel."""

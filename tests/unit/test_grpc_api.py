@@ -244,13 +244,13 @@ def test_connection_that_says_nothing_is_closed(said: bytes) -> None:
     asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
 
 
-def test_attach_says_what_it_needs() -> None:
+def test_attach_to_what_nobody_knows_is_refused_by_name() -> None:
     async def main() -> None:
         async with grpc_server(service_over(saying(TEXT))) as target, grpc.aio.insecure_channel(target) as channel:
             stub = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
             call = stub.Attach(inference_pb2.AttachRequest(request_id="a"), timeout=DEADLINE_S)
-            assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
-            assert "shared state" in await call.details()
+            assert await call.code() is grpc.StatusCode.NOT_FOUND
+            assert "no request of id 'a'" in await call.details()
 
     asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
 

@@ -390,7 +390,7 @@ def test_failure_that_nobody_foresaw_ends_the_request_however_many_answers_it_ha
     driver.fail_with, driver.fail_after = RuntimeError("planted"), 3
 
     async def read() -> None:
-        answers = service_over(driver).open(
+        answers = await service_over(driver).open(
             Ask(api=Api.CHAT, request_id="", prompts=[[1]], fields=SamplingFields(), n=n)
         )
         async for _ in answers.pieces():

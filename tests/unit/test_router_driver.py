@@ -284,7 +284,7 @@ def test_stopping_ends_every_stream() -> None:
     async def main() -> None:
         async with Driver() as driver:
             stream = driver.submit(request("r"))
-        with pytest.raises(Cancelled, match="stopping"):
+        with pytest.raises(Unavailable, match="stopping"):
             await collect(stream)
         with pytest.raises(Unavailable):
             driver.submit(request("late"))

@@ -1,0 +1,286 @@
+"""The state that the routers of a cluster share in Redis: transcripts under fences, idempotency keys, leases.
+
+Each change is one Lua script, and so happens whole or not at all. A record has one holder, the router that serves the
+request, and a fence; who takes it over raises the fence, and whatever the holder before still writes is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Awaitable, Sequence
+from dataclasses import replace
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
+from redis.exceptions import RedisError
+
+from cluster import journal_wire as wire
+from router.journal import LEASE_S, StoreDown
+from router.transcripts import Kept, Verdict, Write
+from tandem.request import RequestId
+
+CALL_TIMEOUT_S = 1.0
+CONNECTIONS_MAX = 32
+RUNNING_MS = 1_800_000  # a record is forgotten so long after its last write
+ENDED_MS = 300_000
+LEASE_MS = round(3 * LEASE_S * 1000)
+SCHEMES = ("redis", "rediss", "unix")
+
+_NOW = """
+local time = redis.call('TIME')
+local now_us = time[1] * 1000000 + time[2]
+local function lives(holder)
+  local until_us = redis.call('ZSCORE', prefix .. 'routers', holder)
+  return until_us and tonumber(until_us) > now_us
+end
+"""
+
+# ARGV: prefix, identity, holder. The identity of another cluster that lives, or ''; the store's time in microseconds.
+_OPEN = (
+    "local prefix = ARGV[1]\n"
+    + _NOW
+    + """
+local known = redis.call('GET', prefix .. 'cluster')
+redis.call('ZREMRANGEBYSCORE', prefix .. 'routers', '-inf', now_us)
+if known and known ~= ARGV[2] and redis.call('ZCARD', prefix .. 'routers') > 0 then
+  return {known, string.format('%.0f', now_us)}
+end
+redis.call('SET', prefix .. 'cluster', ARGV[2])
+return {'', string.format('%.0f', now_us)}
+"""
+)
+
+# ARGV: prefix, identity, holder, lease in ms, a boot id to set where there is none. The boot id.
+_RENEW = (
+    "local prefix = ARGV[1]\n"
+    + _NOW
+    + """
+redis.call('SET', prefix .. 'cluster', ARGV[2])
+redis.call('ZADD', prefix .. 'routers', now_us + ARGV[4] * 1000, ARGV[3])
+redis.call('SET', prefix .. 'boot', ARGV[5], 'NX')
+return redis.call('GET', prefix .. 'boot')
+"""
+)
+
+# ARGV: prefix, holder, request id, fence, entry, key or '', life in ms. {} when claimed; {'taken'}; {'known', entry}.
+_CLAIM = (
+    "local prefix = ARGV[1]\n"
+    + _NOW
+    + """
+local key = prefix .. 'key:' .. ARGV[6]
+if ARGV[6] ~= '' then
+  local known = redis.call('GET', key)
+  local entry = known and redis.call('HGET', prefix .. 'request:' .. known, 'entry')
+  if entry then return {'known', entry} end
+end
+local record, tokens = prefix .. 'request:' .. ARGV[3], prefix .. 'tokens:' .. ARGV[3]
+local had = redis.call('HMGET', record, 'holder', 'end')
+if had[1] and not had[2] and had[1] ~= ARGV[2] and lives(had[1]) then return {'taken'} end
+redis.call('DEL', record, tokens)
+redis.call('HSET', record, 'holder', ARGV[2], 'fence', ARGV[4], 'entry', ARGV[5], 'n', 0, 'at',
+           string.format('%.0f', now_us))
+redis.call('PEXPIRE', record, ARGV[7])
+if ARGV[6] ~= '' then redis.call('SET', key, ARGV[3], 'PX', ARGV[7]) end
+return {}
+"""
+)
+
+# ARGV: prefix, holder, request id. {} when unknown; {entry, fence, end or '', age in ms, time in us, tokens...}.
+_TAKE_OVER = (
+    "local prefix = ARGV[1]\n"
+    + _NOW
+    + """
+local record, tokens = prefix .. 'request:' .. ARGV[3], prefix .. 'tokens:' .. ARGV[3]
+local had = redis.call('HMGET', record, 'entry', 'fence', 'end', 'holder', 'at')
+if not had[1] then return {} end
+local fence = tonumber(had[2])
+if not had[3] and had[4] ~= ARGV[2] then
+  fence = math.max(fence + 1, now_us)
+  redis.call('HSET', record, 'holder', ARGV[2], 'fence', string.format('%.0f', fence))
+end
+local answer = {had[1], string.format('%.0f', fence), had[3] or '',
+                string.format('%.0f', (now_us - tonumber(had[5])) / 1000), string.format('%.0f', now_us)}
+for _, piece in ipairs(redis.call('LRANGE', tokens, 0, -1)) do answer[#answer + 1] = piece end
+return answer
+"""
+)
+
+# ARGV: prefix, holder, life in ms, life when ended in ms, then for each write: request id, fence, entry or '', first
+# index, number of tokens, tokens, end or ''. A verdict for each. A life of an id that is over gives way to a later one.
+_WRITE = (
+    "local prefix = ARGV[1]\n"
+    + _NOW
+    + """
+local verdicts = {}
+local function write(id, fence, entry, from, count, blob, ending)
+  local record, tokens = prefix .. 'request:' .. id, prefix .. 'tokens:' .. id
+  local had = redis.call('HMGET', record, 'fence', 'n', 'end', 'holder')
+  local mine = had[1] and tonumber(had[1]) == fence
+  if had[1] and not mine then
+    local over = had[3] or not lives(had[4])
+    if tonumber(had[1]) > fence or not over then return 'fenced' end
+  end
+  if entry ~= '' then
+    local at = mine and redis.call('HGET', record, 'at') or string.format('%.0f', now_us)
+    redis.call('DEL', record, tokens)
+    redis.call('HSET', record, 'holder', ARGV[2], 'fence', string.format('%.0f', fence), 'entry', entry, 'n', 0,
+               'at', at)
+    had = {fence, 0}
+  elseif not mine then
+    return 'missing'
+  end
+  local n = tonumber(had[2])
+  if from ~= n and not (ending ~= '' and count == 0 and from < n) then return 'missing' end
+  if count > 0 then
+    redis.call('RPUSH', tokens, blob)
+    redis.call('HSET', record, 'n', n + count)
+  end
+  local life_ms = ARGV[3]
+  if ending ~= '' then
+    redis.call('HSET', record, 'end', ending)
+    life_ms = ARGV[4]
+  end
+  redis.call('PEXPIRE', record, life_ms)
+  redis.call('PEXPIRE', tokens, life_ms)
+  return 'written'
+end
+for at = 5, #ARGV, 7 do
+  verdicts[#verdicts + 1] = write(ARGV[at], tonumber(ARGV[at + 1]), ARGV[at + 2], tonumber(ARGV[at + 3]),
+                                  tonumber(ARGV[at + 4]), ARGV[at + 5], ARGV[at + 6])
+end
+return verdicts
+"""
+)
+
+
+class StoreRefused(ValueError):
+    """The store cannot be this cluster's; the message is for people."""
+
+
+class RedisStore:
+    """A RequestStore (router/journal.py) in Redis.
+
+    `holder` names this router process alone. `identity`: what must be the same for one router to go on where another
+    stopped: model, dtype, exactness.
+    """
+
+    def __init__(self, url: str, *, prefix: str, holder: str, identity: str) -> None:
+        self._prefix = f"{prefix}:"
+        self._holder = holder
+        self._identity = identity
+        self._boot = ""
+        self._redis = redis.asyncio.Redis.from_url(
+            url,
+            socket_timeout=CALL_TIMEOUT_S,
+            socket_connect_timeout=CALL_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            max_connections=CONNECTIONS_MAX,
+        )
+        scripts = (_OPEN, _RENEW, _CLAIM, _TAKE_OVER, _WRITE)
+        self._open, self._renew, self._claim, self._take_over, self._write = map(self._redis.register_script, scripts)
+
+    async def open(self) -> int:
+        """The store's time in microseconds. Raises StoreRefused when another cluster lives there, or StoreDown."""
+        other, now_us = await self._call(self._open, self._identity, self._holder)
+        if other:
+            raise StoreRefused(
+                f"redis: the keys {self._prefix}* are those of a cluster that serves {other.decode()}, this one serves "
+                f"{self._identity}; choose another database or --redis-prefix"
+            )
+        return int(now_us)
+
+    async def close(self) -> None:
+        """Hangs up."""
+        await self._redis.aclose()
+
+    async def renew(self) -> bool:
+        """See RequestStore."""
+        wanted = self._boot or secrets.token_hex(8)
+        boot = (await self._call(self._renew, self._identity, self._holder, LEASE_MS, wanted)).decode()
+        known = bool(self._boot == boot)
+        self._boot = boot
+        return known
+
+    async def claim(self, write: Write, key: str) -> Kept | RequestId | None:
+        """See RequestStore."""
+        assert write.entry is not None, "a claim says what was asked"
+        entry = wire.encode_entry(*write.entry)
+        found = await self._call(self._claim, self._holder, write.request_id, write.fence, entry, key, RUNNING_MS)
+        if not found:
+            return None
+        if found[0] == b"taken":
+            return write.request_id
+        new, keep = self._read(wire.decode_entry, found[1])
+        return Kept(new=new, keep=keep, tokens=(), ended=None, fence=0)
+
+    async def take_over(self, request_id: RequestId) -> Kept | None:
+        """See RequestStore."""
+        found = await self._call(self._take_over, self._holder, request_id)
+        if not found:
+            return None
+        entry, fence, ending, age_ms, now_us, *pieces = found
+        new, keep = self._read(wire.decode_entry, entry)
+        ended = self._read(wire.decode_end, ending) if ending else None
+        tokens = self._read(lambda content: wire.decode_tokens(request_id, content), pieces)
+        left_ms = max(1, new.deadline_ms - int(age_ms)) if new.deadline_ms else 0
+        return Kept(
+            new=replace(new, deadline_ms=left_ms),
+            keep=keep,
+            tokens=tokens if ended is None else tokens[: ended.num_tokens],
+            ended=ended,
+            fence=int(fence),
+            first_epoch=int(now_us),
+        )
+
+    async def write(self, writes: Sequence[Write]) -> list[Verdict]:
+        """See RequestStore."""
+        words: list[str | int | bytes] = [self._holder, RUNNING_MS, ENDED_MS]
+        for each in writes:
+            entry = b"" if each.entry is None else wire.encode_entry(*each.entry)
+            ending = b"" if each.ended is None else wire.encode_end(each.ended)
+            blob = wire.encode_tokens(each.tokens) if each.tokens else b""
+            words += [each.request_id, each.fence, entry, each.from_index, len(each.tokens), blob, ending]
+        return [Verdict(each.decode()) for each in await self._call(self._write, *words)]
+
+    async def _call(self, script: AsyncScript, *words: str | int | bytes) -> Any:
+        call: Awaitable[Any] = script(args=[self._prefix, *words])
+        try:
+            async with asyncio.timeout(2 * CALL_TIMEOUT_S):
+                return await call
+        except (RedisError, OSError, TimeoutError) as error:
+            raise StoreDown(f"{type(error).__name__}: {error}") from None
+
+    @staticmethod
+    def _read(decode: Any, content: Any) -> Any:
+        try:
+            return decode(content)
+        except ValueError as error:
+            raise StoreDown(f"what the store holds cannot be read: {error}") from None
+
+
+def check_url(url: str) -> str:
+    """The address, when it is one of Redis. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme not in SCHEMES or not (parts.netloc or parts.path):
+        raise ValueError(f"must be redis://host:port/database, rediss:// or unix://, is {without_password(url)!r}")
+    return url
+
+
+def without_password(url: str) -> str:
+    """The address as it may be shown and logged."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    place = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{place}"))
+
+
+def identity_of(*, model: str, dtype: str, exact: bool) -> str:
+    """What routers must have in common to go on with one another's requests."""
+    return json.dumps({"model": model, "dtype": dtype, "exact": exact}, sort_keys=True)

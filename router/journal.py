@@ -1,0 +1,134 @@
+"""One router's side of the store that routers share: requests claimed and taken over there, and written behind.
+
+A shell: what is to be written, and whose a request is, router/transcripts.py and the store's fences say. A store that
+does not answer stops nothing that runs: requests go on, and what it lacks is written when it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from router.events import NewRequest
+from router.transcripts import Keep, Kept, Transcripts, Verdict, Write
+from tandem.errors import DuplicateRequest, Unavailable
+from tandem.request import RequestId
+
+log = logging.getLogger(__name__)
+
+PERIOD_S = 0.02
+LEASE_S = 1.0  # between two renewals; the lease is three times as long
+BACKOFF_S = 0.5
+
+
+class StoreDown(RuntimeError):
+    """The store does not answer; the message says how."""
+
+
+class RequestStore(Protocol):
+    """Transcripts that all routers of a cluster see. Every call is bounded in time; it raises StoreDown."""
+
+    async def claim(self, write: Write, key: str) -> Kept | RequestId | None:
+        """Writes a request that begins, unless its key or its id is known.
+
+        None: it is this router's. A Kept: the request that came with this key. An id: it is being served elsewhere.
+        """
+        ...
+
+    async def take_over(self, request_id: RequestId) -> Kept | None:
+        """The request under a fence above all before, for this router to go on with; unless it has ended."""
+        ...
+
+    async def write(self, writes: Sequence[Write]) -> list[Verdict]:
+        """Writes what is lacking, and says of each what came of it."""
+        ...
+
+    async def renew(self) -> bool:
+        """Renews this router's lease. False: the store did not have it, and so may lack anything."""
+        ...
+
+
+class Requests(Protocol):
+    """What the journal needs of router.driver.Driver."""
+
+    transcripts: Transcripts
+
+    def next_fence(self) -> int:
+        """A fence for a request that begins here."""
+        ...
+
+    def let_go(self, request_id: RequestId) -> None:
+        """Another router has the request."""
+        ...
+
+
+class Journal:
+    """All calls are from the driver's event loop. `problem` says why the store is not used; empty when all is well."""
+
+    def __init__(self, driver: Requests, store: RequestStore) -> None:
+        self.problem = ""
+        self._driver = driver
+        self._store = store
+
+    async def claim(self, new: NewRequest, keep: Keep) -> int | Kept | None:
+        """Claims the request for this router: its fence; None when the store is away; or who came with the key before.
+
+        Raises DuplicateRequest when the id is being served at another router.
+        """
+        fence = self._driver.next_fence()
+        write = Write(request_id=new.request_id, fence=fence, entry=(new, keep), from_index=0, tokens=(), ended=None)
+        try:
+            known = await self._store.claim(write, keep.key)
+        except StoreDown as error:
+            self._is_down(error)
+            return None  # better served twice than not at all
+        if isinstance(known, str):
+            raise DuplicateRequest(f"a request of id {known!r} is being served")
+        return fence if known is None else known
+
+    async def take_over(self, request_id: RequestId) -> Kept | None:
+        """The request, to go on with it here; None when nobody knows it. Raises Unavailable when the store is away."""
+        try:
+            return await self._store.take_over(request_id)
+        except StoreDown as error:
+            self._is_down(error)
+            raise Unavailable(f"the shared store does not answer, try again: {error}") from None
+
+    async def run(self) -> None:
+        """Writes and renews, for ever."""
+        loop = asyncio.get_running_loop()
+        renew_s = loop.time()
+        while True:
+            try:
+                if loop.time() >= renew_s:
+                    renew_s = loop.time() + LEASE_S
+                    if not await self._store.renew():
+                        self._driver.transcripts.lost()
+                await self.flush()
+            except StoreDown as error:
+                self._is_down(error)
+                renew_s = loop.time()
+                await asyncio.sleep(BACKOFF_S)
+                continue
+            if self.problem:
+                log.warning("the shared store answers again")
+                self.problem = ""
+            await asyncio.sleep(PERIOD_S)
+
+    async def flush(self) -> None:
+        """Writes what the store lacks, once. Raises StoreDown."""
+        transcripts = self._driver.transcripts
+        writes = transcripts.pending()
+        if not writes:
+            return
+        for write, verdict in zip(writes, await self._store.write(writes), strict=True):
+            if not transcripts.answered(write, verdict):
+                log.warning("request=%s another router has it", write.request_id)
+                self._driver.let_go(write.request_id)
+
+    def _is_down(self, error: StoreDown) -> None:
+        if not self.problem:
+            log.warning("the shared store does not answer, requests go on without it: %s", error)
+        self.problem = str(error)
