@@ -201,8 +201,8 @@ class RedisStore:
 
     async def renew(self) -> bool:
         """See RequestStore."""
-        wanted = self._boot or secrets.token_hex(8)
-        boot = (await self._call(self._renew, self._identity, self._holder, LEASE_MS, wanted)).decode()
+        fresh = secrets.token_hex(8)  # for a store that has forgotten: not the id of before
+        boot = (await self._call(self._renew, self._identity, self._holder, LEASE_MS, fresh)).decode()
         known = bool(self._boot == boot)
         self._boot = boot
         return known

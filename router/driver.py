@@ -49,9 +49,9 @@ from tandem.errors import (
     DeadlinePassed,
     DuplicateRequest,
     Overloaded,
+    Stopping,
     TakenOver,
     TandemError,
-    Unavailable,
     UnknownRequest,
     error_of,
 )
@@ -204,7 +204,7 @@ class Driver:
         self._stopped = True
         self.transcripts.close()
         for request_id in self._core.request_ids():
-            self._feed(LetGo(request_id=request_id, error=Unavailable("the router is stopping")))
+            self._feed(LetGo(request_id=request_id, error=Stopping("the router is stopping")))
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
@@ -237,7 +237,7 @@ class Driver:
 
     def _begin(self, event: Submitted) -> RequestStream:
         if self._stopped:
-            raise Unavailable("the router is stopping")
+            raise Stopping("the router is stopping")
         request_id = event.request.request_id
         stream = RequestStream(request_id)
         stream._replay(event.answer)
@@ -304,7 +304,7 @@ class Driver:
         the move itself survives.
         """
         if self._stopped:
-            raise Unavailable("the router is stopping")
+            raise Stopping("the router is stopping")
         if len(self._moves) >= self.config.move_askers_max:
             limit = self.config.move_askers_max
             raise Overloaded(

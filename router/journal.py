@@ -13,7 +13,7 @@ from typing import Protocol
 
 from router.events import NewRequest
 from router.transcripts import Keep, Kept, Transcripts, Verdict, Write
-from tandem.errors import DuplicateRequest, Unavailable
+from tandem.errors import DuplicateRequest, StoreAway
 from tandem.request import RequestId
 
 log = logging.getLogger(__name__)
@@ -89,12 +89,12 @@ class Journal:
         return fence if known is None else known
 
     async def take_over(self, request_id: RequestId) -> Kept | None:
-        """The request, to go on with it here; None when nobody knows it. Raises Unavailable when the store is away."""
+        """The request, to go on with it here; None when nobody knows it. Raises StoreAway."""
         try:
             return await self._store.take_over(request_id)
         except StoreDown as error:
             self._is_down(error)
-            raise Unavailable(f"the shared store does not answer, try again: {error}") from None
+            raise StoreAway(f"the shared store does not answer, try again: {error}") from None
 
     async def run(self) -> None:
         """Writes and renews, for ever."""

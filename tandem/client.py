@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
@@ -12,6 +16,7 @@ import grpc.aio
 
 from tandem.errors import ERRORS, InvalidRequest, TandemError, error_of
 from tandem.request import FinishReason
+from tandem.resuming import Attach, Resuming
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
 if TYPE_CHECKING:
@@ -19,11 +24,19 @@ if TYPE_CHECKING:
 
 DEFAULT_TARGET = "localhost:50051"
 MESSAGE_BYTES_MAX = 8 * 1024 * 1024
+RESUME_S = 30.0
 
 # A prompt: a text, token ids, or the messages of a chat, each with `role` and `content`.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
+CANCEL_TIMEOUT_S = 2.0
+
 _OPTIONS = [
+    ("grpc.keepalive_time_ms", 10_000),  # a router that stands still is noticed
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
 ]
@@ -116,11 +129,16 @@ class ModelInfo:
 class Client:
     """Talks to a cluster from ordinary code; safe to share among threads. Close it, or use it in a `with`."""
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, timeout_s: float = 600.0) -> None:
-        """`target` is host:port of the router's gRPC; `timeout_s` bounds each call, a stream's whole length."""
+    def __init__(self, target: str = DEFAULT_TARGET, *, timeout_s: float = 600.0, resume_s: float = RESUME_S) -> None:
+        """`target` is host:port of the routers' gRPC; `timeout_s` bounds each call.
+
+        A stream that breaks is resumed, for up to `resume_s` seconds each time, and the request goes on meanwhile: with
+        routers that share a store whichever of them is there, else the one that has it. 0: a break is the end.
+        """
         self._channel = grpc.insecure_channel(target, options=_OPTIONS)
         self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout_s = timeout_s
+        self._resume_s = resume_s
 
     def __enter__(self) -> Self:
         return self
@@ -156,14 +174,29 @@ class Client:
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[Chunk]:
         """The answer as it comes; leaving the iteration cancels the request. Raises TandemError."""
-        call = self._stub.Generate(_request(prompt, model, request_id, priority, sampling), timeout=self._timeout_s)
+        request = _request(prompt, model, request_id, priority, sampling, self._resume_s)
+        resuming = Resuming(resume_s=self._resume_s, heard_s=time.monotonic())
+        call: Any = None
         try:
-            for response in call:
-                yield _chunk(response)
-        except grpc.RpcError as error:
-            raise _translated(error) from None
+            while not resuming.finished:
+                call = _next(self._stub, resuming, request, self._timeout_s)
+                try:
+                    for response in call:
+                        if _is_news(resuming, response):
+                            yield _chunk(response)
+                    _check_finished(resuming)
+                except grpc.RpcError as error:
+                    time.sleep(resuming.failed(time.monotonic(), _translated(error), said=_is_said(error)))
+        except TandemError:
+            raise
+        except BaseException:  # the reader leaves, and the request would wait for it
+            if request.resume_ms and not resuming.finished and (resuming.num_tokens or not request_id):
+                with suppress(grpc.RpcError):
+                    self._stub.Cancel(_cancel(request), timeout=CANCEL_TIMEOUT_S)
+            raise
         finally:
-            call.cancel()
+            if call is not None:
+                call.cancel()
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request everywhere; False when it is not known."""
@@ -187,11 +220,16 @@ class Client:
 class AsyncClient:
     """Talks to a cluster from an event loop. Close it, or use it in an `async with`."""
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, timeout_s: float = 600.0) -> None:
-        """`target` is host:port of the router's gRPC; `timeout_s` bounds each call, a stream's whole length."""
+    def __init__(self, target: str = DEFAULT_TARGET, *, timeout_s: float = 600.0, resume_s: float = RESUME_S) -> None:
+        """`target` is host:port of the routers' gRPC; `timeout_s` bounds each call.
+
+        A stream that breaks is resumed, for up to `resume_s` seconds each time, and the request goes on meanwhile: with
+        routers that share a store whichever of them is there, else the one that has it. 0: a break is the end.
+        """
         self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
         self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout_s = timeout_s
+        self._resume_s = resume_s
 
     async def __aenter__(self) -> Self:
         return self
@@ -228,14 +266,29 @@ class AsyncClient:
         **sampling: Unpack[SamplingOptions],
     ) -> AsyncIterator[Chunk]:
         """The answer as it comes; closing the iterator cancels the request. Raises TandemError."""
-        call = self._stub.Generate(_request(prompt, model, request_id, priority, sampling), timeout=self._timeout_s)
+        request = _request(prompt, model, request_id, priority, sampling, self._resume_s)
+        resuming = Resuming(resume_s=self._resume_s, heard_s=time.monotonic())
+        call: Any = None
         try:
-            async for response in call:
-                yield _chunk(response)
-        except grpc.RpcError as error:
-            raise _translated(error) from None
+            while not resuming.finished:
+                call = _next(self._stub, resuming, request, self._timeout_s)
+                try:
+                    async for response in call:
+                        if _is_news(resuming, response):
+                            yield _chunk(response)
+                    _check_finished(resuming)
+                except grpc.RpcError as error:
+                    await asyncio.sleep(resuming.failed(time.monotonic(), _translated(error), said=_is_said(error)))
+        except TandemError:
+            raise
+        except BaseException:  # the reader leaves, and the request would wait for it
+            if request.resume_ms and not resuming.finished and (resuming.num_tokens or not request_id):
+                with suppress(grpc.RpcError):
+                    await self._stub.Cancel(_cancel(request), timeout=CANCEL_TIMEOUT_S)
+            raise
         finally:
-            call.cancel()
+            if call is not None:
+                call.cancel()
 
     async def cancel(self, request_id: str) -> bool:
         """Ends a request everywhere; False when it is not known."""
@@ -256,13 +309,20 @@ class AsyncClient:
             raise _translated(error) from None
 
 
-def _request(prompt: Prompt, model: str, request_id: str, priority: int, sampling: SamplingOptions) -> GenerateRequest:
+def _request(
+    prompt: Prompt, model: str, request_id: str, priority: int, sampling: SamplingOptions, resume_s: float
+) -> GenerateRequest:
+    """The request; with `resume_s` it has a name and a key of its own, to be found and sent again by."""
     try:
         # protobuf's own errors name neither the field nor the value well, but say what type it wants.
         params = inference_pb2.SamplingParams(**sampling)
         request = inference_pb2.GenerateRequest(
             model=model, request_id=request_id, priority=priority, sampling=params, return_token_ids=True
         )
+        if resume_s:
+            request.request_id = request_id or f"req-{uuid.uuid4().hex}"
+            request.idempotency_key = uuid.uuid4().hex
+            request.resume_ms = round(resume_s * 1000)
         if isinstance(prompt, str):
             request.text = prompt
         elif _is_chat(prompt):
@@ -273,6 +333,31 @@ def _request(prompt: Prompt, model: str, request_id: str, priority: int, samplin
     except (TypeError, ValueError) as error:
         raise InvalidRequest("request", f"has a field of a wrong type or range: {error}") from None
     return request
+
+
+def _next(stub: Any, resuming: Resuming, request: GenerateRequest, timeout_s: float) -> Any:
+    """The call that goes on with the stream."""
+    match resuming.next_call():
+        case Attach(from_index=index):
+            asked = inference_pb2.AttachRequest(request_id=request.request_id, from_index=index)
+            return stub.Attach(asked, timeout=timeout_s)
+        case _:
+            return stub.Generate(request, timeout=timeout_s)
+
+
+def _is_news(resuming: Resuming, response: GenerateResponse) -> bool:
+    num_tokens, finished = len(response.token_ids), bool(response.finish)
+    return resuming.heard(time.monotonic(), response.index, num_tokens, finished=finished)
+
+
+def _check_finished(resuming: Resuming) -> None:
+    """A call that ends well has ended the stream."""
+    if not resuming.finished:
+        raise TandemError("the stream ended without a finish")
+
+
+def _cancel(request: GenerateRequest) -> inference_pb2.CancelRequest:
+    return inference_pb2.CancelRequest(request_id=request.request_id)
 
 
 def _tokenize_request(prompt: str | Sequence[Mapping[str, str]], model: str) -> TokenizeRequest:
@@ -363,6 +448,13 @@ def _translated(error: grpc.RpcError) -> TandemError:
         retry_after_ms=int(after) if after.isdigit() else 1000,
         kind=_by_status(error.code().name),
     )
+
+
+def _is_said(error: grpc.RpcError) -> bool:
+    """Whether a router ended the call, and not the connection."""
+    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError), "an error of a call has its status"
+    metadata: Any = error.trailing_metadata() or ()
+    return any(key == "tandem-code" for key, _ in metadata)
 
 
 def _by_status(status: str) -> type[TandemError]:

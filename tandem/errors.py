@@ -10,6 +10,8 @@ TandemError
   +-- DrainRefused        a worker cannot be drained (so, now); says why             409  FAILED_PRECONDITION
   +-- Overloaded          over capacity; says when to come again                     429  RESOURCE_EXHAUSTED
   +-- Unavailable         no worker can serve this now                               503  UNAVAILABLE
+  |     +-- Stopping      the router ends; another one, or the next, goes on         503  UNAVAILABLE
+  |     +-- StoreAway     what only the shared store knows cannot be had now          503  UNAVAILABLE
   +-- DeadlinePassed      the request's own deadline is over                         504  DEADLINE_EXCEEDED
   +-- RequestLost         placed and re-placed in vain; names the last failure       502  ABORTED
   +-- StepFailed          the engine fails to run its steps, and its alone           500  INTERNAL
@@ -121,6 +123,18 @@ class Unavailable(TandemError):
     grpc_status = "UNAVAILABLE"
 
 
+class Stopping(Unavailable):
+    """The router ends. What it kept of the request is to be had from the next one, where routers share a store."""
+
+    code = "stopping"
+
+
+class StoreAway(Unavailable):
+    """The store that routers share does not answer; what only it knows is to be had when it is back."""
+
+    code = "store_away"
+
+
 class DeadlinePassed(TandemError):
     """The request did not end within its deadline."""
 
@@ -170,6 +184,8 @@ ERRORS: dict[str, type[TandemError]] = {
         DrainRefused,
         Overloaded,
         Unavailable,
+        Stopping,
+        StoreAway,
         DeadlinePassed,
         RequestLost,
         NotFinite,

@@ -34,6 +34,7 @@ PURE = {
     "tandem/messages.py",
     "tandem/metrics.py",
     "tandem/request.py",
+    "tandem/resuming.py",
     "engine/arch.py",
     "engine/blocks.py",
     "engine/events.py",

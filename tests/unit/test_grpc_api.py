@@ -50,11 +50,14 @@ async def grpc_server(service: Service, **times_s: float) -> AsyncIterator[str]:
         await server.stop(0.2)
 
 
-def with_client(service: Service, use: Callable[[AsyncClient], Awaitable[None]]) -> None:
+def with_client(service: Service, use: Callable[[AsyncClient], Awaitable[None]], *, resume_s: float = 30.0) -> None:
     """Runs `use` with a client of a real server."""
 
     async def main() -> None:
-        async with grpc_server(service) as target, AsyncClient(target, timeout_s=DEADLINE_S) as client:
+        async with (
+            grpc_server(service) as target,
+            AsyncClient(target, timeout_s=DEADLINE_S, resume_s=resume_s) as client,
+        ):
             await use(client)
 
     asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
@@ -204,7 +207,7 @@ def test_client_that_leaves_cancels_and_cancel_by_id() -> None:
         assert not await client.cancel("nobody")
         await until(lambda: b"tandem_router_running_requests 0.0" in service.metrics.page())
 
-    with_client(service, use)
+    with_client(service, use, resume_s=0)
 
 
 def test_client_that_vanishes_cancels() -> None:

@@ -1,0 +1,69 @@
+"""How a client goes on when its stream breaks: what to call next, from which token on, when, and when to give up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.errors import RequestLost, Stopping, StoreAway, TandemError, Unavailable, UnknownRequest
+
+FIRST_PAUSE_S = 0.05
+PAUSE_S_MAX = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Send the request (again): the same idempotency key makes it the same request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Ask for the stream from this token on."""
+
+    from_index: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Resuming:
+    """One stream over all its calls. Times are seconds of one steady clock.
+
+    A break is answered for `resume_s` after the last sign of life; 0: it is the stream's end.
+    """
+
+    resume_s: float
+    heard_s: float
+    num_tokens: int = 0
+    finished: bool = False
+    broken: TandemError | None = None  # why the stream first broke since it was heard last
+    pause_s: float = FIRST_PAUSE_S
+
+    def next_call(self) -> Begin | Attach:
+        """What to call now."""
+        return Attach(self.num_tokens) if self.num_tokens else Begin()
+
+    def heard(self, now_s: float, index: int, num_tokens: int, *, finished: bool) -> bool:
+        """A message came, with tokens from `index` on. Whether it says anything new."""
+        if index + num_tokens < self.num_tokens or (index < self.num_tokens and num_tokens):
+            return False
+        self.num_tokens = max(self.num_tokens, index + num_tokens)
+        self.heard_s, self.broken, self.pause_s = now_s, None, FIRST_PAUSE_S
+        self.finished = self.finished or finished
+        return True
+
+    def failed(self, now_s: float, error: TandemError, *, said: bool) -> float:
+        """The call ended with an error: the seconds to wait before the next one. Raises what the stream ends with.
+
+        `said`: a router said so; otherwise the connection broke.
+        """
+        if not self.resume_s:
+            raise error
+        if isinstance(error, UnknownRequest) and self.num_tokens:
+            why = "" if self.broken is None else f": {self.broken.message}"
+            raise RequestLost(f"the stream broke after {self.num_tokens} tokens, and no router can resume it{why}")
+        passing = isinstance(error, Stopping | StoreAway) or (isinstance(error, Unavailable) and not said)
+        if not passing:
+            raise error
+        self.broken = self.broken or error
+        if now_s - self.heard_s + self.pause_s > self.resume_s:
+            raise self.broken
+        pause_s, self.pause_s = self.pause_s, min(2 * self.pause_s, PAUSE_S_MAX)
+        return pause_s

@@ -1,0 +1,191 @@
+"""The shared state in a real Redis: fences, claims, take-overs, leases, and a Redis that is away or empty."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from redis_server import RedisServer, redis_server
+
+from cluster.state import RedisStore, StoreRefused, check_url, without_password
+from router.events import NewRequest, Usage
+from router.journal import StoreDown
+from router.transcripts import Ended, Keep, Kept, Verdict, Write
+from tandem.request import FinishReason, RequestId, Sampling, Token
+
+DEADLINE_S = 30
+KEEP = Keep(form=b'{"api": "grpc"}', digest=b"d", key="", resume_ms=7)
+Case = Callable[[RedisServer, RedisStore, RedisStore], Awaitable[None]]
+
+
+def store(server: RedisServer, holder: str, *, identity: str = "m") -> RedisStore:
+    return RedisStore(server.url, prefix="t", holder=holder, identity=identity)
+
+
+def run(case: Case) -> None:
+    """Two routers' stores on one server, both alive."""
+
+    async def main() -> None:
+        with redis_server() as server:
+            first, second = store(server, "a"), store(server, "b")
+            for each in (first, second):
+                await each.open()
+                await each.renew()
+            await case(server, first, second)
+            await first.close()
+            await second.close()
+
+    asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
+
+
+def new(name: str = "r") -> NewRequest:
+    sampling = Sampling(temperature=0.7, seed=2**63, logprobs=2, logit_bias=((3, -1.5),), stop_token_ids=(9,))
+    return NewRequest(request_id=RequestId(name), tokens=(1, 2, 3), sampling=sampling, deadline_ms=60_000, priority=2)
+
+
+def tokens(first: int, last: int) -> tuple[Token, ...]:
+    return tuple(
+        Token(
+            request_id=RequestId("r"),
+            epoch=0,
+            index=index,
+            token_id=index + 100,
+            logprob=-0.1 * index,
+            top=((1, -0.5), (2, -0.75)),
+            finish=FinishReason.LENGTH if index == 99 else None,
+        )
+        for index in range(first, last)
+    )
+
+
+def write(
+    fence: int, first: int, last: int, *, entry: bool = False, ended: Ended | None = None, name: str = "r"
+) -> Write:
+    return Write(
+        request_id=RequestId(name),
+        fence=fence,
+        entry=(new(name), KEEP) if entry else None,
+        from_index=first,
+        tokens=tokens(first, last),
+        ended=ended,
+    )
+
+
+async def verdict(of: RedisStore, what: Write) -> Verdict:
+    (only,) = await of.write([what])
+    return only
+
+
+def test_taken_over_whole_and_the_one_before_is_fenced() -> None:
+    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+        assert await first.claim(write(5, 0, 0, entry=True), "") is None
+        assert await verdict(first, write(5, 0, 3)) is Verdict.WRITTEN
+        assert await verdict(first, write(5, 3, 4)) is Verdict.WRITTEN
+        kept = await second.take_over(RequestId("r"))
+        assert kept is not None
+        assert (kept.keep, kept.tokens, kept.ended) == (KEEP, tokens(0, 4), None)
+        assert kept.new.sampling == new().sampling
+        assert 50_000 < kept.new.deadline_ms <= 60_000
+        assert kept.fence > 5
+        assert kept.first_epoch > 1_000_000_000_000_000
+        assert await verdict(first, write(5, 4, 5)) is Verdict.FENCED
+        assert await verdict(first, write(5, 0, 5, entry=True)) is Verdict.FENCED, "nor by writing all of it anew"
+        assert await verdict(second, write(kept.fence, 4, 6)) is Verdict.WRITTEN
+        again = await second.take_over(RequestId("r"))
+        assert again is not None
+        assert (again.fence, again.tokens) == (kept.fence, tokens(0, 6)), "who has it keeps its fence"
+
+    run(case)
+
+
+def test_gaps_and_what_is_missing_are_written_anew() -> None:
+    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+        assert await verdict(first, write(5, 0, 2)) is Verdict.MISSING
+        assert await verdict(first, write(5, 0, 2, entry=True)) is Verdict.WRITTEN
+        assert await verdict(first, write(5, 3, 4)) is Verdict.MISSING
+        assert await verdict(first, write(5, 1, 4)) is Verdict.MISSING
+        assert await verdict(first, write(5, 0, 4, entry=True)) is Verdict.WRITTEN
+        kept = await second.take_over(RequestId("r"))
+        assert kept is not None
+        assert kept.tokens == tokens(0, 4)
+
+    run(case)
+
+
+def test_what_ended_stays_as_it_ended() -> None:
+    usage = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
+
+    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+        assert await verdict(first, write(5, 0, 4, entry=True)) is Verdict.WRITTEN
+        ended = Ended(num_tokens=2, usage=usage)  # a stop string was found in what came before
+        assert await verdict(first, write(5, 2, 2, ended=ended)) is Verdict.WRITTEN
+        kept = await second.take_over(RequestId("r"))
+        assert kept is not None
+        assert (kept.ended, kept.tokens, kept.fence) == (ended, tokens(0, 2), 5)
+
+    run(case)
+
+
+def test_an_id_is_served_once_and_a_key_means_one_request() -> None:
+    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+        assert await first.claim(write(5, 0, 0, entry=True), "key") is None
+        assert await second.claim(write(6, 0, 0, entry=True), "") == "r"
+        known = await second.claim(write(6, 0, 0, entry=True, name="s"), "key")
+        assert isinstance(known, Kept)
+        assert (known.new.request_id, known.keep.digest) == ("r", b"d")
+        ended = Ended(num_tokens=0, usage=None, code="cancelled", message="x")
+        assert await verdict(first, write(5, 0, 0, ended=ended)) is Verdict.WRITTEN
+        assert await second.claim(write(6, 0, 0, entry=True), "") is None, "the id is free again"
+        assert await verdict(first, write(5, 0, 0, entry=True)) is Verdict.FENCED
+
+    run(case)
+
+
+def test_a_dead_routers_id_is_free_but_not_a_living_ones() -> None:
+    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+        dead = store(server, "dead")
+        await dead.open()  # never renews: it has no lease
+        assert await dead.claim(write(5, 0, 0, entry=True), "") is None
+        assert await second.claim(write(6, 0, 0, entry=True), "") is None
+        await dead.close()
+
+    run(case)
+
+
+def test_a_restart_that_forgets_is_noticed_and_another_cluster_refused() -> None:
+    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+        assert await first.renew()
+        stranger = store(server, "c", identity="other")
+        with pytest.raises(StoreRefused, match="serves m, this one serves other"):
+            await stranger.open()
+        server.kill()
+        with pytest.raises(StoreDown):
+            await first.renew()
+        server.start()
+        assert not await first.renew()
+        assert await first.renew()
+        assert await second.take_over(RequestId("r")) is None
+        await stranger.close()
+
+    run(case)
+
+
+def test_a_server_that_stands_still_is_given_up_in_time() -> None:
+    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+        server.process.suspend()
+        async with asyncio.timeout(5):
+            with pytest.raises(StoreDown):
+                await first.take_over(RequestId("r"))
+        server.process.resume()
+        assert await first.take_over(RequestId("r")) is None
+
+    run(case)
+
+
+def test_addresses() -> None:
+    assert check_url("redis://u:secret@host:6379/3")
+    assert without_password("redis://u:secret@host:6379/3") == "redis://u:***@host:6379/3"
+    for wrong in ("http://x", "redis://", "localhost:6379"):
+        with pytest.raises(ValueError, match="must be redis"):
+            check_url(wrong)
