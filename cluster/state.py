@@ -179,7 +179,7 @@ class RedisStore:
             url,
             socket_timeout=CALL_TIMEOUT_S,
             socket_connect_timeout=CALL_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
+            retry=Retry(NoBackoff(), 1),  # of a connection that broke while it waited in the pool
             max_connections=CONNECTIONS_MAX,
         )
         scripts = (_OPEN, _RENEW, _CLAIM, _TAKE_OVER, _WRITE)
