@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,6 +17,7 @@ ENVIRONMENT_PREFIX = "TANDEM_"
 # Variables that are no settings of a cluster: the settings file, the kernels' choice, and two of the tests.
 OTHER_VARIABLES = frozenset({"CONFIG", "KERNELS", "REQUIRE", "HANDOFF_SEEDS"})
 MiB = 1 << 20
+REDIS_SCHEMES = ("redis", "rediss", "unix")
 WILDCARDS = ("0.0.0.0", "::")
 KV_MEMORY_LEAST = 16 << 10  # far too little for a real model, which then says how large one block is
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -62,6 +64,14 @@ class ClusterConfig(BaseModel):
     )
     rebalance: bool = Field(True, description="running requests move between workers where that helps them or others")
 
+    redis: str = Field(
+        "",
+        description="Redis in which routers keep their streams, e.g. redis://127.0.0.1:6379/0; empty: nothing is kept",
+    )
+    redis_prefix: str = Field(
+        "tandem", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="what the keys in Redis begin with: one a cluster"
+    )
+
     address: str = Field("", description="address of a running Ray cluster; empty: start a local one")
     worker_host: str = Field("", description="address that workers are reached at; empty: chosen")
     heartbeat_ms: int = Field(1000, ge=50, le=60_000, description="time between a worker's heartbeats")
@@ -80,6 +90,11 @@ class ClusterConfig(BaseModel):
     @classmethod
     def _lower(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
+
+    @field_validator("redis")
+    @classmethod
+    def _is_redis(cls, value: str) -> str:
+        return check_url(value) if value else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> ClusterConfig:
@@ -204,3 +219,20 @@ def _sentence(detail: dict[str, Any], origins: Mapping[str, str]) -> str:
         return message  # a rule over several keys names them itself
     key = str(detail["loc"][0])
     return f"{key}: {detail['input']!r}: {message[0].lower()}{message[1:]} (from {origins[key]})"
+
+
+def check_url(url: str) -> str:
+    """The address, when it is one of Redis. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme not in REDIS_SCHEMES or not (parts.netloc or parts.path):
+        raise ValueError(f"must be redis://host:port/database, rediss:// or unix://, is {without_password(url)!r}")
+    return url
+
+
+def without_password(url: str) -> str:
+    """The address as it may be shown and logged."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    place = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{place}"))

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import resource
+import secrets
 import signal
 import sys
 import time
@@ -23,21 +24,24 @@ import grpc.aio
 import uvloop
 
 from cluster.admin import Addresses, Admin
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, without_password
 from cluster.membership import Membership, MemberState, StateChanged
 from cluster.operations import Operations
 from cluster.processes import die_with_parent
 from cluster.registry import LOOK_MS, Registry
 from cluster.run_file import reachable
 from cluster.served_model import describe
+from cluster.state import RedisStore, identity_of
 from router.config import RouterConfig
 from router.driver import Driver
 from router.grpc_api import build_grpc_server
 from router.http_connection import HttpLimits
 from router.http_server import serve_http
+from router.journal import Journal, StoreDown
 from router.metrics import EdgeMetrics
 from router.openai_api import build_app
 from router.service import ServedModel, Service
+from router.transcripts import Transcripts
 from tandem.messages import Role
 from tandem.request import WorkerId
 from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -66,15 +70,43 @@ class Supervisor:
             on_ended(command["ended"], command["incarnation"], command["reason"])
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """The store that this router shares with others. `born_us`: its time when this router came; None: it was away."""
+
+    store: RedisStore
+    born_us: int | None
+
+
+async def open_store(config: ClusterConfig, name: str) -> Shared | None:
+    """The store, if there is one. Raises StoreRefused. A store that is away is waited for while requests are served."""
+    if not config.redis:
+        return None
+    identity = identity_of(model=config.model, dtype=config.dtype, exact=config.exact)
+    holder = f"{name}-{secrets.token_hex(8)}"  # a router that is started again is another one
+    store = RedisStore(config.redis, prefix=config.redis_prefix, holder=holder, identity=identity)
+    try:
+        return Shared(store=store, born_us=await store.open())
+    except StoreDown as error:
+        log.warning("the shared store %s does not answer: %s", without_password(config.redis), error)
+        return Shared(store=store, born_us=None)
+
+
 class RouterProcess:
     """Everything of the router, from its sockets to its end."""
 
-    def __init__(self, config: ClusterConfig, *, base_incarnation: int) -> None:
+    def __init__(self, config: ClusterConfig, *, base_incarnation: int, shared: Shared | None) -> None:
         self.config = config
+        self.store = None if shared is None else shared.store
         self.supervisor = Supervisor()
         self.stopping = asyncio.Event()
         edge = describe(config)
-        self.driver = Driver(RouterConfig(local_prefill_tokens=config.local_prefill_tokens))
+        self.driver = Driver(
+            RouterConfig(local_prefill_tokens=config.local_prefill_tokens),
+            transcripts=Transcripts(shared=shared is not None),
+            born_us=None if shared is None else shared.born_us,
+        )
+        self.journal = None if shared is None else Journal(self.driver, shared.store)
         self.membership = Membership(
             heartbeat_ms=config.heartbeat_ms,
             dead_after_misses=config.dead_after_misses,
@@ -98,6 +130,7 @@ class RouterProcess:
             tokenizer=edge.tokenizer,
             model=self.model,
             metrics=EdgeMetrics(),
+            journal=self.journal,
             not_ready=self.not_ready,
         )
         self.addresses = Addresses(model=self.model.id, http="", grpc="")
@@ -135,6 +168,8 @@ class RouterProcess:
                 asyncio.create_task(self.supervisor.listen(self._ended)),
                 asyncio.create_task(self._until_stopped()),
             ]
+            if self.journal is not None:
+                tasks.append(asyncio.create_task(self.journal.run()))
             self.supervisor.say("listening", port=http.port, grpc_port=grpc_port, pid=os.getpid())
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -143,7 +178,15 @@ class RouterProcess:
             for task in tasks:
                 task.cancel()
             await self.driver.stop()
+            await self._hand_over()
             await asyncio.gather(http.stop(), grpc_server.stop(GRACE_S))
+
+    async def _hand_over(self) -> None:
+        """Writes what the store lacks: whoever comes after goes on from there."""
+        if self.journal is not None and self.store is not None:
+            with contextlib.suppress(StoreDown):  # tokens that it lacks are computed again
+                await self.journal.flush()
+            await self.store.leave()
 
     async def _until_stopped(self) -> None:
         await self.stopping.wait()
@@ -202,7 +245,8 @@ def limits_within(open_files: int) -> HttpLimits:
 
 async def serve(config: ClusterConfig, base_incarnation: int) -> None:
     """Runs the router until SIGTERM or the end of stdin."""
-    process = RouterProcess(config, base_incarnation=base_incarnation)
+    shared = await open_store(config, RouterConfig().router_id)
+    process = RouterProcess(config, base_incarnation=base_incarnation, shared=shared)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, process.stopping.set)
     await process.run()
 

@@ -160,7 +160,9 @@ async def _open(
         form=asdict(form),
         names=names,
     )
-    return _Reply(service, await service.open(ask), form)
+    answers = await service.open(ask)
+    # Of a repeated idempotency key: as it was answered before.
+    return _Reply(service, answers, form if answers.form is None else ReplyForm.kept(answers.form))
 
 
 async def _resume(service: Service, api: Api, request: Request) -> Response:
