@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import TypeVar
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.registry import Collector
 
 from tandem import metrics as table
 from tandem.errors import TandemError
@@ -26,9 +28,13 @@ class Api(StrEnum):
 
 
 class EdgeMetrics:
-    """The edge's metrics, in a registry of their own; others may add theirs to `registry`."""
+    """The edge's metrics, in a registry of their own; others may add theirs to `registry`.
 
-    def __init__(self) -> None:
+    On the page each carries the name of its router, since several may answer at one address.
+    """
+
+    def __init__(self, router_id: str = "router-0") -> None:
+        self._router_id = router_id
         self.registry = CollectorRegistry()
         self._requests = self._plain(Counter, table.REQUESTS_TOTAL)
         self._refusals = self._plain(Counter, table.REFUSALS_TOTAL)
@@ -76,10 +82,26 @@ class EdgeMetrics:
 
     def page(self) -> bytes:
         """All metrics in Prometheus' text format."""
-        return prometheus_client.generate_latest(self.registry)
+        return prometheus_client.generate_latest(_Labelled(self.registry, self._router_id))
 
     def _plain(self, kind: type[_Kind], metric: Metric) -> _Kind:
         return kind(metric.name, metric.help, metric.labels, registry=self.registry)
 
     def _histogram(self, metric: Metric) -> Histogram:
         return Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self.registry)
+
+
+class _Labelled(Collector):
+    """A registry whose samples all have one more label: `router`."""
+
+    def __init__(self, registry: CollectorRegistry, router_id: str) -> None:
+        self._registry = registry
+        self._router_id = router_id
+
+    def collect(self) -> Iterator[prometheus_client.Metric]:
+        """The registry's metrics, labelled."""
+        for metric in self._registry.collect():
+            metric.samples = [
+                each._replace(labels={"router": self._router_id, **each.labels}) for each in metric.samples
+            ]  # fmt: skip
+            yield metric
