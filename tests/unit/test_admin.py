@@ -33,8 +33,10 @@ class Place:
     """One router process without its edge: the stub of its operators' service, and what lies behind."""
 
     stub: admin_pb2_grpc.AdminStub
+    driver: Driver
     registry: Registry
     operations: Operations
+    peers: Peers
     said: list[tuple[str, dict[str, object]]]
     address: str
 
@@ -45,8 +47,8 @@ class Place:
     def state(self, worker: str) -> MemberState:
         return self.registry.membership.members[WorkerId(worker)].state
 
-    async def join(self, worker: str, incarnation: int = 1) -> int:
-        """Registers a worker that answers no call and says nothing but that it lives; returns its incarnation."""
+    async def join(self, worker: str, incarnation: int = 1) -> None:
+        """Registers a worker that answers no call and says nothing but that it lives."""
         info = WorkerInfo(
             worker_id=WorkerId(worker), role=Role(worker.split("-")[0]), control="127.0.0.1:1", endpoint="e", pid=1,
             agent_pid=2, model="m", namespace="n", fingerprint="f", exact=True, dtype="float32", block_size=16,
@@ -62,7 +64,6 @@ class Place:
             worker_id=info.worker_id, incarnation=incarnation, steps=0, runnable=False, agent_pid=2
         )  # fmt: skip
         self.registry._take(beat)
-        return incarnation
 
 
 @asynccontextmanager
@@ -105,7 +106,7 @@ async def place(me: str = "router-0", internal: Mapping[str, str] = ALONE) -> As
         looking = asyncio.create_task(operations.run())
         async with grpc.aio.insecure_channel(address) as channel:
             stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
-            here = Place(stub, registry, operations, said, address)
+            here = Place(stub, driver, registry, operations, peers, said, address)
             for worker in WORKERS:
                 await here.join(worker)
             try:
@@ -214,7 +215,7 @@ def test_a_worker_that_dies_meanwhile_was_not_drained() -> None:
         here.operations.ended(WorkerId("decode-0"), 1, "exit code 1")
         assert (await draining)[2] == "decode-0 died while it drained: exit code 1"
         assert here.left() == []
-        assert await here.join("decode-0", 2) == 2
+        await here.join("decode-0", 2)
         assert here.state("decode-0") is MemberState.READY
 
     run(case)
