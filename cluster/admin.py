@@ -45,7 +45,8 @@ MIGRATE_S = 120.0  # for a move that another router bounds itself, unless it han
 class Admin(admin_pb2_grpc.AdminServicer):
     """Answers from the membership, the driver's snapshot and the other routers.
 
-    `stop` is told why the cluster shall stop; `cancel` ends a request of this router.
+    `stop` is told why the cluster shall stop; `cancel` ends a request of this router, `metrics` is
+    its page.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         peers: Peers,
         addresses: Callable[[], Addresses],
         cancel: Callable[[str, str], bool],
+        metrics: Callable[[], bytes],
         stop: Callable[[str], None],
     ) -> None:
         self._membership = membership
@@ -65,6 +67,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         self._peers = peers
         self._addresses = addresses
         self._cancel = cancel
+        self._metrics = metrics
         self._stop = stop
 
     async def Status(self, request: pb.StatusRequest, context: _Context) -> pb.StatusResponse:
@@ -132,6 +135,10 @@ class Admin(admin_pb2_grpc.AdminServicer):
     async def CancelHere(self, request: pb.CancelHereRequest, context: _Context) -> pb.CancelHereResponse:
         """Ends a request of this router, for a client that came to another one."""
         return pb.CancelHereResponse(found=self._cancel(request.request_id, "cancelled by a client"))
+
+    async def MetricsHere(self, request: pb.MetricsHereRequest, context: _Context) -> pb.MetricsHereResponse:
+        """What this router has counted, for a page of all routers."""
+        return pb.MetricsHereResponse(page=self._metrics().decode())
 
     async def Drain(self, request: pb.DrainRequest, context: _Context) -> AsyncIterator[pb.DrainProgress]:
         """Drains a worker, and tells of each change until that is over. It goes on when the caller goes away."""

@@ -61,6 +61,21 @@ class Peers:
             return False
         return answer.found
 
+    async def metrics(self) -> list[str]:
+        """The metrics of each that answers in time."""
+        pages = await asyncio.gather(*(self._metrics(name) for name in self._channels))
+        return [page for page in pages if page]
+
+    async def _metrics(self, name: str) -> str:
+        try:
+            answer: pb.MetricsHereResponse = await self.stub(name).MetricsHere(
+                pb.MetricsHereRequest(), timeout=ANSWER_S
+            )
+        except grpc.aio.AioRpcError as error:
+            log.warning("%s does not tell its metrics: %s %s", name, error.code().name, error.details())
+            return ""
+        return answer.page
+
     async def close(self) -> None:
         """Hangs up."""
         await asyncio.gather(*(channel.close(None) for channel in self._channels.values()))

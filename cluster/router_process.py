@@ -160,6 +160,7 @@ class RouterProcess:
     async def run(self) -> None:
         """Serves until it is told to stop, then ends requests, streams and servers, each within a bound."""
         self.peers = Peers(self.settings.router_id, self.settings.internal)
+        self.service.metrics.others = self.peers.metrics
         public = build_grpc_server(
             self.service,
             extra=(self._add_admin,),
@@ -231,6 +232,7 @@ class RouterProcess:
             peers=self.peers,
             addresses=lambda: self.addresses,
             cancel=self.service.cancel,
+            metrics=self.service.metrics.page,
             stop=lambda reason: self.supervisor.say("stop_asked", reason=reason),
         )
         admin_pb2_grpc.add_AdminServicer_to_server(admin, server)  # type: ignore[no-untyped-call]

@@ -175,29 +175,29 @@ def test_both_routers_serve_http_and_grpc(cluster: ClusterUnderTest) -> None:
 
 
 def test_status_migrate_and_cancel_by_either_router(cluster: ClusterUnderTest) -> None:
-    streams = {router: Streaming(internal(cluster, router), f"long-{router}") for router in ROUTERS}
+    streams = {router: Streaming(internal(cluster, router), f"{router}-long") for router in ROUTERS}
     for asked, other in (ROUTERS, ROUTERS[::-1]):
         status = at(cluster, asked)
-        assert {each.id: each.router for each in status.requests if each.id.startswith("long-")} == {
-            f"long-{router}": router for router in ROUTERS
+        assert {each.id: each.router for each in status.requests if each.id.endswith("-long")} == {
+            f"{router}-long": router for router in ROUTERS
         }
-        [request] = [each for each in status.requests if each.id == f"long-{other}"]
+        [request] = [each for each in status.requests if each.id == f"{other}-long"]
         target = {"decode-0": "decode-1", "decode-1": "decode-0"}[request.decode_worker]
         with grpc.insecure_channel(internal(cluster, asked)) as channel:
             stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
-            move = stub.Migrate(pb.MigrateRequest(request_id=f"long-{other}", to=target), timeout=30)
+            move = stub.Migrate(pb.MigrateRequest(request_id=f"{other}-long", to=target), timeout=30)
             assert (move.outcome, move.to) == ("moved", target)
             with pytest.raises(grpc.RpcError) as refused:
-                stub.Migrate(pb.MigrateRequest(request_id=f"long-{other}", to="nobody"), timeout=30)
+                stub.Migrate(pb.MigrateRequest(request_id=f"{other}-long", to="nobody"), timeout=30)
             trailers: Any = refused.value.trailing_metadata()
-            assert dict(trailers)["tandem-code"] == "move_impossible"
-            with pytest.raises(grpc.RpcError, match="2 requests end in 'r-"):
-                stub.Migrate(pb.MigrateRequest(request_id="r-"), timeout=30)
+            assert dict(trailers)["tandem-code"] == "invalid_request"
+            with pytest.raises(grpc.RpcError, match="2 requests end in '-long'"):
+                stub.Migrate(pb.MigrateRequest(request_id="-long"), timeout=30)
     for stream in streams.values():
         stream.goes_on()
     for router, other in (ROUTERS, ROUTERS[::-1]):
         with Client(internal(cluster, other)) as client:
-            assert client.cancel(f"long-{router}")
+            assert client.cancel(f"{router}-long")
             assert not client.cancel("nobody's")
         streams[router].end()
         assert streams[router].error is not None

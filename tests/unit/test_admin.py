@@ -18,6 +18,7 @@ from cluster.operations import Operations
 from cluster.peers import Peers
 from cluster.registry import Registry
 from router.driver import Driver
+from router.metrics import EdgeMetrics
 from tandem.messages import Role, WorkerInfo
 from tandem.request import RequestId, WorkerId
 from tandem.v1 import admin_pb2 as pb
@@ -96,6 +97,7 @@ async def place(me: str = "router-0", internal: Mapping[str, str] = ALONE) -> As
             peers=peers,
             addresses=lambda: Addresses(model="m", http="h", grpc="g", store="redis://h"),
             cancel=lambda request_id, reason: driver.cancel(RequestId(request_id), reason),
+            metrics=EdgeMetrics(me).page,
             stop=lambda reason: None,
         )
         server = grpc.aio.server()

@@ -13,6 +13,7 @@ from cluster.drain_relay import DrainRelay, DrainWord, Tell
 from cluster.membership import MemberState
 from cluster.processes import pick_port
 from router.events import NewRequest
+from router.metrics import EdgeMetrics
 from tandem.messages import Role
 from tandem.request import RequestId, Sampling, WorkerId
 from tandem.v1 import admin_pb2 as pb
@@ -162,6 +163,26 @@ def test_a_cancellation_finds_its_request() -> None:
         assert not await two.peers.cancel("b-1"), "the others are asked, and they do not ask others"
         assert await one.peers.cancel("b-1")
         await until(lambda: all(each.error for each in two.driver.status().requests))
+
+    run(case)
+
+
+def test_one_scrape_has_the_metrics_of_both() -> None:
+    async def case(one: Place, two: Place) -> None:
+        mine = EdgeMetrics("router-0")
+        mine.admitted(7)
+        mine.first_tokens(1, 0.2)
+        mine.others = one.peers.metrics
+        page = (await mine.whole_page()).decode()
+        lines = page.splitlines()
+        assert 'tandem_router_prompt_tokens_total{router="router-0"} 7.0' in lines
+        assert 'tandem_router_prompt_tokens_total{router="router-1"} 0.0' in lines
+        assert 'tandem_router_ttft_seconds_bucket{le="0.25",router="router-0"} 1.0' in lines
+        assert 'tandem_router_ttft_seconds_bucket{le="+Inf",router="router-1"} 0.0' in lines
+        alone = mine.page().decode().splitlines()
+        kinds = [line for line in alone if line.startswith("# TYPE")]
+        assert [line for line in lines if line.startswith("# TYPE")] == kinds, "each metric once"
+        assert set(alone) <= set(lines)
 
     run(case)
 
