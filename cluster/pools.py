@@ -55,7 +55,7 @@ class WorkerDown:
     """A worker's process ended, or is of no use any more. `started` False: it never ran."""
 
     worker_id: WorkerId
-    incarnation: int  # 0: it has not registered
+    incarnation: int
     started: bool
     reason: str
 
@@ -70,7 +70,6 @@ class _Member:
         self.settings = settings
         self.actor = actor
         self.pid = 0
-        self.incarnation = 0
         self.retiring = False
         self.is_down = False  # WorkerDown was posted
 
@@ -156,7 +155,7 @@ class Pools:
     def watch(self, up: WorkerUp) -> None:
         """Sees to it that WorkerDown comes when the worker ends."""
         member = self._members[up.worker_id]
-        member.pid, member.incarnation = up.pid, up.incarnation
+        member.pid = up.pid
         member.actor.wait.remote().future().add_done_callback(lambda done: self._ended(member, done))
 
     def bury(self, down: WorkerDown) -> None:
@@ -166,20 +165,21 @@ class Pools:
             ray.kill(member.actor, no_restart=True)
 
     def _started(self, member: _Member, done: Future[str]) -> None:
-        worker_id = member.settings.worker_id
+        worker_id, incarnation = member.settings.worker_id, member.settings.incarnation
         try:
             answer = json.loads(done.result())
         except ray.exceptions.RayError as error:
             answer = {START_FAILED: _first_line(error)}
         if START_FAILED in answer:
-            self._post(WorkerDown(worker_id=worker_id, incarnation=0, started=False, reason=answer[START_FAILED]))
+            reason = answer[START_FAILED]
+            self._post(WorkerDown(worker_id=worker_id, incarnation=incarnation, started=False, reason=reason))
             return
         facts = answer[STARTED]
         self._post(
             WorkerUp(
                 worker_id=worker_id,
                 pid=facts["pid"],
-                incarnation=facts["incarnation"],
+                incarnation=incarnation,
                 timings_ms=facts["timings_ms"],
             )
         )
@@ -196,8 +196,8 @@ class Pools:
         with self._posting:
             posted, member.is_down = member.is_down, True
         if not posted:
-            name = member.settings.worker_id
-            self._post(WorkerDown(worker_id=name, incarnation=member.incarnation, started=True, reason=reason))
+            name, incarnation = member.settings.worker_id, member.settings.incarnation
+            self._post(WorkerDown(worker_id=name, incarnation=incarnation, started=True, reason=reason))
 
     def retire(self, worker_id: WorkerId) -> None:
         """Asks a worker that runs to end in order. WorkerDown follows when it has; `kill` ends one that does not."""

@@ -90,6 +90,22 @@ def pick_port(host: str, port: int, flag: str) -> int:
         return int(probe.getsockname()[1])
 
 
+def hold_port(host: str, port: int) -> socket.socket:
+    """Keeps a port for servers that bind it with SO_REUSEPORT, while none of them runs; takes no connection itself.
+
+    Between two of them the kernel would else lend the port to any connection that goes out. Raises OSError.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    held = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind((host, port))
+    except OSError:
+        held.close()
+        raise
+    return held
+
+
 def _lives(process: psutil.Process) -> bool:
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)

@@ -1,4 +1,4 @@
-"""`tandem serve`: starts router, Ray and workers, watches them, starts again what dies, and leaves nothing behind.
+"""`tandem serve`: starts routers, Ray and workers, watches them, starts again what dies, and leaves nothing behind.
 
 One thread with one queue: whatever happens to a part arrives there. Signals only put a word into it; the second one
 ends everything by force.
@@ -11,34 +11,39 @@ import json
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from types import FrameType
+from typing import Any, assert_never
 
 import psutil
 
 from cluster import run_file
 from cluster.config import FAKE_MODEL, WILDCARDS, ClusterConfig
+from cluster.drain_relay import DrainRelay, DrainWord
 from cluster.memory import shortage
 from cluster.pools import PoolError, Pools, WorkerDown, WorkerUp
 from cluster.processes import PortInUse, adopt_orphans, bury_orphans, descendants, kill_all, pick_port, wait_gone
 from cluster.reaper import Reaper
 from cluster.restarts import Restarts
-from cluster.router_child import RouterChild, RouterEnded, RouterSaid
+from cluster.router_child import RouterEnded, RouterSaid
+from cluster.routers import Routers
 from cluster.run_file import RunFile, reachable
+from cluster.verdicts import KillWorker, RestartRouter, Verdicts
 from cluster.worker_settings import WorkerSettings, workers_of
 from engine.arch import ModelError
 from engine.kv_pool import available_bytes
 from engine.model_files import find_model, read_arch
 from kernels import build
+from router.http_server import listen
 from tandem.messages import Role
 from tandem.request import WorkerId
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ROUTER = "router"
 REAPER_PERIOD_S = 1.0
 BURIAL_PERIOD_S = 3.0  # far longer than those who wait for a child of their own take
 FORCED = 130  # the exit status after a second signal
@@ -84,13 +89,16 @@ class Supervisor:
         self._due: list[tuple[float, str]] = []  # restarts: when, and of whom
         self._restarts = Restarts(restarts_max=config.max_restarts)
         self._roles = dict(workers_of(config))
+        self._starts = dict.fromkeys(self._roles, 0)  # of each worker: its incarnation
         self._running: dict[WorkerId, int] = {}  # incarnation of each worker that is up
-        self._ready: set[WorkerId] = set()
         self._leaving: dict[WorkerId, _Leaving] = {}
         self._warned: set[str] = set()
         self._is_ready = False
         self._num_signals = 0
-        self._router: RouterChild | None = None
+        self._listener: socket.socket | None = None
+        self._routers: Routers | None = None
+        self._verdicts = Verdicts()
+        self._drains = DrainRelay()
         self._pools: Pools | None = None
         self._reaper: Reaper | None = None
         self._reaped_s = 0.0
@@ -132,6 +140,11 @@ class Supervisor:
         assert self._pools is not None, "Ray has not been started"
         return self._pools
 
+    @property
+    def _routers_here(self) -> Routers:
+        assert self._routers is not None, "no router has been started"
+        return self._routers
+
     def _start(self) -> None:
         config = self.config
         self._threads = config.threads_per_worker(len(os.sched_getaffinity(0)))
@@ -147,7 +160,10 @@ class Supervisor:
         run_file.write(config.run_dir, self._run)
         self._reaper = Reaper()
         self._say(f"starting {_described(config, self._threads)}; logs in {self._log_dir}")
-        self._start_router(generation=0)
+        assert self._listener is not None
+        self._routers = Routers(config, listener=self._listener, log_dir=self._log_dir, post=self._events.put)
+        for name in self._routers.names:
+            self._routers.start(name)
         if config.model != FAKE_MODEL and not config.address:
             threading.Thread(target=self._build_kernels, name="kernels", daemon=True).start()
         self._pools = Pools(config, threads=self._threads, post=self._events.put)
@@ -161,7 +177,12 @@ class Supervisor:
         """What can be known before anything is started. Fixes the ports."""
         config = self.config
         try:
-            port = pick_port(config.host, config.port, "--port")
+            self._listener = listen(config.host, config.port)
+        except OSError as error:
+            where = f"port {config.port} at {config.host}"
+            raise StartFailed(f"{where}: {error.strerror}; choose another with --port") from None
+        port = self._listener.getsockname()[1]
+        try:
             grpc_port = pick_port(config.host, config.grpc_port, "--grpc-port")
         except PortInUse as error:
             raise StartFailed(str(error)) from None
@@ -187,11 +208,13 @@ class Supervisor:
         while True:
             self._restart_due()
             self._kill_overdue()
+            self._judge()
             self._tell_reaper()
             self._bury_orphans()
             now_s = time.monotonic()
             if not self._is_ready and now_s > deadline_s:
-                missing = ", ".join(sorted(set(self._roles) - (self._ready & set(self._running))))
+                ready = self._routers_here.ready() & set(self._running)
+                missing = ", ".join(sorted(set(self._roles) - ready))
                 raise StartFailed(f"not ready within start_timeout_s, {self.config.start_timeout_s} s: {missing}")
             until_s = min(now_s + 1.0, self._due[0][0] if self._due else now_s + 1.0)
             try:
@@ -222,8 +245,8 @@ class Supervisor:
     def _stop(self) -> None:
         """Ends every part in order, then whatever is left of them by force."""
         timeout_s = float(self.config.stop_timeout_s)
-        if self._router is not None:
-            self._router.stop(timeout_s)  # first: it ends requests with a named error
+        if self._routers is not None:
+            self._routers.stop(timeout_s)  # first: they end requests with a named error
         if self._pools is not None:
             self._pools.stop(timeout_s)
             self._pools.close()
@@ -255,78 +278,129 @@ class Supervisor:
             self._buried_s = time.monotonic()
             self._zombies = bury_orphans(self._zombies)
 
-    # ---- the router ------------------------------------------------------------------------------------------------
-
-    def _start_router(self, *, generation: int) -> None:
-        self._router = RouterChild(
-            self.config, generation=generation, log_file=self._log_dir / "router.log", post=self._events.put
-        )
+    # ---- the routers -----------------------------------------------------------------------------------------------
 
     def _router_said(self, said: RouterSaid) -> None:
-        assert self._router is not None
-        if said.generation != self._router.generation:
+        routers, name = self._routers_here, said.router
+        if not routers.is_current(said):
             return
+        routers.heard(name)
         match said.event:
+            case "beat":
+                return
             case "listening":
-                assert self._run is not None
-                self._run = replace(self._run, router_pid=self._router.process.pid)
-                run_file.write(self.config.run_dir, self._run)
-                self._progress(f"router up, pid {said.fields['pid']}")
+                routers.listening(name)
+                self._verdicts.up(name)
+                routers.relay(self._drains.up(name))
+                self._write_pids()
+                self._progress(f"{name} up, pid {said.fields['pid']}")
             case "failed":
-                raise StartFailed(f"router: {said.fields['message']}")
+                self._router_failed(name, str(said.fields["message"]))
             case "worker":
-                self._worker_changed(said.fields)
-            case "drained":
-                self._drained(said.fields)
+                self._worker_changed(name, said.fields)
+            case _:
+                self._of_a_drain(name, DrainWord(said.event), said.fields)
+
+    def _router_failed(self, name: str, message: str) -> None:
+        if not self._is_ready:
+            raise StartFailed(f"{name}: {message}")
+        self._say(f"{name}: {message}")  # RouterEnded follows
+
+    def _of_a_drain(self, name: str, word: DrainWord, fields: dict[str, Any]) -> None:
+        worker_id, incarnation = WorkerId(fields["id"]), int(fields["incarnation"])
+        routers = self._routers_here
+        match word:
+            case DrainWord.DRAINING:
+                roles = {each: self._roles[each] for each in self._running if each not in self._leaving}
+                restart = bool(fields["restart"])
+                self._say(f"{worker_id} is draining{self._of(name)}")
+                routers.relay(self._drains.begun(name, worker_id, incarnation, restart=restart, roles=roles))
+            case DrainWord.PART:
+                routers.relay(self._drains.part(name, worker_id, incarnation, int(fields["requests"])))
+            case DrainWord.TAKEN_BACK:
+                routers.relay(self._drains.taken_back(name, worker_id, incarnation, str(fields["reason"])))
+            case DrainWord.LEFT:
+                routers.relay(self._drains.left(name, worker_id, incarnation))
+                self._drained(worker_id, restart=bool(fields["restart"]))
+            case DrainWord.ELSEWHERE | DrainWord.GIVE_UP:
+                raise AssertionError(f"{word} is for routers")
+            case _:
+                assert_never(word)
 
     def _router_ended(self, ended: RouterEnded) -> None:
-        assert self._router is not None
-        if ended.generation != self._router.generation:
+        routers, name = self._routers_here, ended.router
+        if not routers.is_current(ended):
             return
         if not self._is_ready:
-            raise StartFailed(f"the router ended with status {ended.code}; see {self._log_dir / 'router.log'}")
-        self._ready.clear()
-        self._again(ROUTER, f"the router ended with status {ended.code}")
+            raise StartFailed(f"{name} ended with status {ended.code}; see {routers.log_file(name)}")
+        routers.ended(name)
+        self._verdicts.down(name)
+        routers.relay(self._drains.down(name))
+        self._write_pids()
+        self._again(name, f"{name} ended with status {ended.code}")
+
+    def _write_pids(self) -> None:
+        if self._run is not None:
+            self._run = replace(self._run, router_pids=self._routers_here.pids)
+            run_file.write(self.config.run_dir, self._run)
+
+    def _judge(self) -> None:
+        """Ends workers that routers hold for dead, and routers that are stuck or cut off."""
+        routers = self._routers_here
+        for name, silent_s in routers.kill_stuck():
+            self._say(f"{name} is stuck: not a word for {silent_s:.0f} s")
+        for action in self._verdicts.judge(int(time.monotonic() * 1000), self._running):
+            match action:
+                case KillWorker(worker_id=worker_id, reason=reason):
+                    self._say(f"{worker_id} is dead: {reason}")
+                    self._pools_here.kill(worker_id)  # it may only be stopped or stuck: WorkerDown follows
+                case RestartRouter(router=name, reason=reason):
+                    self._say(f"{name} is cut off: {reason}")
+                    routers.kill(name)
+                case _:
+                    assert_never(action)
 
     # ---- the workers -----------------------------------------------------------------------------------------------
 
     def _start_worker(self, worker_id: WorkerId) -> None:
         assert self._pools is not None
         config = self.config
+        self._starts[worker_id] += 1
         bind_host = config.worker_host or ("127.0.0.1" if self._pools.is_local else "")
         self._pools.start(
             WorkerSettings(
                 worker_id=worker_id,
+                incarnation=self._starts[worker_id],
                 role=self._roles[worker_id],
-                config=config,
+                config=config.model_copy(update={"routers": 1, "redis": ""}),  # no worker needs the password
                 threads=self._threads,
-                registry=f"{reachable(config.host)}:{config.grpc_port}",
+                registries=self._routers_here.internal,
                 bind_host=bind_host,
                 log_file=str(self._log_dir / f"{worker_id}.log"),
             )
         )
 
-    def _worker_changed(self, fields: dict[str, object]) -> None:
-        """Membership's view of a worker changed."""
-        assert self._pools is not None
-        worker_id, state = WorkerId(str(fields["id"])), fields["state"]
+    def _worker_changed(self, router: str, fields: dict[str, object]) -> None:
+        """One router's view of a worker changed."""
+        routers = self._routers_here
+        worker_id, state, reason = WorkerId(str(fields["id"])), fields["state"], str(fields["reason"])
+        incarnation = int(str(fields["incarnation"]))
+        if incarnation != self._starts.get(worker_id):
+            return  # of one that is over
+        routers.holds(router, worker_id, ready=state == "ready")
         if state == "ready":
-            self._ready.add(worker_id)
             self._warn_of_inexactness(fields)
         elif state == "dead":
-            self._ready.discard(worker_id)
-            if self._running.get(worker_id) == fields["incarnation"]:
-                self._say(f"{worker_id} is dead: {fields['reason']}")
-                self._pools.kill(worker_id)  # it may only be stopped or stuck: WorkerDown follows
-        elif state == "left":
-            self._ready.discard(worker_id)  # `_drained` follows
-        else:
-            self._say(f"{worker_id} is {state}: {fields['reason']}")
+            self._verdicts.dead(int(time.monotonic() * 1000), router, worker_id, incarnation, reason)
+        elif state == "suspect":
+            self._say(f"{worker_id} is suspect{self._of(router)}: {reason}")
         self._announce_once()
 
-    def _drained(self, fields: dict[str, object]) -> None:
+    def _of(self, router: str) -> str:
+        return f" for {router}" if self.config.routers > 1 else ""
+
+    def _drained(self, worker_id: WorkerId, *, restart: bool) -> None:
         """Nothing of the worker is needed any more: it ends, and that is no crash."""
-        worker_id, restart = WorkerId(str(fields["id"])), bool(fields["restart"])
         if worker_id not in self._roles:
             return
         self._leaving[worker_id] = _Leaving(time.monotonic() + self.config.stop_timeout_s, restart)
@@ -351,13 +425,13 @@ class Supervisor:
                 self._pools_here.kill(worker_id)
 
     def _worker_down(self, down: WorkerDown) -> None:
-        assert self._router is not None
         self._pools_here.bury(down)
         if not down.started and not self._is_ready:
             raise StartFailed(f"{down.worker_id} did not start: {down.reason}")
         self._running.pop(down.worker_id, None)
-        self._ready.discard(down.worker_id)
-        self._router.tell_ended(down.worker_id, down.incarnation, down.reason)
+        self._routers_here.lost(down.worker_id)
+        self._drains.ended(down.worker_id, down.incarnation)
+        self._routers_here.tell_ended(down.worker_id, down.incarnation, down.reason)
         if down.worker_id in self._leaving:
             self._has_left(down.worker_id)
             return
@@ -373,9 +447,11 @@ class Supervisor:
             heapq.heappush(self._due, (time.monotonic() + delay_ms / 1000, name))
             return
         gone = f"{what}; it has died too often and stays down"
-        if name == ROUTER:
-            raise StartFailed(gone)
         self._say(f"error: {gone}")
+        if name in self._routers_here.names:
+            if not self._routers_here.num_running and not {due for _, due in self._due} & set(self._routers_here.names):
+                raise StartFailed("no router is left")
+            return
         left = set(self._running) | {WorkerId(due) for _, due in self._due}
         if not any(self._roles.get(worker_id) in (Role.DECODE, Role.MIXED) for worker_id in left):
             raise StartFailed("no worker that decodes is left")
@@ -383,9 +459,8 @@ class Supervisor:
     def _restart_due(self) -> None:
         while self._due and self._due[0][0] <= time.monotonic():
             _, name = heapq.heappop(self._due)
-            if name == ROUTER:
-                assert self._router is not None
-                self._start_router(generation=self._router.generation + 1)
+            if name in self._routers_here.names:
+                self._routers_here.start(name)
             else:
                 self._start_worker(WorkerId(name))
 
@@ -401,11 +476,11 @@ class Supervisor:
             self._say(f"warning: exact mode does not hold on this machine: {reason}")
 
     def _announce_once(self) -> None:
-        """Tells that the cluster is ready, once Ray says of all workers that they run, and the router that it has them.
+        """Tells that the cluster is ready: Ray says of all workers that they run, and every router that it has them.
 
         A worker's heartbeat to the router may be heard before Ray's word that it has started.
         """
-        if self._is_ready or not self._ready == set(self._roles) == set(self._running):
+        if self._is_ready or not self._routers_here.ready() == set(self._roles) == set(self._running):
             return
         self._is_ready = True
         config = self.config
