@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from cluster.config import load
-from cluster.pools import Pools, WorkerDown, WorkerUp
+from cluster.pool_events import WorkerDown, WorkerUp
+from cluster.pools_child import PoolsChild
 from cluster.router_child import RouterSaid
 from cluster.supervisor import StartFailed, StopAsked, Supervisor
 from cluster.worker_settings import WorkerSettings
@@ -20,16 +21,11 @@ from tandem.request import WorkerId
 WORKERS = ("prefill-0", "decode-0")
 
 
-class NoPools(Pools):
-    """Pools over no Ray: nobody is watched, and what is asked for is noted."""
+class NoPools(PoolsChild):
+    """No process: what is asked for is noted."""
 
-    asked: list[str]
-
-    def watch(self, up: WorkerUp) -> None:
-        pass
-
-    def bury(self, down: WorkerDown) -> None:
-        self.asked.append(f"bury {down.worker_id}")
+    def __init__(self) -> None:
+        self.asked: list[str] = []
 
     def start(self, settings: WorkerSettings) -> None:
         self.asked.append(f"start {settings.worker_id}")
@@ -39,6 +35,9 @@ class NoPools(Pools):
 
     def kill(self, worker_id: WorkerId) -> None:
         self.asked.append(f"kill {worker_id}")
+
+    def end_now(self) -> None:
+        self.asked.append("end")
 
 
 class NoRouter:
@@ -77,12 +76,16 @@ class Watched:
         self.said: list[str] = []
         config = load({"model": "fake", "prefill": 1, "decode": 1, **flags}, {}).config
         self.supervisor = Supervisor(config, say=self.said.append)
-        self.pools = NoPools(config, threads=1, post=self.supervisor._events.put)
-        self.pools.asked = []
+        self.pools = NoPools()
         self.router = NoRouter()
         self.supervisor._pools, self.supervisor._threads = self.pools, 1
+        self.supervisor._has_ray = True
+        self.supervisor._start_pools = self._start_pools  # type: ignore[method-assign]
         self.supervisor._log_dir = Path("logs")
         self.supervisor._router = self.router  # type: ignore[assignment]
+
+    def _start_pools(self, *, is_again: bool) -> None:
+        self.pools.asked.append(f"ray again={is_again}")
 
     def take(self, *events: Any) -> list[str]:
         """What is asked of the pools while these events are taken."""
@@ -129,7 +132,7 @@ def three_up() -> Watched:
 def test_a_drained_worker_is_retired_and_not_started_again() -> None:
     watching = three_up()
     assert watching.take(drained("decode-1")) == ["retire decode-1"]
-    assert watching.take(down("decode-1")) == ["bury decode-1"]
+    assert watching.take(down("decode-1")) == []
     assert watching.router.told == ["decode-1/1 ended: stopped"]
     assert watching.said[-1] == "decode-1 is drained and has left"
     assert watching.take() == []
@@ -138,9 +141,9 @@ def test_a_drained_worker_is_retired_and_not_started_again() -> None:
 def test_a_drained_worker_is_replaced_at_once_when_that_is_wanted() -> None:
     watching = three_up()
     assert watching.take(drained("decode-1", restart=True)) == ["retire decode-1"]
-    assert watching.take(down("decode-1")) == ["bury decode-1", "start decode-1"]
+    assert watching.take(down("decode-1")) == ["start decode-1"]
     assert watching.said[-1] == "decode-1 is drained and has left; another one takes its place"
-    assert watching.take(down("decode-1", "exit code 1")) == ["bury decode-1", "start decode-1"], "that was a crash"
+    assert watching.take(down("decode-1", "exit code 1")) == ["start decode-1"], "that was a crash"
     assert any("decode-1 ended: exit code 1; it is started again" in line for line in watching.said)
 
 
