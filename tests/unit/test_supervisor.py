@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 
 from cluster.config import load
-from cluster.pool_events import WorkerDown, WorkerUp
-from cluster.pools_child import PoolsChild
+from cluster.pool_events import RayLost, RayMended, RayUp, WorkerDown, WorkerUp, WorkerWaits, from_line, to_line
+from cluster.pools_child import PoolsChild, PoolsEnded
 from cluster.router_child import RouterSaid
 from cluster.supervisor import StartFailed, StopAsked, Supervisor
 from cluster.worker_settings import WorkerSettings
@@ -172,3 +173,100 @@ def test_a_worker_that_left_is_not_drained_twice() -> None:
     watching = three_up()
     watching.take(drained("decode-1"), down("decode-1"))
     assert watching.take(drained("decode-1")) == []
+
+
+def test_a_ray_that_is_lost_is_replaced_and_every_worker_started_anew() -> None:
+    watching = three_up()
+    lost = [RayLost(reason="its raylet ended"), PoolsEnded(code=1)]
+    assert watching.take(*lost) == ["ray again=True"]
+    assert {line.split("/")[0] for line in watching.router.told} == {"prefill-0", "decode-0", "decode-1"}
+    assert any("Ray is gone: its raylet ended; it is started again" in line for line in watching.said)
+    assert sorted(watching.take(RayUp())) == ["start decode-0", "start decode-1", "start prefill-0"]
+
+
+def test_a_worker_that_waits_for_its_restart_when_ray_goes_is_started_once() -> None:
+    watching = three_up()
+    watching.supervisor._restarts.times["decode-1"] = deque([int(time.monotonic() * 1000)])  # so that it waits
+    assert watching.take(down("decode-1", "exit code 1"), PoolsEnded(code=-9)) == ["ray again=True"]
+    assert watching.take(RayUp()).count("start decode-1") == 1
+    assert watching.supervisor._due == []
+
+
+def test_a_worker_that_was_drained_does_not_come_back_with_ray() -> None:
+    watching = three_up()
+    watching.take(drained("decode-1"), PoolsEnded(code=-9))
+    assert sorted(watching.take(RayUp())) == ["start decode-0", "start prefill-0"]
+
+
+def test_a_ray_that_is_lost_before_all_is_ready_is_told_and_not_tried_again() -> None:
+    with pytest.raises(StartFailed, match=r"^Ray did not start: no room$"):
+        watched([RayLost(reason="Ray did not start: no room"), PoolsEnded(code=1)])
+
+
+def test_a_ray_that_is_lost_again_and_again_ends_the_cluster() -> None:
+    watching = Watched(decode=1, max_restarts=1)
+    watching.take(*(each(name) for name in WORKERS for each in (up, ready)))
+    assert watching.take(PoolsEnded(code=-9)) == ["ray again=True"]
+    with pytest.raises(StartFailed, match="has died too often and stays down"):
+        watching.take(PoolsEnded(code=-9))
+
+
+def test_a_worker_that_dies_at_every_start_is_given_up_and_the_others_serve_on() -> None:
+    watching = Watched(decode=2, max_restarts=1)
+    names = ("prefill-0", "decode-0", "decode-1")
+    watching.take(*(each(name) for name in names for each in (up, ready)))
+    assert watching.take(down("decode-1", "a")) == ["start decode-1"]
+    assert watching.take(down("decode-1", "b")) == []
+    assert any("decode-1 ended: b; it has died too often and stays down" in line for line in watching.said)
+    assert sorted(watching.take(PoolsEnded(code=-9), RayUp())) == [
+        "ray again=True",
+        "start decode-0",
+        "start prefill-0",
+    ]
+
+
+def test_the_last_decoder_may_be_starting_when_another_one_is_given_up() -> None:
+    watching = Watched(decode=2, max_restarts=1)
+    names = ("prefill-0", "decode-0", "decode-1")
+    watching.take(*(each(name) for name in names for each in (up, ready)))
+    assert watching.take(down("decode-1"), down("decode-0")) == ["start decode-1", "start decode-0"]
+    assert watching.take(down("decode-1")) == [], "decode-0 is on its way"
+    with pytest.raises(StartFailed, match="no worker that decodes is left"):
+        watching.take(down("decode-0"))
+
+
+def test_what_ray_says_of_its_parts_and_of_room_is_passed_on() -> None:
+    watching = three_up()
+    waits = WorkerWaits(worker_id=WorkerId("decode-1"), reason="all 2 CPUs of the Ray cluster are taken")
+    watching.take(RayMended(what="its gcs_server is started again"), waits)
+    assert watching.said[-2:] == [
+        "Ray: its gcs_server is started again",
+        "decode-1 waits for a machine: all 2 CPUs of the Ray cluster are taken",
+    ]
+
+
+def test_a_holder_of_ray_that_hangs_is_ended_only_when_a_worker_is_missing() -> None:
+    watching = three_up()
+    watching.supervisor._pools_silent_s = 1e6
+    assert watching.take() == [], "everybody works: it may hang"
+    assert watching.take(down("decode-1", "exit code 1")) == ["start decode-1", "end"]
+
+
+def test_time_in_which_the_supervisor_stood_still_is_no_silence() -> None:
+    watching = three_up()
+    watching.take(down("decode-1", "exit code 1"))
+    watching.supervisor._looked_s -= 3600
+    assert watching.take() == []
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        RayUp(), RayLost(reason="r"), up("decode-0"), down("decode-0"),
+        WorkerWaits(worker_id=WorkerId("decode-0"), reason="r"),
+    ],
+)  # fmt: skip
+def test_what_the_holder_of_ray_says_travels_as_a_line(event: Any) -> None:
+    line = to_line(event)
+    assert "\n" not in line
+    assert from_line(line) == event
