@@ -15,7 +15,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any, assert_never
@@ -26,9 +25,9 @@ from cluster import run_file
 from cluster.config import FAKE_MODEL, WILDCARDS, ClusterConfig
 from cluster.drain_relay import DrainRelay, DrainWord
 from cluster.memory import shortage
-from cluster.pools import PoolError, Pools, WorkerDown, WorkerUp
+from cluster.pool_events import PoolEvent, PoolsAlive, RayLost, RayMended, RayUp, WorkerDown, WorkerUp, WorkerWaits
+from cluster.pools_child import PoolsChild, PoolsEnded
 from cluster.processes import PortInUse, adopt_orphans, bury_orphans, descendants, kill_all, pick_port, wait_gone
-from cluster.reaper import Reaper
 from cluster.restarts import Restarts
 from cluster.router_child import RouterEnded, RouterSaid
 from cluster.routers import Routers
@@ -44,7 +43,9 @@ from tandem.messages import Role
 from tandem.request import WorkerId
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-REAPER_PERIOD_S = 1.0
+RAY = "ray"
+POOLS_SILENT_MAX_S = 30.0  # for the process that holds Ray; far longer than Ray's calls take
+POOLS_LOOK_MAX_S = 2.0  # of that, for one turn of our own: while we are stopped, nobody is silent
 BURIAL_PERIOD_S = 3.0  # far longer than those who wait for a child of their own take
 FORCED = 130  # the exit status after a second signal
 
@@ -75,7 +76,7 @@ class KernelsBuilt:
     missing_reason: str
 
 
-Event = RouterSaid | RouterEnded | WorkerUp | WorkerDown | KernelsBuilt | StopAsked
+Event = RouterSaid | RouterEnded | PoolEvent | PoolsEnded | KernelsBuilt | StopAsked
 
 
 class Supervisor:
@@ -92,6 +93,7 @@ class Supervisor:
         self._starts = dict.fromkeys(self._roles, 0)  # of each worker: its incarnation
         self._running: dict[WorkerId, int] = {}  # incarnation of each worker that is up
         self._leaving: dict[WorkerId, _Leaving] = {}
+        self._given_up: set[WorkerId] = set()  # died too often
         self._warned: set[str] = set()
         self._is_ready = False
         self._num_signals = 0
@@ -99,9 +101,11 @@ class Supervisor:
         self._routers: Routers | None = None
         self._verdicts = Verdicts()
         self._drains = DrainRelay()
-        self._pools: Pools | None = None
-        self._reaper: Reaper | None = None
-        self._reaped_s = 0.0
+        self._pools: PoolsChild | None = None
+        self._has_ray = False
+        self._why_ray_lost = ""
+        self._pools_silent_s = 0.0
+        self._looked_s = time.monotonic()
         self._buried_s = 0.0
         self._zombies: set[int] = set()
         self._run: RunFile | None = None
@@ -115,11 +119,9 @@ class Supervisor:
         self._catch_signals()
         try:
             self.config = self._check()
-            log_file = run_file.fresh_log_dir(self.config.run_dir, self.config.port) / "supervisor.log"
-            # What Ray prints is for a log; `say` has the terminal.
-            with log_file.open("a") as log, redirect_stdout(log), redirect_stderr(log):
-                return self._serve()
-        except (StartFailed, PoolError, OSError) as error:
+            run_file.fresh_log_dir(self.config.run_dir, self.config.port)
+            return self._serve()
+        except (StartFailed, OSError) as error:
             self._say(f"error: {error}")
             return 1
 
@@ -129,14 +131,11 @@ class Supervisor:
             reason = self._watch()
             self._say(f"stopping: {reason}")
             return 0
-        except SystemExit:  # Ray's own handler of SIGTERM, in the moments when it is in force
-            self._say("stopping: SIGTERM")
-            return 0
         finally:
             self._stop()
 
     @property
-    def _pools_here(self) -> Pools:
+    def _pools_here(self) -> PoolsChild:
         assert self._pools is not None, "Ray has not been started"
         return self._pools
 
@@ -158,7 +157,6 @@ class Supervisor:
             log_dir=str(self._log_dir),
         )
         run_file.write(config.run_dir, self._run)
-        self._reaper = Reaper()
         self._say(f"starting {_described(config, self._threads)}; logs in {self._log_dir}")
         assert self._listener is not None
         self._routers = Routers(config, listener=self._listener, log_dir=self._log_dir, post=self._events.put)
@@ -166,12 +164,7 @@ class Supervisor:
             self._routers.start(name)
         if config.model != FAKE_MODEL and not config.address:
             threading.Thread(target=self._build_kernels, name="kernels", daemon=True).start()
-        self._pools = Pools(config, threads=self._threads, post=self._events.put)
-        self._pools.open()
-        self._catch_signals()  # Ray has put its own handlers in their place
-        self._progress(f"Ray {'started' if self._pools.is_local else 'joined'}")
-        for worker_id in self._roles:
-            self._start_worker(worker_id)
+        self._start_pools(is_again=False)
 
     def _check(self) -> ClusterConfig:
         """What can be known before anything is started. Fixes the ports."""
@@ -209,7 +202,7 @@ class Supervisor:
             self._restart_due()
             self._kill_overdue()
             self._judge()
-            self._tell_reaper()
+            self._watch_pools()
             self._bury_orphans()
             now_s = time.monotonic()
             if not self._is_ready and now_s > deadline_s:
@@ -231,13 +224,18 @@ class Supervisor:
                 case RouterEnded():
                     self._router_ended(event)
                 case WorkerUp():
-                    self._pools_here.watch(event)
                     self._running[event.worker_id] = event.incarnation
                     parts = ", ".join(f"{part} {ms / 1000:.1f} s" for part, ms in event.timings_ms.items())
                     self._progress(f"{event.worker_id} up, pid {event.pid} ({parts})")
                     self._announce_once()
                 case WorkerDown():
                     self._worker_down(event)
+                case WorkerWaits(worker_id=worker_id, reason=reason):
+                    self._say(f"{worker_id} waits for a machine: {reason}")
+                case RayUp() | RayLost() | RayMended() | PoolsAlive():
+                    self._pools_said(event)
+                case PoolsEnded():
+                    self._pools_ended(event)
                 case KernelsBuilt(missing_reason=reason):
                     if reason:
                         self._say(f"warning: kernels run in torch, several times slower: {reason}")
@@ -249,9 +247,6 @@ class Supervisor:
             self._routers.stop(timeout_s)  # first: they end requests with a named error
         if self._pools is not None:
             self._pools.stop(timeout_s)
-            self._pools.close()
-        if self._reaper is not None:
-            self._reaper.dismiss()
         wait_gone(descendants(), 2.0)
         left = kill_all(descendants())
         if left:
@@ -266,11 +261,6 @@ class Supervisor:
             self._events.put(KernelsBuilt(missing_reason=build.missing_reason()))
         except ValueError:
             return  # a wrong variable: the workers will not start, and say why
-
-    def _tell_reaper(self) -> None:
-        if self._reaper is not None and time.monotonic() - self._reaped_s > REAPER_PERIOD_S:
-            self._reaped_s = time.monotonic()
-            self._reaper.update()
 
     def _bury_orphans(self) -> None:
         """Agents of workers that were killed, for example: each start anew would leave some."""
@@ -360,14 +350,67 @@ class Supervisor:
                 case _:
                     assert_never(action)
 
+    # ---- Ray -------------------------------------------------------------------------------------------------------
+
+    def _start_pools(self, *, is_again: bool) -> None:
+        self._pools_silent_s = 0.0
+        self._why_ray_lost = ""
+        self._pools = PoolsChild(
+            self.config,
+            threads=self._threads,
+            is_again=is_again,
+            log_file=self._log_dir / "ray.log",
+            post=self._events.put,
+        )
+
+    def _pools_said(self, event: RayUp | RayLost | RayMended | PoolsAlive) -> None:
+        self._pools_silent_s = 0.0
+        match event:
+            case RayUp():
+                self._has_ray = True
+                self._progress(f"Ray {'joined' if self.config.address else 'started'}")
+                for worker_id in self._roles.keys() - self._given_up:
+                    self._start_worker(worker_id)
+            case RayLost(reason=reason):
+                self._why_ray_lost = reason
+            case RayMended(what=what):
+                self._say(f"Ray: {what}")
+
+    def _pools_ended(self, ended: PoolsEnded) -> None:
+        """All workers went with Ray: another Ray gets all of them anew."""
+        why = self._why_ray_lost or f"the process that holds it ended with status {ended.code}; see ray.log"
+        if not self._is_ready:
+            raise StartFailed(why)
+        self._has_ray = False
+        for worker_id, incarnation in self._running.items():
+            self._lost(worker_id, incarnation, f"Ray is gone: {why}")
+        self._running.clear()
+        self._due = [each for each in self._due if each[1] in self._routers_here.names]
+        for worker_id in list(self._leaving):
+            self._has_left(worker_id)
+        self._again(RAY, f"Ray is gone: {why}")
+
+    def _watch_pools(self) -> None:
+        """A process that holds Ray and hangs harms nobody until a worker has to be started."""
+        now_s = time.monotonic()
+        self._pools_silent_s += min(now_s - self._looked_s, POOLS_LOOK_MAX_S)
+        self._looked_s = now_s
+        is_whole = self._roles.keys() - self._given_up == self._running.keys()
+        patience_s = POOLS_SILENT_MAX_S + (0 if self._has_ray else self.config.start_timeout_s)
+        if self._is_ready and not is_whole and self._pools_silent_s > patience_s:
+            self._why_ray_lost = f"the process that holds it hung for {self._pools_silent_s:.0f} s"
+            self._pools_silent_s = 0.0
+            self._pools_here.end_now()
+
     # ---- the workers -----------------------------------------------------------------------------------------------
 
     def _start_worker(self, worker_id: WorkerId) -> None:
-        assert self._pools is not None
+        if not self._has_ray:
+            return  # the next Ray gets every worker
         config = self.config
         self._starts[worker_id] += 1
-        bind_host = config.worker_host or ("127.0.0.1" if self._pools.is_local else "")
-        self._pools.start(
+        bind_host = config.worker_host or ("" if config.address else "127.0.0.1")
+        self._pools_here.start(
             WorkerSettings(
                 worker_id=worker_id,
                 incarnation=self._starts[worker_id],
@@ -425,17 +468,20 @@ class Supervisor:
                 self._pools_here.kill(worker_id)
 
     def _worker_down(self, down: WorkerDown) -> None:
-        self._pools_here.bury(down)
         if not down.started and not self._is_ready:
             raise StartFailed(f"{down.worker_id} did not start: {down.reason}")
         self._running.pop(down.worker_id, None)
-        self._routers_here.lost(down.worker_id)
-        self._drains.ended(down.worker_id, down.incarnation)
-        self._routers_here.tell_ended(down.worker_id, down.incarnation, down.reason)
+        self._lost(down.worker_id, down.incarnation, down.reason)
         if down.worker_id in self._leaving:
             self._has_left(down.worker_id)
             return
         self._again(down.worker_id, f"{down.worker_id} ended: {down.reason}")
+
+    def _lost(self, worker_id: WorkerId, incarnation: int, reason: str) -> None:
+        """No router shall wait for its heartbeats, nor a drain for its end."""
+        self._routers_here.lost(worker_id)
+        self._drains.ended(worker_id, incarnation)
+        self._routers_here.tell_ended(worker_id, incarnation, reason)
 
     # ---- restarts ----------------------------------------------------------------------------------------------------
 
@@ -447,13 +493,16 @@ class Supervisor:
             heapq.heappush(self._due, (time.monotonic() + delay_ms / 1000, name))
             return
         gone = f"{what}; it has died too often and stays down"
+        if name == RAY:
+            raise StartFailed(gone)
         self._say(f"error: {gone}")
         if name in self._routers_here.names:
             if not self._routers_here.num_running and not {due for _, due in self._due} & set(self._routers_here.names):
                 raise StartFailed("no router is left")
             return
-        left = set(self._running) | {WorkerId(due) for _, due in self._due}
-        if not any(self._roles.get(worker_id) in (Role.DECODE, Role.MIXED) for worker_id in left):
+        self._given_up.add(WorkerId(name))
+        left = self._roles.keys() - self._given_up
+        if not any(self._roles[worker_id] in (Role.DECODE, Role.MIXED) for worker_id in left):
             raise StartFailed("no worker that decodes is left")
 
     def _restart_due(self) -> None:
@@ -461,6 +510,8 @@ class Supervisor:
             _, name = heapq.heappop(self._due)
             if name in self._routers_here.names:
                 self._routers_here.start(name)
+            elif name == RAY:
+                self._start_pools(is_again=True)
             else:
                 self._start_worker(WorkerId(name))
 

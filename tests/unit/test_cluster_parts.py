@@ -99,7 +99,7 @@ def test_logs_of_the_last_few_clusters_are_kept(tmp_path: Path) -> None:
 
 
 def test_folders_of_killed_supervisors_are_removed(tmp_path: Path) -> None:
-    from cluster import pools  # brings Ray
+    from cluster import ray_session  # brings Ray
 
     mine, left = tmp_path / "tandem-ray-a", tmp_path / "tandem-ray-b"
     for folder in (mine, left, tmp_path / "other"):
@@ -110,10 +110,10 @@ def test_folders_of_killed_supervisors_are_removed(tmp_path: Path) -> None:
     ) as owner:
         assert owner.stdout is not None
         owner.stdout.readline()
-        pools.sweep(tmp_path)
+        ray_session.sweep(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "tandem-ray-a"]
         owner.kill()
-    pools.sweep(tmp_path)
+    ray_session.sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
@@ -245,18 +245,18 @@ def test_the_fake_model_speaks_bytes() -> None:
 
 def test_a_ray_that_does_not_start_is_told_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that is much too busy Ray gives up on its own node with a bare Exception."""
-    from cluster.pools import PoolError, Pools  # brings Ray
+    from cluster.ray_session import RayError, RaySession  # brings Ray
 
     def gives_up(**_: object) -> None:
         raise Exception("The current node timed out during startup.")
 
-    monkeypatch.setattr("cluster.pools.ray.init", gives_up)
-    monkeypatch.setattr("cluster.pools.TEMP_ROOT", tmp_path)
+    monkeypatch.setattr("cluster.ray_session.ray.init", gives_up)
+    monkeypatch.setattr("cluster.ray_session.TEMP_ROOT", tmp_path)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    pools = Pools(load({"model": "fake"}, {}).config, threads=1, post=lambda event: None)
-    with pytest.raises(PoolError, match=r"^Ray did not start: The current node timed out during startup\.$"):
-        pools.open()
-    pools.close()
+    session = RaySession(load({"model": "fake"}, {}).config, threads=1, log_file=tmp_path / "ray.log")
+    with pytest.raises(RayError, match=r"^Ray did not start: The current node timed out during startup\.$"):
+        session.open(is_again=False)
+    session.close()
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 
 from cluster.config import ClusterConfig, load
 from cluster.drain_relay import Tell
-from cluster.pools import Pools, WorkerDown, WorkerUp
+from cluster.pool_events import RayLost, RayMended, RayUp, WorkerDown, WorkerUp, WorkerWaits, from_line, to_line
+from cluster.pools_child import PoolsChild, PoolsEnded
 from cluster.router_child import RouterEnded, RouterSaid
 from cluster.routers import Routers
 from cluster.supervisor import StartFailed, StopAsked, Supervisor
@@ -24,16 +26,11 @@ from tandem.request import WorkerId
 WORKERS = ("prefill-0", "decode-0")
 
 
-class NoPools(Pools):
-    """Pools over no Ray: nobody is watched, and what is asked for is noted."""
+class NoPools(PoolsChild):
+    """No process: what is asked for is noted."""
 
-    asked: list[str]
-
-    def watch(self, up: WorkerUp) -> None:
-        pass
-
-    def bury(self, down: WorkerDown) -> None:
-        self.asked.append(f"bury {down.worker_id}")
+    def __init__(self) -> None:
+        self.asked: list[str] = []
 
     def start(self, settings: WorkerSettings) -> None:
         self.asked.append(f"start {settings.worker_id}")
@@ -43,6 +40,9 @@ class NoPools(Pools):
 
     def kill(self, worker_id: WorkerId) -> None:
         self.asked.append(f"kill {worker_id}")
+
+    def end_now(self) -> None:
+        self.asked.append("end")
 
 
 class NoRouters(Routers):
@@ -105,18 +105,22 @@ class Watched:
         self.said: list[str] = []
         config = load({"model": "fake", "prefill": 1, "decode": 1, "grpc_port": 0, **flags}, {}).config
         self.supervisor = Supervisor(config, say=self.said.append)
-        self.pools = NoPools(config, threads=1, post=self.supervisor._events.put)
-        self.pools.asked = []
+        self.pools = NoPools()
         self.routers = NoRouters(
             config, listener=socket.socket(), log_dir=Path("logs"), post=self.supervisor._events.put
         )  # fmt: skip
         self.supervisor._pools, self.supervisor._threads = self.pools, 1
+        self.supervisor._has_ray = True
+        self.supervisor._start_pools = self._start_pools  # type: ignore[method-assign]
         self.supervisor._log_dir = Path("logs")
         self.routers.stop(0)  # its ports are not needed
         self.supervisor._routers = self.routers
         self.supervisor._starts = dict.fromkeys(self.supervisor._starts, 1)
         for name in self.routers.names:
             self.supervisor._router_said(said("listening", router=name, pid=7))
+
+    def _start_pools(self, *, is_again: bool) -> None:
+        self.pools.asked.append(f"ray again={is_again}")
 
     def take(self, *events: Any) -> list[str]:
         """What is asked of the pools while these events are taken."""
@@ -164,7 +168,7 @@ def three_up() -> Watched:
 def test_a_drained_worker_is_retired_and_not_started_again() -> None:
     watching = three_up()
     assert watching.take(drained("decode-1")) == ["retire decode-1"]
-    assert watching.take(down("decode-1")) == ["bury decode-1"]
+    assert watching.take(down("decode-1")) == []
     assert watching.routers.told == ["decode-1/1 ended: stopped"]
     assert watching.said[-1] == "decode-1 is drained and has left"
     assert watching.take() == []
@@ -173,9 +177,9 @@ def test_a_drained_worker_is_retired_and_not_started_again() -> None:
 def test_a_drained_worker_is_replaced_at_once_when_that_is_wanted() -> None:
     watching = three_up()
     assert watching.take(drained("decode-1", restart=True)) == ["retire decode-1"]
-    assert watching.take(down("decode-1")) == ["bury decode-1", "start decode-1"]
+    assert watching.take(down("decode-1")) == ["start decode-1"]
     assert watching.said[-1] == "decode-1 is drained and has left; another one takes its place"
-    assert watching.take(down("decode-1", "exit code 1")) == ["bury decode-1", "start decode-1"], "that was a crash"
+    assert watching.take(down("decode-1", "exit code 1")) == ["start decode-1"], "that was a crash"
     assert any("decode-1 ended: exit code 1; it is started again" in line for line in watching.said)
 
 
@@ -279,3 +283,100 @@ def test_the_last_router_that_dies_too_often_ends_the_cluster() -> None:
     with pytest.raises(StartFailed, match="no router is left"):
         watching.take(RouterEnded(router="router-0", generation=1, code=1))
     assert watching.said[-1].startswith("error: router-0 ended with status 1; it has died too often")
+
+
+def test_a_ray_that_is_lost_is_replaced_and_every_worker_started_anew() -> None:
+    watching = three_up()
+    lost = [RayLost(reason="its raylet ended"), PoolsEnded(code=1)]
+    assert watching.take(*lost) == ["ray again=True"]
+    assert {line.split("/")[0] for line in watching.routers.told} == {"prefill-0", "decode-0", "decode-1"}
+    assert any("Ray is gone: its raylet ended; it is started again" in line for line in watching.said)
+    assert sorted(watching.take(RayUp())) == ["start decode-0", "start decode-1", "start prefill-0"]
+
+
+def test_a_worker_that_waits_for_its_restart_when_ray_goes_is_started_once() -> None:
+    watching = three_up()
+    watching.supervisor._restarts.times["decode-1"] = deque([int(time.monotonic() * 1000)])  # so that it waits
+    assert watching.take(down("decode-1", "exit code 1"), PoolsEnded(code=-9)) == ["ray again=True"]
+    assert watching.take(RayUp()).count("start decode-1") == 1
+    assert watching.supervisor._due == []
+
+
+def test_a_worker_that_was_drained_does_not_come_back_with_ray() -> None:
+    watching = three_up()
+    watching.take(drained("decode-1"), PoolsEnded(code=-9))
+    assert sorted(watching.take(RayUp())) == ["start decode-0", "start prefill-0"]
+
+
+def test_a_ray_that_is_lost_before_all_is_ready_is_told_and_not_tried_again() -> None:
+    with pytest.raises(StartFailed, match=r"^Ray did not start: no room$"):
+        watched([RayLost(reason="Ray did not start: no room"), PoolsEnded(code=1)])
+
+
+def test_a_ray_that_is_lost_again_and_again_ends_the_cluster() -> None:
+    watching = Watched(decode=1, max_restarts=1)
+    watching.take(*(each(name) for name in WORKERS for each in (up, ready)))
+    assert watching.take(PoolsEnded(code=-9)) == ["ray again=True"]
+    with pytest.raises(StartFailed, match="has died too often and stays down"):
+        watching.take(PoolsEnded(code=-9))
+
+
+def test_a_worker_that_dies_at_every_start_is_given_up_and_the_others_serve_on() -> None:
+    watching = Watched(decode=2, max_restarts=1)
+    names = ("prefill-0", "decode-0", "decode-1")
+    watching.take(*(each(name) for name in names for each in (up, ready)))
+    assert watching.take(down("decode-1", "a")) == ["start decode-1"]
+    assert watching.take(down("decode-1", "b")) == []
+    assert any("decode-1 ended: b; it has died too often and stays down" in line for line in watching.said)
+    assert sorted(watching.take(PoolsEnded(code=-9), RayUp())) == [
+        "ray again=True",
+        "start decode-0",
+        "start prefill-0",
+    ]
+
+
+def test_the_last_decoder_may_be_starting_when_another_one_is_given_up() -> None:
+    watching = Watched(decode=2, max_restarts=1)
+    names = ("prefill-0", "decode-0", "decode-1")
+    watching.take(*(each(name) for name in names for each in (up, ready)))
+    assert watching.take(down("decode-1"), down("decode-0")) == ["start decode-1", "start decode-0"]
+    assert watching.take(down("decode-1")) == [], "decode-0 is on its way"
+    with pytest.raises(StartFailed, match="no worker that decodes is left"):
+        watching.take(down("decode-0"))
+
+
+def test_what_ray_says_of_its_parts_and_of_room_is_passed_on() -> None:
+    watching = three_up()
+    waits = WorkerWaits(worker_id=WorkerId("decode-1"), reason="all 2 CPUs of the Ray cluster are taken")
+    watching.take(RayMended(what="its gcs_server is started again"), waits)
+    assert watching.said[-2:] == [
+        "Ray: its gcs_server is started again",
+        "decode-1 waits for a machine: all 2 CPUs of the Ray cluster are taken",
+    ]
+
+
+def test_a_holder_of_ray_that_hangs_is_ended_only_when_a_worker_is_missing() -> None:
+    watching = three_up()
+    watching.supervisor._pools_silent_s = 1e6
+    assert watching.take() == [], "everybody works: it may hang"
+    assert watching.take(down("decode-1", "exit code 1")) == ["start decode-1", "end"]
+
+
+def test_time_in_which_the_supervisor_stood_still_is_no_silence() -> None:
+    watching = three_up()
+    watching.take(down("decode-1", "exit code 1"))
+    watching.supervisor._looked_s -= 3600
+    assert watching.take() == []
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        RayUp(), RayLost(reason="r"), up("decode-0"), down("decode-0"),
+        WorkerWaits(worker_id=WorkerId("decode-0"), reason="r"),
+    ],
+)  # fmt: skip
+def test_what_the_holder_of_ray_says_travels_as_a_line(event: Any) -> None:
+    line = to_line(event)
+    assert "\n" not in line
+    assert from_line(line) == event
