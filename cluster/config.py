@@ -119,6 +119,10 @@ class ClusterConfig(BaseModel):
             raise ValueError(f"grpc_port: {self.grpc_port} is the HTTP port too")
         return self
 
+    def without_store(self) -> ClusterConfig:
+        """For parts that have nothing to do with the store: none of them needs its password."""
+        return self.model_copy(update={"routers": 1, "redis": ""})
+
     @property
     def num_workers(self) -> int:
         """Workers of all roles."""

@@ -45,7 +45,7 @@ class PoolsChild:
                     sys.executable, "-m", "cluster.pools_process",
                     "--parent-pid", str(os.getpid()),
                     "--threads", str(threads),
-                    "--config-json", config.model_dump_json(),
+                    "--config-json", config.without_store().model_dump_json(),
                     "--log-file", str(log_file),
                     *(["--again"] if is_again else []),
                 ],

@@ -415,7 +415,7 @@ class Supervisor:
                 worker_id=worker_id,
                 incarnation=self._starts[worker_id],
                 role=self._roles[worker_id],
-                config=config.model_copy(update={"routers": 1, "redis": ""}),  # no worker needs the password
+                config=config.without_store(),
                 threads=self._threads,
                 registries=self._routers_here.internal,
                 bind_host=bind_host,

@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 from cluster_under_test import ClusterUnderTest
-from redis_under_test import redis_server
+from redis_server import redis_server
 from served import wait_until
 
 from engine.fake_runner import expected_tokens
@@ -38,10 +38,9 @@ CUT_OFF_S = 60.0  # a minority is believed, or ended, after 30 s
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterUnderTest]:
-    folder = tmp_path_factory.mktemp("redis")
-    with redis_server(folder) as url:
+    with redis_server() as redis:
         arguments = (
-            "--routers", "2", "--redis", url, "--prefill", "1", "--decode", "2", "--kv-memory", "1MiB",
+            "--routers", "2", "--redis", redis.url, "--prefill", "1", "--decode", "2", "--kv-memory", "1MiB",
             "--fake-step-ms", "4", "--no-rebalance", "--heartbeat-ms", "300", "--max-restarts", "100",
         )  # fmt: skip
         with ClusterUnderTest(*arguments, run_dir=tmp_path_factory.mktemp("run")) as served:
