@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 # Adds a service to the server and returns its full name.
 AddService = Callable[[grpc.aio.Server], str]
-# Ends a request that another router may have; whether one had it.
+# Ends a request that another router may have; whether one had it. Raises TandemError when that is not known.
 CancelElsewhere = Callable[[str], Awaitable[bool]]
 
 
@@ -89,7 +89,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Ends a request and all its answers, whichever router has it."""
         found = self._service.cancel(request.request_id, "cancelled by a client")
         if not found and self._cancel_elsewhere is not None:
-            found = await self._cancel_elsewhere(request.request_id)
+            try:
+                found = await self._cancel_elsewhere(request.request_id)
+            except TandemError as error:
+                await _abort(context, error)
         return inference_pb2.CancelResponse(found=found)
 
     async def Tokenize(
