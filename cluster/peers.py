@@ -45,7 +45,7 @@ class Peers:
         try:
             answer: pb.StatusResponse = await self.stub(name).Status(request, timeout=ANSWER_S)
         except grpc.aio.AioRpcError as error:
-            log.warning("%s does not tell its status: %s %s", name, error.code().name, error.details())
+            log.debug("%s does not tell its status: %s %s", name, error.code().name, error.details())
             return None
         return answer
 
@@ -64,7 +64,7 @@ class Peers:
             request = pb.CancelHereRequest(request_id=request_id)
             answer: pb.CancelHereResponse = await self.stub(name).CancelHere(request, timeout=ANSWER_S)
         except grpc.aio.AioRpcError as error:
-            log.warning("%s does not answer a cancellation: %s %s", name, error.code().name, error.details())
+            log.debug("%s does not answer a cancellation: %s %s", name, error.code().name, error.details())
             return None
         return answer.found
 
@@ -79,7 +79,7 @@ class Peers:
                 pb.MetricsHereRequest(), timeout=ANSWER_S
             )
         except grpc.aio.AioRpcError as error:
-            log.warning("%s does not tell its metrics: %s %s", name, error.code().name, error.details())
+            log.debug("%s does not tell its metrics: %s %s", name, error.code().name, error.details())
             return ""
         return answer.page
 

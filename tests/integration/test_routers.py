@@ -150,9 +150,11 @@ class Streaming:
         assert self.error is None
 
     def end(self) -> None:
+        """Leaves, and for good: a router keeps a request for a while whose client only went away."""
         self._enough.set()
         self._thread.join(60)
         assert not self._thread.is_alive()
+        self._client.cancel(self.name)
         self._client.close()
 
 
@@ -198,8 +200,8 @@ def test_status_migrate_and_cancel_by_either_router(cluster: ClusterUnderTest) -
         with Client(internal(cluster, other)) as client:
             assert client.cancel(f"{router}-long")
             assert not client.cancel("nobody's")
+        wait_until(lambda: streams[router].error is not None, 30)
         streams[router].end()
-        assert streams[router].error is not None
     cluster.settled()
 
 
