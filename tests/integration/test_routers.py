@@ -149,6 +149,11 @@ class Streaming:
         wait_until(lambda: self.num > seen + 20 or self.error is not None, 30)
         assert self.error is None
 
+    def fails(self) -> None:
+        """Waits for its end by an error."""
+        wait_until(lambda: self.error is not None, 30)
+        self.end()
+
     def end(self) -> None:
         """Leaves, and for good: a router keeps a request for a while whose client only went away."""
         self._enough.set()
@@ -200,8 +205,7 @@ def test_status_migrate_and_cancel_by_either_router(cluster: ClusterUnderTest) -
         with Client(internal(cluster, other)) as client:
             assert client.cancel(f"{router}-long")
             assert not client.cancel("nobody's")
-        wait_until(lambda: streams[router].error is not None, 30)
-        streams[router].end()
+        streams[router].fails()
     cluster.settled()
 
 
