@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -142,6 +142,8 @@ class Streaming:
         except TandemError as error:
             self.error = error
         finally:
+            assert isinstance(self._stream, Generator)
+            self._stream.close()  # here, and not whenever it is collected: the request ends with it
             assert ids == self._expected[: len(ids)]
 
     def goes_on(self) -> None:
@@ -155,11 +157,10 @@ class Streaming:
         self.end()
 
     def end(self) -> None:
-        """Leaves, and for good: a router keeps a request for a while whose client only went away."""
+        """Leaves, once the last pieces have been compared."""
         self._enough.set()
         self._thread.join(60)
         assert not self._thread.is_alive()
-        self._client.cancel(self.name)
         self._client.close()
 
 
