@@ -12,9 +12,11 @@ import time
 from contextlib import suppress
 
 from kv_transfer.agent_wire import Message, decode, encode
+from kv_transfer.gate import Gate
 
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_DESCRIPTORS = 2
+SHUT_WAIT_S = 0.01
 _LENGTH = struct.Struct(">I")
 
 
@@ -23,12 +25,13 @@ class LinkLost(Exception):
 
 
 class FramedSocket:
-    """Sends from any thread, one message at a time; receives on one thread only."""
+    """Sends from any thread, one message at a time; receives on one thread only. `gate`: when anything may pass."""
 
-    def __init__(self, connection: socket.socket, *, send_timeout_s: float) -> None:
+    def __init__(self, connection: socket.socket, *, send_timeout_s: float, gate: Gate | None = None) -> None:
         connection.setblocking(False)
         self.connection = connection
         self._send_timeout_s = send_timeout_s
+        self._gate = gate or Gate()
         self._sending = threading.Lock()
         self._received = bytearray()
         self.descriptors: list[int] = []  # that came with what was received; whoever takes one out closes it
@@ -43,6 +46,8 @@ class FramedSocket:
         data = memoryview(_LENGTH.pack(len(body)) + body)
         ends = time.monotonic() + self._send_timeout_s
         with self._sending:
+            if not self._passes(self._send_timeout_s):
+                raise LinkLost(f"cannot be written to for {self._send_timeout_s:g} s")
             while data:
                 try:
                     if descriptors:
@@ -79,12 +84,25 @@ class FramedSocket:
         """The next message, or None when none came in full within the timeout. Raises LinkLost."""
         ends = time.monotonic() + timeout_s
         while True:
+            # A poll that sees something to read must not spin while nothing passes.
+            if not self._passes(max(SHUT_WAIT_S, ends - time.monotonic())):
+                return None
             message = self.buffered()
             if message is not None:
                 return message
             if not wait_for(self.connection, ends - time.monotonic()):
                 return None
             self._fill()
+
+    def _passes(self, timeout_s: float) -> bool:
+        """Whether the gate lets anything pass within the timeout."""
+        ends = time.monotonic() + timeout_s
+        while (wait_s := self._gate.wait_s(now_s := time.monotonic())) > 0:
+            if now_s + wait_s > ends:
+                time.sleep(max(0.0, ends - now_s))
+                return False
+            time.sleep(wait_s)
+        return True
 
     def _fill(self) -> None:
         try:

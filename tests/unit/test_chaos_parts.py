@@ -10,37 +10,104 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.chaos_plan import SETTLE_MS, STOPS_MS, VICTIMS, Fault, FaultKind, Victim, parse_kinds, plan
+from cluster.chaos_plan import (
+    SETTLE_MS,
+    STOPS_MS,
+    Fault,
+    FaultKind,
+    Ground,
+    Target,
+    Victim,
+    check_duration,
+    parse_kinds,
+    parse_states,
+    plan,
+    targets,
+)
+from cluster.chaos_states import STATES
 from cluster.chaos_tally import Harm, Tally
+from kv_transfer.handoff_source import SourceState
+from kv_transfer.handoff_target import TargetState
+from kv_transfer.migration_source import MigrationState
 
 FAULT = Fault(number=1, at_ms=0, kind=FaultKind.KILL, victim=Victim.DECODE, pick=0)
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
+BARE = Ground(faults_allowed=False, has_store=False)
+FULL = Ground(faults_allowed=True, has_store=True)
 
-@given(st.integers(0, 1000), st.sets(st.sampled_from(FaultKind), min_size=1), st.integers(500, 20_000))
-def test_a_plan_is_that_of_its_seed_and_strikes_all_alike(seed: int, kinds: set[FaultKind], every_ms: int) -> None:
-    duration_ms = SETTLE_MS + 60 * every_ms
+
+@given(st.integers(0, 1000), st.sets(st.sampled_from(FaultKind), min_size=1), st.integers(500, 20_000), st.booleans())
+def test_a_plan_is_that_of_its_seed_and_strikes_all_alike(
+    seed: int, kinds: set[FaultKind], every_ms: int, in_states: bool
+) -> None:
     ordered = tuple(sorted(kinds))
-    faults = plan(random.Random(seed).randrange, kinds=ordered, duration_ms=duration_ms, every_ms=every_ms)
-    assert faults == plan(random.Random(seed).randrange, kinds=ordered, duration_ms=duration_ms, every_ms=every_ms)
+    states = STATES if in_states and kinds & {FaultKind.KILL, FaultKind.STOP} else ()
+    deck = targets(FULL, kinds=ordered, states=states)
+    duration_ms = SETTLE_MS + 150 * every_ms
+    faults = plan(random.Random(seed).randrange, deck=deck, duration_ms=duration_ms, every_ms=every_ms)
+    assert faults == plan(random.Random(seed).randrange, deck=deck, duration_ms=duration_ms, every_ms=every_ms)
     assert [each.number for each in faults] == list(range(1, len(faults) + 1))
     assert faults[-1].at_ms <= duration_ms - SETTLE_MS
     gaps = [after.at_ms - before.at_ms for before, after in pairwise(faults)]
     assert all(every_ms // 2 <= gap < every_ms // 2 + every_ms for gap in gaps)
-    pairs = {(kind, victim) for kind in kinds for victim in VICTIMS[kind]}
-    times = Counter((each.kind, each.victim) for each in faults)
-    assert set(times) <= pairs
-    assert max(times[pair] for pair in pairs) - min(times[pair] for pair in pairs) <= 1
+    times = Counter(each.target for each in faults)
+    assert set(times) <= set(deck)
+    assert len(set(deck)) == len(deck)
+    assert max(times[each] for each in deck) - min(times[each] for each in deck) <= 1
     for each in faults:
-        assert (each.for_ms in STOPS_MS) is (each.kind is FaultKind.STOP)
+        assert each.kind is not FaultKind.STOP or each.for_ms in STOPS_MS
+        assert bool(each.period_ms) is (each.kind is FaultKind.DELAY)
+        assert bool(each.corrupt_every) is (each.kind is FaultKind.CORRUPT)
+
+
+def test_every_state_of_every_table_is_struck_by_both_signals_in_worker_and_agent() -> None:
+    deck = targets(FULL, kinds=[FaultKind.KILL, FaultKind.STOP], states=STATES)
+    struck = Counter((each.state, each.kind) for each in deck if each.state)
+    assert struck == {(state, kind): 2 for state in STATES for kind in (FaultKind.KILL, FaultKind.STOP)}
+    assert len(STATES) == len(SourceState) + len(MigrationState) + len(TargetState)
+
+
+def test_a_router_is_killed_only_where_its_streams_outlive_it() -> None:
+    router = Target(FaultKind.KILL, Victim.ROUTER)
+    assert router in targets(FULL, kinds=[FaultKind.KILL])
+    assert router not in targets(BARE, kinds=[FaultKind.KILL])
+    assert router not in targets(FULL, kinds=[FaultKind.KILL], router_dies=False)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "states", "router_dies", "says"),
+    [
+        ("redis-down", "", None, "redis-down needs a cluster that keeps its state in Redis"),
+        ("kill", "", True, "--kill-router: needs a cluster with Redis"),
+        ("kill,partition,delay", "", None, "--faults: partition, delay: the cluster takes no faults"),
+        ("corrupt", "", None, "--faults: corrupt: the cluster takes no faults"),
+        ("kill", "handoff.sending", None, "--states: the cluster takes no faults"),
+    ],
+)
+def test_what_the_cluster_does_not_allow_is_refused_by_name(
+    kinds: str, states: str, router_dies: bool | None, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        targets(BARE, kinds=parse_kinds(kinds), states=parse_states(states), router_dies=router_dies)
+
+
+def test_states_without_a_signal_are_refused() -> None:
+    with pytest.raises(ValueError, match="--states: only kill and stop"):
+        targets(FULL, kinds=[FaultKind.CANCEL], states=STATES)
+    with pytest.raises(ValueError, match=r"--states: there is no state 'handoff.lost'; there are handoff.holding"):
+        parse_states("handoff.lost")
+    assert parse_states("all") == STATES
+    assert parse_states("") == ()
 
 
 def test_a_run_that_is_too_short_says_how_long_it_must_be() -> None:
     with pytest.raises(ValueError, match=r"--duration: is 11 s, too short for a fault; 26 s are enough"):
-        plan(lambda below: below - 1, kinds=[FaultKind.KILL], duration_ms=11_000, every_ms=8_000)
-    assert plan(lambda below: below - 1, kinds=[FaultKind.KILL], duration_ms=26_000, every_ms=8_000)
+        check_duration(11_000, 8_000)
+    deck = targets(BARE, kinds=[FaultKind.KILL])
+    assert plan(lambda below: below - 1, deck=deck, duration_ms=26_000, every_ms=8_000)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +119,7 @@ def test_kinds_are_read_from_a_list(text: str, kinds: str) -> None:
 
 @pytest.mark.parametrize(("text", "says"), [("kill,earthquake", "there is no fault 'earthquake'"), (" ,", "must name")])
 def test_a_fault_that_there_is_not_is_named(text: str, says: str) -> None:
-    with pytest.raises(ValueError, match=f"--faults: .*{says}.*kill, stop, cancel"):
+    with pytest.raises(ValueError, match=f"--faults: .*{says}.*kill, stop, partition"):
         parse_kinds(text)
 
 
@@ -130,7 +197,7 @@ def test_a_fault_that_streams_do_not_get_over_is_told_until_they_do() -> None:
     assert tally.rows()[0].recovered_ms is None
     tally.ended(500, 2, cancelled=True)
     assert tally.strikes[0].recovered_ms == 490
-    tally.leaked("d0: 3 blocks owned")
+    tally.leaked(600, "d0: 3 blocks owned")
     assert tally.failures(recovery_limit_ms=10_000) == ["d0: 3 blocks owned"]
 
 
