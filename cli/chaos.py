@@ -17,7 +17,7 @@ from cli.down import run_dir_of
 from cli.migrate import Refused
 from cluster.chaos import ChaosRun, NotReady, Place
 from cluster.chaos_load import Load
-from cluster.chaos_plan import FaultKind, check_duration, parse_kinds, parse_states, plan, targets
+from cluster.chaos_plan import FaultKind, check_duration, deck, parse_kinds, parse_states, plan
 from cluster.chaos_report import COLUMNS, cells, states_line, summary, to_document
 from cluster.chaos_tally import Tally
 from cluster.config import ConfigError
@@ -72,10 +72,10 @@ def run(
     try:
         ground = asyncio.run(shooting.ground())
         try:
-            deck = targets(ground, kinds=kinds, states=wanted_states, router_dies=kill_router)
+            suits = deck(ground, kinds=kinds, states=wanted_states, router_dies=kill_router)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        planned = plan(random.Random(seed).randrange, deck=deck, duration_ms=duration_ms, every_ms=every_ms)
+        planned = plan(random.Random(seed).randrange, suits=suits, duration_ms=duration_ms, every_ms=every_ms)
         tally = asyncio.run(shooting.run(planned, duration_ms))
     except NotReady as error:
         raise Refused(str(error)) from None

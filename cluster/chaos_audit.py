@@ -59,11 +59,10 @@ class IdleWatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """What a process of the cluster takes, and how many processes of its name there are."""
+    """How many processes of one name there are, and what they have open."""
 
     num_processes: int
     num_files: int  # open in all of them
-    memory_bytes: int  # in proportion, where pages are shared
 
 
 def grown(before: Mapping[str, Footprint], now: Mapping[str, Footprint]) -> list[str]:

@@ -72,13 +72,29 @@ STATE_VICTIMS = {
 }
 
 
+# How often a kind comes beside the others: what kills and stops does so to many victims, and in many states.
+WEIGHTS = {FaultKind.KILL: 5, FaultKind.STOP: 5}
+WEIGHT = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a fault is: every target is struck as often as every other. `state`: when a transfer of it enters it."""
+    """What a fault strikes, and how. `state`: in the moment in which a transfer of the victim enters it."""
 
     kind: FaultKind
     victim: Victim
     state: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suit:
+    """Kinds of faults that are dealt together, so many in a round. Each card comes as often as every other.
+
+    A card is a target, or the ways to strike in one state, which take turns.
+    """
+
+    weight: int
+    cards: tuple[tuple[Target, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,10 +166,10 @@ def check_duration(duration_ms: int, every_ms: int) -> None:
         )
 
 
-def targets(
+def deck(
     ground: Ground, *, kinds: Sequence[FaultKind], states: Sequence[str] = (), router_dies: bool | None = None
-) -> tuple[Target, ...]:
-    """All targets of these kinds that the ground allows. `router_dies` None: if its streams outlive it.
+) -> tuple[Suit, ...]:
+    """All faults of these kinds that the ground allows. `router_dies` None: if its streams outlive it.
 
     Raises ValueError naming what it does not allow.
     """
@@ -171,36 +187,55 @@ def targets(
     if states and not {FaultKind.KILL, FaultKind.STOP} & set(kinds):
         raise ValueError("--states: only kill and stop strike in a state; name one of them in --faults")
     dies = ground.has_store if router_dies is None else router_dies
-    found = [Target(kind, victim) for kind in kinds for victim in VICTIMS[kind]]
-    found = [each for each in found if dies or each != Target(FaultKind.KILL, Victim.ROUTER)]
-    return (
-        *found,
-        *(
-            Target(kind, victim, state)
-            for kind in kinds
-            if kind in (FaultKind.KILL, FaultKind.STOP)
-            for state in states
-            for victim in STATE_VICTIMS[role_in(state)]
-        ),
-    )
+    hard = tuple(kind for kind in kinds if kind in WEIGHTS)
+    cards: list[tuple[Target, ...]] = [(Target(kind, victim),) for kind in hard for victim in VICTIMS[kind]]
+    cards = [each for each in cards if dies or each != (Target(FaultKind.KILL, Victim.ROUTER),)]
+    for state in states:
+        victims = STATE_VICTIMS[role_in(state)]
+        cards.append(tuple(Target(kind, victim, state) for victim in victims for kind in hard))
+    suits = [Suit(weight=sum(WEIGHTS[kind] for kind in hard), cards=tuple(cards))] if hard else []
+    for kind in (each for each in kinds if each not in WEIGHTS):
+        suits.append(Suit(weight=WEIGHT, cards=tuple((Target(kind, victim),) for victim in VICTIMS[kind])))
+    return tuple(suits)
 
 
 def plan(
-    choose: Choose, *, deck: Sequence[Target], duration_ms: int, every_ms: int, number: int | None = None
+    choose: Choose, *, suits: Sequence[Suit], duration_ms: int, every_ms: int, num_max: int | None = None
 ) -> tuple[Fault, ...]:
-    """The faults of one run: a new one about `every_ms`, every target as often as every other.
+    """The faults of one run, a new one about `every_ms`, `num_max` at most.
 
-    `number`: no more than so many. Raises ValueError when the run is too short for one.
+    Raises ValueError when the run is too short for one.
     """
     check_duration(duration_ms, every_ms)
-    hand: list[Target] = []
+    dealer = _Dealer(choose, suits)
     faults: list[Fault] = []
     at_ms = every_ms // 2 + choose(every_ms)
-    while at_ms <= duration_ms - SETTLE_MS and len(faults) != number:
-        hand = hand or list(deck)
-        faults.append(_fault(choose, len(faults) + 1, at_ms, hand.pop(choose(len(hand)))))
+    while at_ms <= duration_ms - SETTLE_MS and len(faults) != num_max:
+        faults.append(_fault(choose, len(faults) + 1, at_ms, dealer.deal()))
         at_ms += every_ms // 2 + choose(every_ms)
     return tuple(faults)
+
+
+class _Dealer:
+    """Deals suits by their weights, a suit's cards evenly, and a card's ways in turn."""
+
+    def __init__(self, choose: Choose, suits: Sequence[Suit]) -> None:
+        self._choose = choose
+        self._suits = suits
+        self._round: list[int] = []  # indexes of suits that are left of it
+        self._hands: list[list[tuple[Target, ...]]] = [[] for _ in suits]
+        self._turns: dict[tuple[Target, ...], int] = {}
+
+    def deal(self) -> Target:
+        self._round = self._round or [number for number, suit in enumerate(self._suits) for _ in range(suit.weight)]
+        number = self._round.pop(self._choose(len(self._round)))
+        hand = self._hands[number]
+        if not hand:
+            hand += self._suits[number].cards
+        card = hand.pop(self._choose(len(hand)))
+        turn = self._turns[card] + 1 if card in self._turns else self._choose(len(card))
+        self._turns[card] = turn
+        return card[turn % len(card)]
 
 
 def _fault(choose: Choose, number: int, at_ms: int, target: Target) -> Fault:

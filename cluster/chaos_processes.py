@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -113,22 +114,36 @@ async def restart_store(process: psutil.Process, command: Sequence[str], down_ms
 # ---- what they take ------------------------------------------------------------------------------------------------
 
 
-def footprints(supervisor_pid: int) -> dict[str, Footprint]:
-    """What all processes below the supervisor take, by name. Those of Ray's own making count as one."""
-    found: dict[str, Footprint] = {}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """What one process takes."""
+
+    name: str  # such as router, worker or agent; those of Ray's own making have one name
+    pid: int
+    age_s: float
+    num_files: int  # open
+    heap_bytes: int  # of no file; in proportion where pages are shared
+    shared_bytes: int  # of memory files such as pools of KV, in proportion
+
+
+def taken(supervisor_pid: int) -> list[Taken]:
+    """What each process takes of those below the supervisor, and itself."""
+    found = []
     with suppress(psutil.NoSuchProcess):
         supervisor = psutil.Process(supervisor_pid)
-        named = [("supervisor", supervisor), *((_name(each), each) for each in supervisor.children(recursive=True))]
-        for name, process in named:
-            taken = _footprint(process)
-            if taken is None:
-                continue
-            before = found.get(name, Footprint(num_processes=0, num_files=0, memory_bytes=0))
-            found[name] = Footprint(
-                num_processes=before.num_processes + 1,
-                num_files=before.num_files + taken.num_files,
-                memory_bytes=before.memory_bytes + taken.memory_bytes,
-            )
+        found = [_taken("supervisor", supervisor)]
+        found += [_taken(_name(each), each) for each in supervisor.children(recursive=True)]
+    return [each for each in found if each is not None]
+
+
+def footprints(supervisor_pid: int) -> dict[str, Footprint]:
+    """The same, by name."""
+    found: dict[str, Footprint] = {}
+    for each in taken(supervisor_pid):
+        before = found.get(each.name, Footprint(num_processes=0, num_files=0))
+        found[each.name] = Footprint(
+            num_processes=before.num_processes + 1, num_files=before.num_files + each.num_files
+        )
     return found
 
 
@@ -140,13 +155,20 @@ def _name(process: psutil.Process) -> str:
     return next((name for word, name in NAMES if word in line), "other")
 
 
-def _footprint(process: psutil.Process) -> Footprint | None:
+def _taken(name: str, process: psutil.Process) -> Taken | None:
     """None: it has ended meanwhile."""
     try:
         if process.status() == psutil.STATUS_ZOMBIE:
             return None
-        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-        pss_kb = next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-        return Footprint(num_processes=1, num_files=process.num_fds(), memory_bytes=pss_kb << 10)
-    except (psutil.Error, OSError, StopIteration):
+        lines = (line.split() for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:])
+        kb = {words[0].rstrip(":"): int(words[1]) for words in lines}
+        return Taken(
+            name=name,
+            pid=process.pid,
+            age_s=time.time() - process.create_time(),
+            num_files=process.num_fds(),
+            heap_bytes=kb["Pss_Anon"] << 10,
+            shared_bytes=kb["Pss_Shmem"] << 10,
+        )
+    except (psutil.Error, OSError, KeyError):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,10 +20,10 @@ from cluster.chaos_plan import (
     Target,
     Victim,
     check_duration,
+    deck,
     parse_kinds,
     parse_states,
     plan,
-    targets,
 )
 from cluster.chaos_states import STATES
 from cluster.chaos_tally import Harm, Tally
@@ -43,38 +44,65 @@ FULL = Ground(faults_allowed=True, has_store=True)
 def test_a_plan_is_that_of_its_seed_and_strikes_all_alike(
     seed: int, kinds: set[FaultKind], every_ms: int, in_states: bool
 ) -> None:
-    ordered = tuple(sorted(kinds))
     states = STATES if in_states and kinds & {FaultKind.KILL, FaultKind.STOP} else ()
-    deck = targets(FULL, kinds=ordered, states=states)
+    suits = deck(FULL, kinds=tuple(sorted(kinds)), states=states)
     duration_ms = SETTLE_MS + 150 * every_ms
-    faults = plan(random.Random(seed).randrange, deck=deck, duration_ms=duration_ms, every_ms=every_ms)
-    assert faults == plan(random.Random(seed).randrange, deck=deck, duration_ms=duration_ms, every_ms=every_ms)
+
+    def once() -> tuple[Fault, ...]:
+        return plan(random.Random(seed).randrange, suits=suits, duration_ms=duration_ms, every_ms=every_ms)
+
+    faults = once()
+    assert faults == once()
     assert [each.number for each in faults] == list(range(1, len(faults) + 1))
     assert faults[-1].at_ms <= duration_ms - SETTLE_MS
     gaps = [after.at_ms - before.at_ms for before, after in pairwise(faults)]
     assert all(every_ms // 2 <= gap < every_ms // 2 + every_ms for gap in gaps)
     times = Counter(each.target for each in faults)
-    assert set(times) <= set(deck)
-    assert len(set(deck)) == len(deck)
-    assert max(times[each] for each in deck) - min(times[each] for each in deck) <= 1
+    assert set(times) <= {way for suit in suits for card in suit.cards for way in card}
+    round_size = sum(suit.weight for suit in suits)
+    for suit in suits:
+        cards = [sum(times[way] for way in card) for card in suit.cards]
+        assert max(cards) - min(cards) <= 1, "each card of a suit as often as every other"
+        assert abs(sum(cards) - len(faults) * suit.weight / round_size) <= suit.weight
+        for card in suit.cards:
+            assert max(times[way] for way in card) - min(times[way] for way in card) <= 1
     for each in faults:
         assert each.kind is not FaultKind.STOP or each.for_ms in STOPS_MS
         assert bool(each.period_ms) is (each.kind is FaultKind.DELAY)
         assert bool(each.corrupt_every) is (each.kind is FaultKind.CORRUPT)
 
 
+def _ways(ground: Ground, **wanted: Any) -> set[Target]:
+    return {way for suit in deck(ground, **wanted) for card in suit.cards for way in card}
+
+
 def test_every_state_of_every_table_is_struck_by_both_signals_in_worker_and_agent() -> None:
-    deck = targets(FULL, kinds=[FaultKind.KILL, FaultKind.STOP], states=STATES)
-    struck = Counter((each.state, each.kind) for each in deck if each.state)
+    ways = _ways(FULL, kinds=[FaultKind.KILL, FaultKind.STOP], states=STATES)
+    struck = Counter((each.state, each.kind) for each in ways if each.state)
     assert struck == {(state, kind): 2 for state in STATES for kind in (FaultKind.KILL, FaultKind.STOP)}
     assert len(STATES) == len(SourceState) + len(MigrationState) + len(TargetState)
 
 
+def test_sixty_faults_of_all_kinds_strike_in_each_state() -> None:
+    suits = deck(FULL, kinds=tuple(FaultKind), states=STATES)
+    for seed in range(50):
+        faults = plan(random.Random(seed).randrange, suits=suits, duration_ms=600_000, every_ms=8_000)
+        assert len(faults) >= 65
+        assert {each.state for each in faults[:70]} >= set(STATES)
+
+
+def test_five_hundred_faults_are_forty_of_each_kind() -> None:
+    suits = deck(FULL, kinds=tuple(FaultKind), states=STATES)
+    faults = plan(random.Random(1).randrange, suits=suits, duration_ms=10**7, every_ms=8_000, num_max=500)
+    assert len(faults) == 500
+    assert min(Counter(each.kind for each in faults).values()) >= 40
+
+
 def test_a_router_is_killed_only_where_its_streams_outlive_it() -> None:
     router = Target(FaultKind.KILL, Victim.ROUTER)
-    assert router in targets(FULL, kinds=[FaultKind.KILL])
-    assert router not in targets(BARE, kinds=[FaultKind.KILL])
-    assert router not in targets(FULL, kinds=[FaultKind.KILL], router_dies=False)
+    assert router in _ways(FULL, kinds=[FaultKind.KILL])
+    assert router not in _ways(BARE, kinds=[FaultKind.KILL])
+    assert router not in _ways(FULL, kinds=[FaultKind.KILL], router_dies=False)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +119,12 @@ def test_what_the_cluster_does_not_allow_is_refused_by_name(
     kinds: str, states: str, router_dies: bool | None, says: str
 ) -> None:
     with pytest.raises(ValueError, match=says):
-        targets(BARE, kinds=parse_kinds(kinds), states=parse_states(states), router_dies=router_dies)
+        deck(BARE, kinds=parse_kinds(kinds), states=parse_states(states), router_dies=router_dies)
 
 
 def test_states_without_a_signal_are_refused() -> None:
     with pytest.raises(ValueError, match="--states: only kill and stop"):
-        targets(FULL, kinds=[FaultKind.CANCEL], states=STATES)
+        deck(FULL, kinds=[FaultKind.CANCEL], states=STATES)
     with pytest.raises(ValueError, match=r"--states: there is no state 'handoff.lost'; there are handoff.holding"):
         parse_states("handoff.lost")
     assert parse_states("all") == STATES
@@ -106,8 +134,8 @@ def test_states_without_a_signal_are_refused() -> None:
 def test_a_run_that_is_too_short_says_how_long_it_must_be() -> None:
     with pytest.raises(ValueError, match=r"--duration: is 11 s, too short for a fault; 26 s are enough"):
         check_duration(11_000, 8_000)
-    deck = targets(BARE, kinds=[FaultKind.KILL])
-    assert plan(lambda below: below - 1, deck=deck, duration_ms=26_000, every_ms=8_000)
+    suits = deck(BARE, kinds=[FaultKind.KILL])
+    assert plan(lambda below: below - 1, suits=suits, duration_ms=26_000, every_ms=8_000)
 
 
 @pytest.mark.parametrize(
