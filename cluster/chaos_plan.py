@@ -13,8 +13,8 @@ Choose = Callable[[int], int]  # a number below the one given
 
 # Shorter than a heartbeat, about as long as the dead are waited for, and longer: then the process is killed.
 STOPS_MS = (200, 2_000, 8_000)
-# Shorter than any time limit, about as long as a peer's silence is borne, and longer.
-PARTITIONS_MS = (400, 3_000, 9_000)
+# Shorter than any time limit, about as long as a peer's silence is borne, and longer than any recovery may take.
+PARTITIONS_MS = (400, 3_000, 15_000)
 DELAYS_MS = (30, 100, 300)  # each message waits so long, at most
 DELAY_FOR_MS = 4_000
 CORRUPT_EVERY = (1, 2, 5)  # each frame that arrives is damaged, or each second, or each fifth

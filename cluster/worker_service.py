@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 REPORTS_MAX = 4096  # that wait for one router; with more it is cut off and places its requests anew
 HELLO_TIMEOUT_S = 5.0  # for the first message of a stream: a router sends it at once
+BEAT_INTERVAL_S = 1.0  # a router that hears nothing for some of them dials anew
 LAST_WRITE_S = 5.0  # for the report under way when a stream ends; a router that reads nothing holds it up
 
 
@@ -123,7 +124,16 @@ async def _write(
     context: grpc.aio.ServicerContext[pb.RouterMessage, pb.WorkerReport],
     gate: Gate,
 ) -> str:
-    while (report := await queue.get()) is not None:
+    message = pb.WorkerReport()  # a sign of life
+    while True:
         await gate.passing()
-        await context.write(wire.encode_report(report))
-    return "the worker ended the stream"
+        await context.write(message)
+        try:
+            async with asyncio.timeout(BEAT_INTERVAL_S):
+                report = await queue.get()
+        except TimeoutError:
+            message = pb.WorkerReport()
+            continue
+        if report is None:
+            return "the worker ended the stream"
+        message = wire.encode_report(report)

@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 MAX_PEERS = 256
 MAX_QUEUED_MESSAGES = 1024
-CONNECT_TIMEOUT_S = 3.0
+CONNECT_TIMEOUT_S = 2.0
 WRITE_TIMEOUT_S = 5.0
 # The end that listens says every second that its loop runs: sooner and truer than what TCP knows of a peer
 # that is stopped or stuck.
 BEAT_INTERVAL_S = 1.0
-BEAT_TIMEOUT_S = 6.0
+BEAT_TIMEOUT_S = 3.0
 RECONNECT_DELAY_S = 0.05
 MAX_LOSSES = 2  # in a row, without a sign of life in between
 INCARNATION_KEY = "tandem-target-incarnation"
