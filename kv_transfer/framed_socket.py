@@ -48,7 +48,7 @@ class FramedSocket:
         body = encode(message)
         with self._sending:
             self._held.append((_LENGTH.pack(len(body)) + body, descriptors))
-            if self._passes(SHUT_WAIT_S):
+            if self._gate.wait_s(time.monotonic()) <= SHUT_WAIT_S and self._passes(SHUT_WAIT_S):
                 self._flush()
             elif len(self._held) > MAX_HELD:
                 raise LinkLost("cannot be written to, and nothing more can be held")
