@@ -213,7 +213,10 @@ class ChaosRun:
     async def _strike_processes(self, admin: admin_pb2_grpc.AdminStub, fault: Fault) -> None:
         names, processes = [], []
         if fault.victim is Victim.ROUTER:
-            names, processes = ["router"], [psutil.Process((await self._status(admin)).router_pid)]
+            status = await self._status(admin)
+            routers = [(each.id, each.pid) for each in status.routers if each.up and each.pid]
+            name, pid = routers[fault.pick % len(routers)] if routers else ("router", status.router_pid)
+            names, processes = [name], [psutil.Process(pid)]
         for role in ROLES.get(fault.victim, ()):
             worker = await self._worker(admin, (role,), fault)
             on_agent = fault.victim in AGENTS

@@ -57,7 +57,7 @@ class Heard:
 async def _linked(gate: Gate) -> AsyncIterator[tuple[Heard, WorkerService]]:
     """A real worker service behind the gate, and a router's link to it."""
     heard, sessions = Heard(), iter(range(1, 1000))
-    service = WorkerService(post=lambda event: None, on_session=lambda: None, gate=gate)
+    service = WorkerService(post=lambda event: None, on_session=lambda router_id: None, gate=gate)
     server = grpc.aio.server()
     worker_pb2_grpc.add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     port = server.add_insecure_port("127.0.0.1:0")
