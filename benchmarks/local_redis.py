@@ -36,7 +36,8 @@ class LocalRedis:
         )
         until_s = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
-            if time.monotonic() > until_s:
+            if time.monotonic() > until_s or self._process.poll() is not None:
+                self._process.kill()
                 raise RuntimeError(f"redis-server does not listen at {self.url}")
             time.sleep(0.05)
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -83,6 +84,7 @@ class ChaosRun:
         self._begin_s = time.monotonic()
         self._paused_ms = 0  # in which no fault is due
         self._baseline: Mapping[str, Footprint] = {}
+        self._stores: list[subprocess.Popen[bytes]] = []  # started in place of a Redis that was killed
         self._load = CheckingLoad(
             place.address, load=load, draw=random.Random(seed), tally=self.tally, now_ms=self._now_ms
         )
@@ -280,7 +282,7 @@ class ChaosRun:
             return
         command = await asyncio.to_thread(command_of, store)
         self._struck(fault, store)
-        await restart_store(process, command, fault.for_ms)
+        self._stores.append(await restart_store(process, command, fault.for_ms))
 
     async def _worker(
         self, admin: admin_pb2_grpc.AdminStub, roles: Sequence[str], fault: Fault

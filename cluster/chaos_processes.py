@@ -25,6 +25,7 @@ NAMES = (
     ("ray::WorkerActor", "worker"),
     ("redis-server", "redis"),
     ("cluster.reaper", "reaper"),
+    ("cluster.pools", "pools"),
     ("raylet", "Ray"),
     ("gcs_server", "Ray"),
     ("ray", "Ray"),
