@@ -191,6 +191,7 @@ def worker_status(member: Member, worker: WorkerSnapshot | None) -> pb.WorkerSta
         reason=member.reason,
         exact_reason=dict(info.labels).get("exact_reason", ""),
         steps=member.steps,
+        control=info.control,
     )
     if load is not None:
         status.running, status.waiting = load.running, load.waiting

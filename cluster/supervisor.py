@@ -88,7 +88,7 @@ class Supervisor:
         self._began_s = time.monotonic()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._due: list[tuple[float, str]] = []  # restarts: when, and of whom
-        self._restarts = Restarts(restarts_max=config.max_restarts)
+        self._restarts = Restarts(restarts_max=config.max_restarts, delay_max_ms=config.restart_delay_max_ms)
         self._roles = dict(workers_of(config))
         self._starts = dict.fromkeys(self._roles, 0)  # of each worker: its incarnation
         self._running: dict[WorkerId, int] = {}  # incarnation of each worker that is up

@@ -450,6 +450,8 @@ class RouterCore:
         assert isinstance(lost, AttemptLost)
         self._attempts.end(self._now_ms, request, lost.reason)
         request.avoid.update(lost.suspects)
+        if lost.suspects and request.state is not RequestState.DECODING:
+            self._attempts.failed(self._now_ms, request)
         request.last_failure = lost.reason
         request.tell(self._now_ms, f"attempt lost: {lost.reason}")
         if request.num_replacements >= self._config.replacements_max:
