@@ -39,6 +39,8 @@ def status(
     console.print(
         f"{answer.model} at {answer.http_address}, gRPC {answer.grpc_address}, router pid {answer.router_pid}"
     )
+    if answer.not_ready:
+        console.print(f"not ready: {answer.not_ready}")
     console.print(worker_table(answer))
     if answer.requests:
         console.print()

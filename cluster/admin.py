@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, NoReturn
 import grpc
 import grpc.aio
 
+from cluster.canary import Canaries
 from cluster.draining import Drain, DrainState
 from cluster.membership import Member, Membership
 from cluster.operations import Operations
+from cluster.readiness import PairStatus
 from router.driver import Driver
 from router.move import MoveRecord
 from router.request import ENDED, RequestSnapshot, WorkerSnapshot
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
     # The stubs are generic, the classes are not.
     _Context = grpc.aio.ServicerContext[Any, Any]
+
+
+PAIRS_MAX = 256  # told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +53,14 @@ class Admin(admin_pb2_grpc.AdminServicer):
         membership: Membership,
         driver: Driver,
         operations: Operations,
+        canaries: Canaries,
         addresses: Callable[[], Addresses],
         stop: Callable[[str], None],
     ) -> None:
         self._membership = membership
         self._driver = driver
         self._operations = operations
+        self._canaries = canaries
         self._addresses = addresses
         self._stop = stop
 
@@ -77,6 +84,8 @@ class Admin(admin_pb2_grpc.AdminServicer):
             grpc_address=addresses.grpc,
             router_pid=os.getpid(),
             moves=[move_status(each, snapshot.now_ms) for each in snapshot.moves],
+            not_ready=self._canaries.not_ready(),
+            pairs=[pair_status(each, snapshot.now_ms) for each in self._canaries.status()[:PAIRS_MAX]],
         )  # fmt: skip
 
     async def Migrate(self, request: pb.MigrateRequest, context: _Context) -> pb.MoveStatus:
@@ -192,6 +201,15 @@ def move_status(move: MoveRecord, now_ms: int) -> pb.MoveStatus:
         at_ms=time.time_ns() // 1_000_000 - (now_ms - move.at_ms),
     )
     setattr(status, "from", move.source)  # no name for an argument
+    return status
+
+
+def pair_status(known: PairStatus, now_ms: int) -> pb.PairStatus:
+    """A pair of workers, as requests and canaries went through it."""
+    (source, _), (target, _) = known.pair
+    status = pb.PairStatus(prefill_worker=source, decode_worker=target, error=known.error)
+    if known.served_ms is not None:
+        status.served_ms = max(0, now_ms - known.served_ms)
     return status
 
 

@@ -76,7 +76,7 @@ class ClusterConfig(BaseModel):
     worker_host: str = Field("", description="address that workers are reached at; empty: chosen")
     heartbeat_ms: int = Field(1000, ge=50, le=60_000, description="time between a worker's heartbeats")
     dead_after_misses: int = Field(3, ge=2, le=100, description="heartbeats missed until a worker is dead")
-    stall_ms: int = Field(5000, ge=100, le=600_000, description="a worker with work but no step for this long is stuck")
+    stall_ms: int = Field(3500, ge=100, le=600_000, description="a worker with work that gets nowhere so long is dead")
     max_restarts: int = Field(5, ge=0, le=1000, description="restarts of one worker, or of the router, in ten minutes")
     start_timeout_s: int = Field(120, ge=1, le=3600, description="time until all must be ready")
     stop_timeout_s: int = Field(10, ge=1, le=600, description="time for an orderly stop")

@@ -39,8 +39,8 @@ class Observation(StrEnum):
     SUPERSEDED = "superseded"  # a higher incarnation of the same worker registered
     MISSED = "missed"  # all but one of the heartbeats that mean death are missing
     EXPIRED = "expired"
-    STALLED = "stalled"  # it has runnable work, and its step counter stands still
-    STUCK = "stuck"  # stalled twice as long
+    STALLED = "stalled"  # it has work, and its progress has stood still for half of `stall_ms`
+    STUCK = "stuck"  # and for all of it
 
 
 S, O = MemberState, Observation  # noqa: E741
@@ -190,7 +190,7 @@ class Membership:
 
     heartbeat_ms: int = 1000
     dead_after_misses: int = 3
-    stall_ms: int = 5000
+    stall_ms: int = 3500  # with a heartbeat's wait for the news that is less than five seconds
     join_ms: int = 15_000  # from registration to the first heartbeat
     base_incarnation: int = 0
     look_ms: int | None = None  # None: nothing is promised
@@ -269,7 +269,7 @@ class Membership:
             member.moved_ms = now_ms
         member.heard_ms = now_ms
         member.steps, member.runnable, member.agent_pid = event.steps, event.runnable, event.agent_pid
-        if now_ms - member.moved_ms >= self.stall_ms:
+        if 2 * (now_ms - member.moved_ms) >= self.stall_ms:
             return self._stalled(now_ms, member)
         return self._observe(member, O.HEARD, "heartbeat")
 
@@ -286,9 +286,9 @@ class Membership:
 
     def _stalled(self, now_ms: int, member: Member) -> list[Action]:
         stalled_ms = now_ms - member.moved_ms
-        if stalled_ms < self.stall_ms:
+        if 2 * stalled_ms < self.stall_ms:
             return []
-        observation = O.STUCK if stalled_ms >= 2 * self.stall_ms else O.STALLED
+        observation = O.STUCK if stalled_ms >= self.stall_ms else O.STALLED
         return self._observe(member, observation, f"has work but took no step for {stalled_ms} ms")
 
     def _observe(self, member: Member | None, observation: Observation, reason: str) -> list[Action]:

@@ -25,6 +25,7 @@ from cluster.draining import (
     drainable,
     left_on,
 )
+from cluster.membership import OVER as MEMBER_OVER
 from cluster.membership import MemberState, StateChanged
 from cluster.observer import Observer
 from cluster.rebalancer import Rebalancer
@@ -138,6 +139,8 @@ class Operations:
 
     def changed(self, change: StateChanged) -> None:
         """Membership's view of a worker changed."""
+        if change.state in MEMBER_OVER:
+            self._rebalancer.gone(change.worker_id)
         drain = self._drains.get(change.worker_id)
         if drain is None:
             return

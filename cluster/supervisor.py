@@ -89,6 +89,7 @@ class Supervisor:
         self._leaving: dict[WorkerId, _Leaving] = {}
         self._warned: set[str] = set()
         self._is_ready = False
+        self._not_ready = "the router has not said yet"  # why it cannot serve; empty: it can
         self._num_signals = 0
         self._router: RouterChild | None = None
         self._pools: Pools | None = None
@@ -191,7 +192,7 @@ class Supervisor:
             self._bury_orphans()
             now_s = time.monotonic()
             if not self._is_ready and now_s > deadline_s:
-                missing = ", ".join(sorted(set(self._roles) - (self._ready & set(self._running))))
+                missing = ", ".join(sorted(set(self._roles) - (self._ready & set(self._running)))) or self._not_ready
                 raise StartFailed(f"not ready within start_timeout_s, {self.config.start_timeout_s} s: {missing}")
             until_s = min(now_s + 1.0, self._due[0][0] if self._due else now_s + 1.0)
             try:
@@ -276,6 +277,9 @@ class Supervisor:
                 raise StartFailed(f"router: {said.fields['message']}")
             case "worker":
                 self._worker_changed(said.fields)
+            case "readiness":
+                self._not_ready = str(said.fields["not_ready"])
+                self._announce_once()
             case "drained":
                 self._drained(said.fields)
 
@@ -401,11 +405,12 @@ class Supervisor:
             self._say(f"warning: exact mode does not hold on this machine: {reason}")
 
     def _announce_once(self) -> None:
-        """Tells that the cluster is ready, once Ray says of all workers that they run, and the router that it has them.
+        """Tells that the cluster is ready, once Ray says of all workers that they run, and the router that they serve.
 
         A worker's heartbeat to the router may be heard before Ray's word that it has started.
         """
-        if self._is_ready or not self._ready == set(self._roles) == set(self._running):
+        all_here = self._ready == set(self._roles) == set(self._running)
+        if self._is_ready or self._not_ready or not all_here:
             return
         self._is_ready = True
         config = self.config

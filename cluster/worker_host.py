@@ -362,8 +362,7 @@ class WorkerHost:
     def _pulse(self) -> Pulse:
         agent, engine = self._agent.info, self._engine
         assert engine is not None, "heartbeats begin after the engine"
-        busy = engine.step_began_ms is not None or engine.num_inbox_events > 0
-        return Pulse(progress=engine.progress, runnable=busy, agent_pid=agent.pid if agent is not None else 0)
+        return Pulse(progress=engine.progress, runnable=engine.busy, agent_pid=agent.pid if agent is not None else 0)
 
     async def _hang_up(self) -> None:
         self._beating.cancel()

@@ -44,7 +44,7 @@ class AgentSettings:
     operation_timeout_ms: int = 5_000
     group_timeout_ms: int = 10_000  # until both ends of a gloo or NCCL pair have joined
     keepalive_ms: int = 5_000
-    stuck_timeout_ms: int = 10_000  # without a sign of life from its agent the worker kills it
+    stuck_timeout_ms: int = 4_000  # without a sign of life from its agent the worker kills it
     window_frames: int = 4  # announced to one peer and not yet answered
     max_links: int = 64  # to peers, and as many from peers; one more closes the one that was idle for longest
     corrupt_every: int = 0  # fault to test with: damages each n-th frame that arrives; 0 is off

@@ -53,7 +53,7 @@ from tandem.messages import (
     TransferStats,
     WorkerAddress,
 )
-from tandem.request import RequestId, Token, TransferId
+from tandem.request import RequestId, Token, TransferId, is_canary
 
 
 @dataclass(slots=True, kw_only=True)
@@ -287,7 +287,7 @@ class PrefillCore:
     def stepped(self, now_ms: int, plan: StepPlan, outcome: StepOutcome) -> list[Action]:
         """The step has run and is booked: finished chunks leave, a first token ends the prefill."""
         prefills = [row for row in plan.rows if len(row.tokens) > 1]
-        if len(prefills) == len(plan.rows):
+        if len(prefills) == len(plan.rows) and not any(is_canary(row.request_id) for row in prefills):
             self.queue.cost.observe([(len(row.tokens), row.position) for row in prefills], now_ms - self._planned_ms)
         self.queue.ran(now_ms, [row.request_id for row in plan.rows])
         tokens = {token.request_id: token for token in outcome.tokens}

@@ -72,6 +72,7 @@ class Attempts:
             priority=request.new.priority,
             hashes=request.hashes,
             avoid=frozenset(request.avoid),
+            pinned=request.new.canary,
         )
 
     def _assign(self, now_ms: int, request: Request, ask: Ask, placement: Placement) -> None:
@@ -93,15 +94,16 @@ class Attempts:
         request.attempt_has_token = False
         where = source.worker_id if local else f"{source.worker_id} -> {target.worker_id}"
         request.tell(now_ms, f"placed on {where} at epoch {epoch}: {placement.reason}")
-        self._fleet.charge_prefill(
-            source,
-            request.request_id,
-            now_ms=now_ms,
-            predicted_ms=placement.prefill_ms,
-            num_uncached=request.num_tokens - placement.num_cached_tokens,
-            num_tokens=request.num_tokens,
-        )
-        self._placer.charge(now_ms, placement.prefill_ms)
+        if request.new.canary is None:  # of which nobody is to learn what a prefill takes
+            self._fleet.charge_prefill(
+                source,
+                request.request_id,
+                now_ms=now_ms,
+                predicted_ms=placement.prefill_ms,
+                num_uncached=request.num_tokens - placement.num_cached_tokens,
+                num_tokens=request.num_tokens,
+            )
+            self._placer.charge(now_ms, placement.prefill_ms)
         self._fleet.reserve(
             target,
             request.request_id,

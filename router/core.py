@@ -157,6 +157,9 @@ class RouterCore:
         request.tell(self._now_ms, f"taken over after {len(event.answer)} tokens" if event.taken_over else "admitted")
         self._requests[new.request_id] = request
         self._queued_tokens += len(new.tokens)
+        if new.canary is not None:
+            self._place(request)
+            return
         self._line.append(request)
         self._look_again = True
 
@@ -166,7 +169,7 @@ class RouterCore:
             return DuplicateRequest(f"a request of id {new.request_id!r} is being served")
         if not new.tokens:
             return InvalidRequest("prompt", "is empty; at least one token is needed")
-        if event.taken_over:
+        if event.taken_over or new.canary is not None:
             return None
         return admission.refusal(
             self._config,
@@ -178,10 +181,14 @@ class RouterCore:
 
     def _place(self, request: Request) -> NoPlacement | None:
         found = self._attempts.begin(self._now_ms, request)
-        if found is not None and found.why is Why.NEVER_FITS:
+        if found is not None and request.new.canary is not None:
+            full = found.why is Why.NO_MEMORY
+            self._fail(request, Overloaded(found.reason, retry_after_ms=0) if full else Unavailable(found.reason))
+        elif found is not None and found.why is Why.NEVER_FITS:
             self._fail(request, InvalidRequest("prompt", found.reason))
-            return None
-        return found
+        else:
+            return found
+        return None
 
     # ---- workers ---------------------------------------------------------------------------------------------------
 
@@ -452,7 +459,7 @@ class RouterCore:
         request.avoid.update(lost.suspects)
         request.last_failure = lost.reason
         request.tell(self._now_ms, f"attempt lost: {lost.reason}")
-        if request.num_replacements >= self._config.replacements_max:
+        if request.new.canary is not None or request.num_replacements >= self._config.replacements_max:
             error = f"placed {request.num_replacements + 1} times in vain; at last: {lost.reason}"
             self._fail(request, RequestLost(error))
             return
@@ -510,6 +517,8 @@ class RouterCore:
     def _finish(self, request: Request, reason: FinishReason, by: Worker | None) -> None:
         """`by` wrote the last token and needs no telling."""
         request.state = RequestState.FINISHED
+        if by is not None and request.placement is not None and request.num_moves == 0:
+            self._fleet.served((request.placement.source, by.key), request.placed_ms)
         if by is not None and by in request.involved:
             request.involved.remove(by)
             self._fleet.forget(by, request.request_id)
@@ -529,7 +538,8 @@ class RouterCore:
         if request.first_token_ms is None:
             self._queued_tokens -= len(request.new.tokens)
         del self._requests[request.request_id]
-        self._history.add(self._now_ms, ended)
+        if request.new.canary is None:
+            self._history.add(self._now_ms, ended)
         self._look_again = True
 
     def _answer(self, worker: Worker, request_id: RequestId, transfer_id: TransferId, refused: str = "") -> None:
@@ -544,7 +554,8 @@ class RouterCore:
             for each in (*self._fleet, *self._fleet.dead())
         ]
         waits_for = "" if self._line.blocked is None else self._line.blocked.reason
-        running = [snapshot(each, now_ms, waits_for=waits_for) for each in self._requests.values()]
+        clients = [each for each in self._requests.values() if each.new.canary is None]
+        running = [snapshot(each, now_ms, waits_for=waits_for) for each in clients]
         return StatusSnapshot(
             now_ms=now_ms,
             workers=tuple(workers),

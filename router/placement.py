@@ -13,10 +13,10 @@ from enum import StrEnum
 from itertools import islice
 
 from router.config import RouterConfig
-from router.fleet import Fleet, Worker
+from router.fleet import Fleet, Worker, WorkerState
 from router.prefix_index import PrefixIndex
 from tandem.messages import AssignMode, Role, WorkerAddress
-from tandem.request import WorkerId, weight_of
+from tandem.request import Incarnation, Pair, weight_of
 
 WARMEST = 4  # candidates by match
 SOONEST = 4  # candidates by queue
@@ -25,7 +25,7 @@ SCAN_MAX = 64  # how many workers without memory are passed over
 HORIZON_STEPS = 64  # decode steps that a decode worker's batch is judged over
 UTILISATION_WINDOW_MS = 10_000.0
 
-WorkerKey = tuple[WorkerId, int]
+WorkerKey = Incarnation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,11 @@ class Placement:
     prefill_ms: float  # of it, the prefill itself
     reason: str
     scores: tuple[tuple[str, float], ...]
+
+    @property
+    def source(self) -> WorkerKey:
+        """Who prefills."""
+        return self.prefill_worker.worker_id, self.prefill_worker.incarnation
 
 
 class Why(StrEnum):
@@ -67,6 +72,7 @@ class Ask:
     priority: int = 0
     hashes: Sequence[bytes] = ()
     avoid: frozenset[WorkerKey] = field(default=frozenset())
+    pinned: Pair | None = None  # who is to prefill and to decode it, and nobody else
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +137,8 @@ class Placer:
         if never is not None:
             return never
         case = _Case(self._fleet, self._index, ask, now_ms, self._weight(now_ms))
+        if ask.pinned is not None:
+            return self._pinned(case, *ask.pinned)
         if not ready[Role.DECODE] and not ready[Role.MIXED]:
             return self._local(case, (Role.PREFILL,), "no decode worker is ready")
         if not ready[Role.PREFILL]:
@@ -187,6 +195,19 @@ class Placer:
             f"decode: {target.num_requests} requests, {target.num_free_blocks} blocks free"
         )
         return self._placement(best, target, AssignMode.PREFILL, reason, scores + decode_scores)
+
+    def _pinned(self, case: _Case, source_key: WorkerKey, target_key: WorkerKey) -> Placement | NoPlacement:
+        """On these two, or nowhere."""
+        source, target = self._fleet.get(*source_key), self._fleet.get(*target_key)
+        for (worker_id, _), worker in ((source_key, source), (target_key, target)):
+            if worker is None or worker.state is not WorkerState.READY:
+                return NoPlacement(why=Why.NO_WORKERS, reason=f"{worker_id} is not ready")
+        assert source is not None, "checked"
+        assert target is not None, "checked"
+        if not self.fits(case.ask, target):
+            return NoPlacement(why=Why.NO_MEMORY, reason=f"{target.worker_id} has no memory for it")
+        mode = AssignMode.LOCAL if source is target else AssignMode.PREFILL
+        return self._placement(self._option(case, source), target, mode, "it was asked for this pair", ())
 
     def _warm_decode(self, case: _Case) -> Placement | None:
         """A decode worker that holds more of the prefix than every prefill worker prefills a short rest itself."""

@@ -95,6 +95,7 @@ PURE = {
     "cluster/draining.py",
     "cluster/observer.py",
     "cluster/outlook.py",
+    "cluster/readiness.py",
     "cluster/rebalancer.py",
     "cluster/worker_core.py",
 }

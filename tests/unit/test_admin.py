@@ -12,6 +12,7 @@ import grpc.aio
 import pytest
 
 from cluster.admin import Addresses, Admin
+from cluster.canary import Canaries
 from cluster.config import load
 from cluster.membership import Heartbeat, Membership, MemberState, StateChanged
 from cluster.operations import Operations
@@ -74,6 +75,7 @@ async def place() -> AsyncIterator[Place]:
             membership=membership,
             driver=driver,
             operations=operations,
+            canaries=Canaries(driver=driver, vocab_size=256),
             addresses=lambda: Addresses(model="m", http="h", grpc="g"),
             stop=lambda reason: None,
         )
