@@ -72,6 +72,7 @@ class Attempts:
             priority=request.new.priority,
             hashes=request.hashes,
             avoid=frozenset(request.avoid),
+            recovers=request.num_replacements > 0,
             pinned=request.new.canary,
         )
 

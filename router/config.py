@@ -24,7 +24,9 @@ class RouterConfig:
     request_deadline_ms: int = 900_000
     handoff_deadline_ms: int = 30_000  # placement to commit, beside the predicted prefill
     decode_stall_ms: int = 60_000  # without a token from the owner
-    replacements_max: int = 3
+    replacements_max: int = 3  # in vain: without a token in between
+    replacements_all_max: int = 64  # of one request, whether or not they got on: no request kills workers for ever
+    salvage_ms: int = 100  # so long what landed of an attempt whose source was lost may become prefix cache
     replace_backoff_ms: int = 200  # before the second re-placement; doubles
     # Placement.
     local_prefill_tokens: int = 256  # 0 switches local prefill on warm decode workers off
@@ -53,7 +55,7 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         may_be_zero = {"local_prefill_tokens", "decode_reserve_tokens", "replacements_max", "report_lag_ms"}
-        may_be_zero |= {"tie_percent", "replace_backoff_ms", "move_dwell_ms"}
+        may_be_zero |= {"tie_percent", "replace_backoff_ms", "move_dwell_ms", "salvage_ms"}
         if not self.router_id:
             raise ValueError("router_id: must not be empty")
         for each in fields(self):

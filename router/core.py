@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kv_transfer.handoff_source import FAILED_CODE as HANDOFF_FAILED
-from router import admission, commit
+from router import admission, commit, recovery
 from router.attempts import Attempts
 from router.config import RouterConfig
 from router.events import (
@@ -339,6 +339,7 @@ class RouterCore:
         if request.landing is not None:
             self._moves.landed(self._now_ms, request)
         request.last_token_ms = self._now_ms
+        request.num_in_vain = 0
         request.answer.append(token)
         self._outbox.deliver(request.request_id, token)
         if token.finish is not None:
@@ -399,7 +400,8 @@ class RouterCore:
         elif failed.retryable:
             # Of a handoff that failed the other end is to blame, as far as who reports it can see.
             others = [each for each in request.involved if each is not worker and failed.code == HANDOFF_FAILED]
-            self._step(request, worker, AttemptLost(why, tuple(each.key for each in others or [worker])))
+            blamed = [] if request.state is RequestState.ORPHANED else others or [worker]  # then it is who is gone
+            self._step(request, worker, AttemptLost(why, tuple(each.key for each in blamed)))
         elif failed.code == InvalidRequest.code:
             self._fail(request, InvalidRequest("request", failed.message))
         elif failed.code in (NotFinite.code, StepFailed.code):
@@ -412,15 +414,16 @@ class RouterCore:
     def _on_worker_gone(self, request: Request, worker: Worker | None, gone: RequestEvent) -> None:
         """A target that is lost ends its move alone. Behind a lost source the target may hold all of the request."""
         assert isinstance(gone, WorkerGone)
-        if request.move is None:
-            self._step(request, worker, AttemptLost(gone.reason))
-        elif worker is request.move.target:
+        heir = recovery.heir(request)
+        if request.move is not None and worker is request.move.target:
             self._step(request, worker, MoveLost(gone.reason))
+        elif heir is None:
+            self._step(request, worker, AttemptLost(gone.reason))
         else:
             request.state = RequestState.ORPHANED
             request.stage_deadline_ms = self._now_ms + self._config.orphan_commit_ms
             request.last_failure = gone.reason
-            request.tell(self._now_ms, f"{gone.reason}; {request.move.target.worker_id} may hold all of it")
+            request.tell(self._now_ms, f"{gone.reason}; {heir.worker_id} may hold all of it")
 
     def _on_move_lost(self, request: Request, worker: Worker | None, lost: RequestEvent) -> None:
         assert isinstance(lost, MoveLost)
@@ -455,19 +458,18 @@ class RouterCore:
     def _on_attempt_lost(self, request: Request, worker: Worker | None, lost: RequestEvent) -> None:
         """Ends the attempt everywhere and lets the request wait for another place, or gives it up."""
         assert isinstance(lost, AttemptLost)
+        salvages = recovery.leaves_blocks(request)
         self._attempts.end(self._now_ms, request, lost.reason)
         request.avoid.update(lost.suspects)
         request.last_failure = lost.reason
         request.tell(self._now_ms, f"attempt lost: {lost.reason}")
-        if request.new.canary is not None or request.num_replacements >= self._config.replacements_max:
-            error = f"placed {request.num_replacements + 1} times in vain; at last: {lost.reason}"
-            self._fail(request, RequestLost(error))
+        given_up = recovery.exhausted(self._config, request)
+        if given_up:
+            self._fail(request, RequestLost(f"{given_up}; at last: {lost.reason}"))
             return
-        request.num_replacements += 1
         request.state = RequestState.ADMITTED
         request.stage_since_ms = self._now_ms
-        backoff = (1 << (request.num_replacements - 1)) - 1
-        request.not_before_ms = self._now_ms + self._config.replace_backoff_ms * backoff
+        request.not_before_ms = self._now_ms + recovery.pause_ms(self._config, request, salvages=salvages)
         self._line.appendleft(request)
         self._look_again = True
 
@@ -482,7 +484,7 @@ class RouterCore:
 
     def _on_attempt_due(self, request: Request, worker: Worker | None, event: RequestEvent) -> None:
         if request.state is RequestState.ORPHANED:  # of its two workers the one to blame is gone
-            self._step(request, worker, AttemptLost(f"{request.last_failure}; no commit of its move followed"))
+            self._step(request, worker, AttemptLost(f"{request.last_failure}; no commit followed"))
             return
         after_ms = self._now_ms - request.placed_ms
         what = {

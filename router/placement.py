@@ -72,6 +72,7 @@ class Ask:
     priority: int = 0
     hashes: Sequence[bytes] = ()
     avoid: frozenset[WorkerKey] = field(default=frozenset())
+    recovers: bool = False  # it was placed before: what it had computed is not to be computed again
     pinned: Pair | None = None  # who is to prefill and to decode it, and nobody else
 
 
@@ -210,11 +211,17 @@ class Placer:
         return self._placement(self._option(case, source), target, mode, "it was asked for this pair", ())
 
     def _warm_decode(self, case: _Case) -> Placement | None:
-        """A decode worker that holds more of the prefix than every prefill worker prefills a short rest itself."""
+        """A decode worker that holds more of the prefix than every prefill worker prefills a short rest itself.
+
+        Of a request that was lost also a longer one, if that is less than half of what a prefill worker would run.
+        """
         limit = self._config.local_prefill_tokens
         if limit == 0:
             return None
         warmest = max((case.depth(each) for each in case.warm(Role.PREFILL)), default=0)
+        if case.ask.recovers:
+            elsewhere = max((case.cached(each) for each in case.warm(Role.PREFILL)), default=0)
+            limit = max(limit, (case.ask.num_tokens - elsewhere) // 2)
         for worker in case.warm(Role.DECODE):
             cached = case.cached(worker)
             if case.depth(worker) <= warmest or case.ask.num_tokens - cached > limit:

@@ -84,6 +84,7 @@ PURE = {
     "router/owners.py",
     "router/placement.py",
     "router/prefix_index.py",
+    "router/recovery.py",
     "router/request.py",
     "router/transcripts.py",
     "router/validation.py",
