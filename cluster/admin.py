@@ -146,6 +146,16 @@ def worker_status(member: Member, worker: WorkerSnapshot | None) -> pb.WorkerSta
     if load is not None:
         status.running, status.waiting = load.running, load.waiting
         status.last_step_ms = load.last_step_ms
+        status.swap.CopyFrom(
+            pb.SwapStatus(
+                total=load.swap.total,
+                used=load.swap.used,
+                requests=load.swap.requests,
+                swapped_out=load.swap.swapped_out,
+                brought_back=load.swap.brought_back,
+                recomputed=load.swap.recomputed,
+            )
+        )
         status.audit.extend(load.audit)
     return status
 

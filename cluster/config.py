@@ -49,6 +49,9 @@ class ClusterConfig(BaseModel):
     kv_memory: ByteSize = Field(
         ByteSize(512 * MiB), ge=KV_MEMORY_LEAST, description="KV memory of each worker, e.g. 512MiB"
     )
+    swap_memory: ByteSize | None = Field(
+        None, description="memory of each worker that KV is swapped out to; 0: none; default: a quarter of kv_memory"
+    )
     block_size: int = Field(16, ge=1, le=256, description="token slots of a KV block")
     chunk_tokens: int = Field(256, ge=1, le=65536, description="tokens of a prefill chunk")
     max_tokens_per_step: int = Field(512, ge=1, le=65536, description="token budget of one step")
@@ -115,6 +118,11 @@ class ClusterConfig(BaseModel):
         if self.port == self.grpc_port != 0:
             raise ValueError(f"grpc_port: {self.grpc_port} is the HTTP port too")
         return self
+
+    @property
+    def swap_bytes(self) -> int:
+        """Host memory of each worker that KV is swapped out to: a quarter of its KV memory unless it is set."""
+        return int(self.kv_memory) // 4 if self.swap_memory is None else int(self.swap_memory)
 
     @property
     def num_workers(self) -> int:

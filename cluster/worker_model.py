@@ -35,6 +35,10 @@ class WorkerModel:
         """How the pool lies in memory."""
         return self.runner.layout
 
+    def num_swap_slots(self, swap_bytes: int) -> int:
+        """Blocks that so much host memory holds, and never more than the pool has."""
+        return min(swap_bytes // self.pool.block_bytes, self.pool.num_blocks)
+
     def close(self) -> None:
         """Gives the pool's memory back; nothing may run any more."""
         self.pool.close()

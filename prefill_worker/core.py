@@ -286,8 +286,11 @@ class PrefillCore:
 
     def stepped(self, now_ms: int, plan: StepPlan, outcome: StepOutcome) -> list[Action]:
         """The step has run and is booked: finished chunks leave, a first token ends the prefill."""
+        if not plan.rows:
+            return self._offer_next(now_ms)
         prefills = [row for row in plan.rows if len(row.tokens) > 1]
-        if len(prefills) == len(plan.rows) and not any(is_canary(row.request_id) for row in prefills):
+        copies = plan.copies_out or plan.copies_back  # whose time is not a prefill's
+        if len(prefills) == len(plan.rows) and not copies and not any(is_canary(row.request_id) for row in prefills):
             self.queue.cost.observe([(len(row.tokens), row.position) for row in prefills], now_ms - self._planned_ms)
         self.queue.ran(now_ms, [row.request_id for row in plan.rows])
         tokens = {token.request_id: token for token in outcome.tokens}

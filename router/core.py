@@ -91,7 +91,7 @@ class RouterCore:
             config, self._fleet, self._placer, self._owners, self._moves, self._outbox, first_epoch=first_epoch
         )
         self._requests: dict[RequestId, Request] = {}
-        self._line = Line(config)
+        self.line = self._line = Line(config)  # likewise
         self._history = History(keep_ms=config.history_ms, num_max=config.history_max)
         self._queued_tokens = 0
         self._now_ms = 0

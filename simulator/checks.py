@@ -249,6 +249,8 @@ class Checks:
             if standing is not None and standing[0] == sequence.epoch:
                 raise Violation(f"{worker} runs {row.request_id}, and knows not how its commit {standing} ended")
             contents += [(block, batch.ledger.generation(block)) for block in row.blocks]
+        copied = [block for block, _ in plan.copies_out] + [block for _, block in plan.copies_back]
+        contents += [(block, batch.ledger.generation(block)) for block in copied]
         self._hold(worker_id, contents, batch.ledger)
         return contents
 

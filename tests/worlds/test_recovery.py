@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from engine.fake_runner import expected_tokens
 from engine.step import StepPlan
 from router.events import NewRequest, Submitted, WorkerLost
+from router.request import RequestState
 from simulator.choices import Choices
 from simulator.worker import VirtualWorker
 from simulator.world import BLOCK_SIZE, VOCAB_SIZE, World
@@ -102,9 +103,14 @@ def test_a_source_that_dies_after_its_last_word_costs_nothing_at_all() -> None:
     scene = Scene()
     scene.start("prefill-0", "prefill-1", "decode-0")
     victims = ("prefill-0", "prefill-1")
-    scene.run(lambda: scene.num_seen() >= 1)
+    scene.run(lambda: max(scene.computed.values(), default=0) == len(PROMPT))
     first = max(victims, key=lambda name: scene.computed[name])
+    (says,) = [link.up for key, link in scene.world._links.items() if key[0] == "decode-0"]
+    says.hold()  # the target's commit is on the way
+    scene.run(lambda: scene.num_seen() >= 1)
     scene.kill(first)
+    assert scene.world.router.status(scene.world.clock.now_ms).requests[0].state is RequestState.ORPHANED
+    says.let_go()
     scene.finish()
     assert sum(scene.computed.values()) == len(PROMPT) + NUM - 1
     (request,) = scene.world.router.status(scene.world.clock.now_ms).requests
