@@ -47,7 +47,7 @@ from router.line import Line
 from router.moves import Moves
 from router.outbox import Outbox
 from router.owners import Owners
-from router.placement import NoPlacement, Placer, Why
+from router.placement import NoPlacement, Placer
 from router.prefix_index import PrefixIndex
 from router.request import Request, RequestState, StatusSnapshot, snapshot, worker_snapshot
 from router.store import EmbeddedOwners, OwnerStore
@@ -58,11 +58,9 @@ from tandem.errors import (
     DuplicateRequest,
     InvalidRequest,
     NotFinite,
-    Overloaded,
     RequestLost,
     StepFailed,
     TandemError,
-    Unavailable,
 )
 from tandem.messages import (
     AssignMode,
@@ -181,13 +179,10 @@ class RouterCore:
 
     def _place(self, request: Request) -> NoPlacement | None:
         found = self._attempts.begin(self._now_ms, request)
-        if found is not None and request.new.canary is not None:
-            full = found.why is Why.NO_MEMORY
-            self._fail(request, Overloaded(found.reason, retry_after_ms=0) if full else Unavailable(found.reason))
-        elif found is not None and found.why is Why.NEVER_FITS:
-            self._fail(request, InvalidRequest("prompt", found.reason))
-        else:
+        error = None if found is None else self._line.hopeless(request, found)
+        if error is None:
             return found
+        self._fail(request, error)
         return None
 
     # ---- workers ---------------------------------------------------------------------------------------------------
@@ -474,13 +469,7 @@ class RouterCore:
         self._look_again = True
 
     def _on_wait_due(self, request: Request, worker: Worker | None, event: RequestEvent) -> None:
-        why = "its turn did not come" if self._line.blocked is None else self._line.blocked.reason
-        message = f"waited {self._now_ms - request.stage_since_ms} ms: {why}"
-        message += f"; before that: {request.last_failure}" if request.last_failure else ""
-        if self._line.lacks_workers:
-            self._fail(request, Unavailable(message))
-        else:
-            self._fail(request, Overloaded(message, retry_after_ms=self._config.workers_wait_ms))
+        self._fail(request, self._line.overdue(self._now_ms, request))
 
     def _on_attempt_due(self, request: Request, worker: Worker | None, event: RequestEvent) -> None:
         if request.state is RequestState.ORPHANED:  # of its two workers the one to blame is gone

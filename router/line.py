@@ -8,6 +8,7 @@ from collections.abc import Callable
 from router.config import RouterConfig
 from router.placement import NoPlacement, Why
 from router.request import Request, RequestState
+from tandem.errors import InvalidRequest, Overloaded, TandemError, Unavailable
 
 
 class Line:
@@ -37,7 +38,7 @@ class Line:
         self._waiting.insert(at, request)
 
     def advance(self, now_ms: int, place: Callable[[Request], NoPlacement | None]) -> None:
-        """Lets `place` take the first ones; it says why it did not. NEVER_FITS must end the request instead."""
+        """Lets `place` take the first ones; it says why it did not, unless that ended the request."""
         held: list[Request] = []
         blocked: NoPlacement | None = None
         while self._waiting and blocked is None:
@@ -63,3 +64,20 @@ class Line:
         if self.lacks_workers:
             return max(request.stage_since_ms, self._no_workers_since_ms) + self._config.workers_wait_ms
         return request.stage_since_ms + self._config.queue_wait_ms
+
+    def overdue(self, now_ms: int, request: Request) -> TandemError:
+        """What a request is told that has waited too long."""
+        why = "its turn did not come" if self.blocked is None else self.blocked.reason
+        message = f"waited {now_ms - request.stage_since_ms} ms: {why}"
+        message += f"; before that: {request.last_failure}" if request.last_failure else ""
+        if self.lacks_workers:
+            return Unavailable(message)
+        return Overloaded(message, retry_after_ms=self._config.workers_wait_ms)
+
+    @staticmethod
+    def hopeless(request: Request, found: NoPlacement) -> TandemError | None:
+        """What a request is told that need not wait since no place will do, or may not since it is a canary."""
+        if request.new.canary is not None:
+            full = found.why is Why.NO_MEMORY
+            return Overloaded(found.reason, retry_after_ms=0) if full else Unavailable(found.reason)
+        return InvalidRequest("prompt", found.reason) if found.why is Why.NEVER_FITS else None
