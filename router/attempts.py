@@ -44,7 +44,7 @@ class Attempts:
 
     def begin(self, now_ms: int, request: Request) -> NoPlacement | None:
         """Places the request, or says why it cannot be placed now."""
-        ask = self._ask(request)
+        ask = self.ask(request)
         found = self._placer.place(now_ms, ask)
         if isinstance(found, NoPlacement):
             return found
@@ -63,7 +63,8 @@ class Attempts:
         self._owners.close(request)
         request.involved = []
 
-    def _ask(self, request: Request) -> Ask:
+    def ask(self, request: Request) -> Ask:
+        """What placement needs to know of the request now."""
         for first in islice(self._fleet, 1):  # all workers of a fleet serve one model
             request.hash_blocks(first.info.namespace, first.info.block_size)
         return Ask(

@@ -20,6 +20,7 @@ class RouterConfig:
     queued_tokens_max: int = 2_000_000  # prompt tokens admitted and without a first token yet
     queue_wait_ms: int = 120_000  # for memory on a decode worker
     workers_wait_ms: int = 10_000  # for any worker at all
+    miss_chance_max: float = 0.8  # of an interactive request that is taken in, to miss a target it names
     # Stages of a request.
     request_deadline_ms: int = 900_000
     handoff_deadline_ms: int = 30_000  # placement to commit, beside the predicted prefill
@@ -55,7 +56,7 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         may_be_zero = {"local_prefill_tokens", "decode_reserve_tokens", "replacements_max", "report_lag_ms"}
-        may_be_zero |= {"tie_percent", "replace_backoff_ms", "move_dwell_ms", "salvage_ms"}
+        may_be_zero |= {"tie_percent", "replace_backoff_ms", "move_dwell_ms", "salvage_ms", "miss_chance_max"}
         if not self.router_id:
             raise ValueError("router_id: must not be empty")
         for each in fields(self):

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kv_transfer.handoff_source import FAILED_CODE as HANDOFF_FAILED
-from router import admission, commit, recovery
+from router import commit, recovery
+from router.admission import Admission
 from router.attempts import Attempts
 from router.config import RouterConfig
 from router.events import (
@@ -90,6 +91,7 @@ class RouterCore:
         )
         self._requests: dict[RequestId, Request] = {}
         self.line = self._line = Line(config)  # likewise
+        self._admission = Admission(config, placer=self._placer, line=self._line, ask=self._attempts.ask)
         self._history = History(keep_ms=config.history_ms, num_max=config.history_max)
         self._queued_tokens = 0
         self._now_ms = 0
@@ -139,10 +141,6 @@ class RouterCore:
 
     def _submit(self, event: Submitted) -> None:
         new = event.request
-        error = self._submit_error(event)
-        if error is not None:
-            self._outbox.add(Refuse(request_id=new.request_id, error=error))
-            return
         bound_ms = min(new.deadline_ms or self._config.request_deadline_ms, self._config.request_deadline_ms)
         request = Request(
             new=new,
@@ -151,6 +149,10 @@ class RouterCore:
             stage_since_ms=self._now_ms,
             answer=list(event.answer),
         )
+        error = self._submit_error(event, request)
+        if error is not None:
+            self._outbox.add(Refuse(request_id=new.request_id, error=error))
+            return
         self._attempts.epochs_from(event.first_epoch)
         request.tell(self._now_ms, f"taken over after {len(event.answer)} tokens" if event.taken_over else "admitted")
         self._requests[new.request_id] = request
@@ -161,7 +163,7 @@ class RouterCore:
         self._line.append(request)
         self._look_again = True
 
-    def _submit_error(self, event: Submitted) -> TandemError | None:
+    def _submit_error(self, event: Submitted, request: Request) -> TandemError | None:
         new = event.request
         if new.request_id in self._requests:
             return DuplicateRequest(f"a request of id {new.request_id!r} is being served")
@@ -169,12 +171,8 @@ class RouterCore:
             return InvalidRequest("prompt", "is empty; at least one token is needed")
         if event.taken_over or new.canary is not None:
             return None
-        return admission.refusal(
-            self._config,
-            num_requests=len(self._requests),
-            queued_tokens=self._queued_tokens,
-            new_tokens=len(new.tokens),
-            predicted_wait_ms=self._placer.shortest_wait_ms(self._now_ms),
+        return self._admission.refusal(
+            self._now_ms, request, num_requests=len(self._requests), queued_tokens=self._queued_tokens
         )
 
     def _place(self, request: Request) -> NoPlacement | None:
@@ -330,6 +328,7 @@ class RouterCore:
         if request.first_token_ms is None:
             request.first_token_ms = self._now_ms
             self._queued_tokens -= len(request.new.tokens)
+            self._admission.first_token(self._now_ms, request)
             request.tell(self._now_ms, "first token")
         if request.landing is not None:
             self._moves.landed(self._now_ms, request)
@@ -513,6 +512,7 @@ class RouterCore:
         if by is not None and by in request.involved:
             request.involved.remove(by)
             self._fleet.forget(by, request.request_id)
+        self._admission.ended(self._now_ms)
         request.tell(self._now_ms, f"finished: {reason.value}")
         self._outbox.add(Finish(request_id=request.request_id, reason=reason, usage=request.usage()))
         self._end(request, "")

@@ -15,7 +15,7 @@ from tandem.messages import (
     WorkerInfo,
     WorkerReport,
 )
-from tandem.request import FinishReason, Pair, RequestId, Sampling, Token, WorkerId
+from tandem.request import FinishReason, Pair, RequestId, Sampling, Slo, Token, WorkerId
 
 # ---- events ------------------------------------------------------------------------------------------------------
 
@@ -34,6 +34,7 @@ class NewRequest:
     deadline_ms: int = 0
     priority: int = 0
     model: str = ""
+    slo: Slo | None = None
     canary: Pair | None = None
 
 

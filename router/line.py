@@ -10,6 +10,8 @@ from router.placement import NoPlacement, Why
 from router.request import Request, RequestState
 from tandem.errors import InvalidRequest, Overloaded, TandemError, Unavailable
 
+LEFT_KEPT = 32
+
 
 class Line:
     """Who needs much memory is not overtaken for ever: what cannot be placed now holds up what comes after it.
@@ -22,6 +24,8 @@ class Line:
         self._waiting: deque[Request] = deque()
         self.blocked: NoPlacement | None = None  # why the first one cannot be placed
         self._no_workers_since_ms = 0
+        self._blocked_since_ms = 0
+        self._left_ms: deque[int] = deque(maxlen=LEFT_KEPT)  # when the last ones were placed
 
     def append(self, request: Request) -> None:
         """Behind all of its priority."""
@@ -47,12 +51,26 @@ class Line:
                 continue  # ended while it waited
             if request.not_before_ms <= now_ms:
                 blocked = place(request)
+                if blocked is None:
+                    self._left_ms.append(now_ms)
             if blocked is not None or request.not_before_ms > now_ms:
                 held.append(request)
         self._waiting.extendleft(reversed(held))
         if blocked is not None and blocked.why is Why.NO_WORKERS and not self.lacks_workers:
             self._no_workers_since_ms = now_ms
+        if blocked is not None and self.blocked is None:
+            self._blocked_since_ms = now_ms
         self.blocked = blocked
+
+    def wait_ms(self, now_ms: int) -> float:
+        """How long one more at its end may expect to wait, by how fast it moves; 0: it does not stand."""
+        if self.blocked is None:
+            return 0.0
+        stands_ms = float(now_ms - self._blocked_since_ms)
+        if len(self._left_ms) < 2:
+            return stands_ms
+        span_ms = max(self._left_ms[-1] - self._left_ms[0], now_ms - self._left_ms[-1])
+        return max(stands_ms / max(1, len(self._left_ms)), len(self._waiting) * span_ms / (len(self._left_ms) - 1))
 
     @property
     def lacks_workers(self) -> bool:

@@ -7,7 +7,7 @@ what another worker has cached), from the warmest and soonest free workers only:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
@@ -45,6 +45,26 @@ class Placement:
     def source(self) -> WorkerKey:
         """Who prefills."""
         return self.prefill_worker.worker_id, self.prefill_worker.incarnation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What the best placement now would give a request, beside the wait for it. `num_rows`: of the batch, with it."""
+
+    ttft_ms: float
+    num_rows: int
+    step_ms: Callable[[int], float]
+
+    @property
+    def tpot_ms(self) -> float:
+        """Between two tokens."""
+        return self.step_ms(self.num_rows)
+
+    def rows_over(self, tpot_ms: float) -> float:
+        """How many requests of the batch would have to end for a step to take that long; inf: no number would do."""
+        if self.step_ms(1) > tpot_ms:
+            return math.inf
+        return next(num for num in range(self.num_rows) if self.step_ms(self.num_rows - num) <= tpot_ms)
 
 
 class Why(StrEnum):
@@ -148,6 +168,16 @@ class Placer:
         if warm is not None:
             return warm
         return self._disaggregated(case)
+
+    def forecast(self, now_ms: int, ask: Ask) -> Forecast | None:
+        """What the request could expect now; None when there is no place for it."""
+        found = self.place(now_ms, ask)
+        if isinstance(found, NoPlacement):
+            return None
+        address = found.decode_worker
+        target = self._fleet.get(address.worker_id, address.incarnation)
+        assert target is not None, f"{address} was placed on, and is not in the fleet"
+        return Forecast(ttft_ms=found.predicted_ms, num_rows=target.num_requests + 1, step_ms=target.cost.step_ms)
 
     def charge(self, now_ms: int, prefill_ms: float) -> None:
         """Counts a dispatched prefill into the pool's utilisation."""

@@ -27,6 +27,23 @@ def is_canary(request_id: RequestId) -> bool:
     return request_id.startswith(CANARY_PREFIX)
 
 
+class SloClass(StrEnum):
+    """What becomes of a request that would miss its targets."""
+
+    INTERACTIVE = "interactive"  # it is refused at once
+    SHEDDABLE = "sheddable"  # it is refused the more probably the later it would be
+    BATCH = "batch"  # it waits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """What a client wants of one request. 0: no target."""
+
+    slo_class: SloClass = SloClass.INTERACTIVE
+    ttft_ms: int = 0  # until the first token
+    tpot_ms: int = 0  # between two tokens, on average
+
+
 class FinishReason(StrEnum):
     """Why a request ended well."""
 
