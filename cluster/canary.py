@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import secrets
 import time
 
 from cluster.readiness import PairStatus, Readiness, named
@@ -25,6 +26,7 @@ class Canaries:
     def __init__(self, *, driver: Driver, vocab_size: int) -> None:
         self._driver = driver
         self._vocab_size = vocab_size
+        self._own = secrets.token_hex(4)  # several routers may ask one worker
         self._numbers = itertools.count(1)
         self._readiness = Readiness(served_ms=driver.fleet.served_ms)
 
@@ -48,7 +50,7 @@ class Canaries:
         """The wait is bounded by the request's deadline, which the router keeps."""
         number = next(self._numbers)
         request = NewRequest(
-            request_id=RequestId(f"{CANARY_PREFIX}{number}"),
+            request_id=RequestId(f"{CANARY_PREFIX}{self._own}.{number}"),
             tokens=tuple((number + each) % self._vocab_size for each in range(PROMPT_TOKENS)),
             sampling=Sampling(max_tokens=ANSWER_TOKENS, ignore_eos=True),
             deadline_ms=self._readiness.config.timeout_ms,

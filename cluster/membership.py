@@ -193,6 +193,7 @@ class Membership:
     stall_ms: int = 3500  # with a heartbeat's wait for the news that is less than five seconds
     join_ms: int = 15_000  # from registration to the first heartbeat
     base_incarnation: int = 0
+    members_max: int = 1024  # names, those of the dead included
     look_ms: int | None = None  # None: nothing is promised
     looked_ms: int | None = None
     members: dict[WorkerId, Member] = field(default_factory=dict)
@@ -252,6 +253,9 @@ class Membership:
                 f"{stranger.info.namespace!r}: one cluster serves one model"
             )
             return [RegistrationRefused(worker_id=info.worker_id, reason=reason)]
+        if known is None and not self._has_room():
+            reason = f"{self.members_max} workers are in the cluster, no more may"
+            return [RegistrationRefused(worker_id=info.worker_id, reason=reason)]
         actions = self._observe(known, O.SUPERSEDED, "a new incarnation registered")
         latest = max(self.base_incarnation, known.incarnation if known else 0)
         incarnation = event.incarnation or latest + 1
@@ -260,6 +264,16 @@ class Membership:
             agent_pid=info.agent_pid,
         )  # fmt: skip
         return [*actions, Admitted(info=info, incarnation=incarnation)]
+
+    def _has_room(self) -> bool:
+        """Whether one more name may be remembered; the oldest that is over is forgotten for it."""
+        if len(self.members) < self.members_max:
+            return True
+        over = next((name for name, member in self.members.items() if member.state in OVER), None)
+        if over is None:
+            return False
+        self.base_incarnation = max(self.base_incarnation, self.members.pop(over).incarnation)
+        return True
 
     def _heard(self, now_ms: int, event: Heartbeat) -> list[Action]:
         member = self.current(event)

@@ -529,6 +529,7 @@ class RouterCore:
         if request.first_token_ms is None:
             self._queued_tokens -= len(request.new.tokens)
         del self._requests[request.request_id]
+        self._line.tidy(len(self._requests))
         if request.new.canary is None:
             self._history.add(self._now_ms, ended)
         self._look_again = True

@@ -14,6 +14,7 @@ from tandem.request import Pair, RequestId, WorkerId, weight_of
 
 _Key = TypeVar("_Key", bound=tuple[float, int])
 
+COSTS_MAX = 64  # classes of workers that are remembered
 DEAD_MAX = 32  # dead workers that status still shows
 
 
@@ -149,6 +150,9 @@ class Fleet:
             slot = self._next_slot
             self._next_slot += 1
         cost = self._costs.setdefault(f"{info.fingerprint}/{info.dtype}/{info.model}", CostModel())
+        if len(self._costs) > COSTS_MAX:  # classes of workers that come no more
+            alive = [cost, *(each.cost for each in self._workers.values())]
+            self._costs = {name: each for name, each in self._costs.items() if any(each is one for one in alive)}
         worker = Worker(slot=slot, info=info, incarnation=incarnation, cost=cost)
         self._workers[info.worker_id] = worker
         self._by_slot[slot] = worker

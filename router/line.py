@@ -11,6 +11,7 @@ from router.request import Request, RequestState
 from tandem.errors import InvalidRequest, Overloaded, TandemError, Unavailable
 
 LEFT_KEPT = 32
+ENDED_KEPT = 64  # in the line, at most so many beside as many as are in flight
 
 
 class Line:
@@ -40,6 +41,15 @@ class Line:
         while at < len(self._waiting) and self._waiting[at].new.priority > request.new.priority:
             at += 1
         self._waiting.insert(at, request)
+
+    def __len__(self) -> int:
+        """Who stands here, those that ended meanwhile included."""
+        return len(self._waiting)
+
+    def tidy(self, num_alive: int) -> None:
+        """Lets go of who ended while it waited, when they could be most: whoever comes and goes must not pile up."""
+        if len(self._waiting) > 2 * num_alive + ENDED_KEPT:
+            self._waiting = deque(each for each in self._waiting if each.state is RequestState.ADMITTED)
 
     def advance(self, now_ms: int, place: Callable[[Request], NoPlacement | None]) -> None:
         """Lets `place` take the first ones; it says why it did not, unless that ended the request."""
