@@ -176,7 +176,8 @@ def _worker_view(worker: WorkerSnapshot, requests: Iterable[RequestSnapshot]) ->
         block_size=info.block_size,
         block_bytes=info.block_bytes,
         total_blocks=info.total_blocks,
-        held_blocks=0 if blocks is None else blocks.total - blocks.free - blocks.cached,
+        # What is swapped out wants its blocks back.
+        held_blocks=0 if load is None else load.blocks.total - load.blocks.free - load.blocks.cached + load.swap.used,
         incoming_blocks=max(0, expected - (0 if blocks is None else blocks.granted)),
         num_incoming=len(coming),
         room_blocks=worker.num_free_blocks,

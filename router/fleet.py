@@ -92,7 +92,8 @@ class Worker:
         if self.load is not None:
             counts = self.load.blocks
             unseen = max(0, self.num_arriving_blocks - counts.granted)  # promised, and not in its report yet
-            left = min(left, counts.free + counts.cached - unseen)
+            # What is swapped out there wants its blocks back.
+            left = min(left, counts.free + counts.cached - unseen - self.load.swap.used)
         return left
 
     @property

@@ -110,3 +110,16 @@ def test_a_full_line_takes_a_canary_in() -> None:
     assert rig.ends() == []
     assert {each.request_id for each in rig.assigns()} == {RequestId("client"), R}
     assert rig.core.status(rig.now_ms).requests[-1].state is RequestState.PREFILLING
+
+
+def test_a_mixed_worker_is_asked_alone() -> None:
+    rig = Rig()
+    rig.up("m0", Role.MIXED)
+    alone: Pair = ((WorkerId("m0"), 1), (WorkerId("m0"), 1))
+    sent(rig, alone)
+    (assign,) = rig.assigns()
+    assert assign.mode is AssignMode.LOCAL
+    rig.token(WorkerId("m0"), 1, 0)
+    assert rig.core.fleet.served_ms(alone) is None, "one token is not the end of it"
+    rig.token(WorkerId("m0"), 1, 1, FinishReason.LENGTH)
+    assert rig.core.fleet.served_ms(alone) == rig.now_ms
