@@ -34,7 +34,6 @@ from engine.arch import ModelError
 from engine.kv_pool import available_bytes
 from engine.model_files import find_model, read_arch
 from kernels import build
-from tandem.messages import Role
 from tandem.request import WorkerId
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -380,9 +379,8 @@ class Supervisor:
         if name == ROUTER:
             raise StartFailed(gone)
         self._say(f"error: {gone}")
-        left = set(self._running) | {WorkerId(due) for _, due in self._due}
-        if not any(self._roles.get(worker_id) in (Role.DECODE, Role.MIXED) for worker_id in left):
-            raise StartFailed("no worker that decodes is left")
+        if not (self._running or self._due):  # workers of any role serve alone if they must
+            raise StartFailed("no worker is left")
 
     def _restart_due(self) -> None:
         while self._due and self._due[0][0] <= time.monotonic():

@@ -62,6 +62,10 @@ def ready(name: str) -> RouterSaid:
     return RouterSaid(generation=0, event="worker", fields=fields)
 
 
+def serving(reason: str = "") -> RouterSaid:
+    return RouterSaid(generation=0, event="readiness", fields={"not_ready": reason})
+
+
 def drained(name: str, *, restart: bool = False) -> RouterSaid:
     return RouterSaid(generation=0, event="drained", fields={"id": name, "incarnation": 1, "restart": restart})
 
@@ -102,9 +106,9 @@ def watched(events: list[Any], **flags: object) -> list[str]:
     return watching.said
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
-def test_ready_is_said_once_and_after_all_workers_are_up(order: tuple[int, ...]) -> None:
-    events = [each(name) for name in WORKERS for each in (up, ready)]
+@pytest.mark.parametrize("order", list(itertools.permutations(range(5))))
+def test_ready_is_said_once_and_after_all_workers_are_up_and_serve(order: tuple[int, ...]) -> None:
+    events = [*(each(name) for name in WORKERS for each in (up, ready)), serving()]
     said = watched([*(events[index] for index in order), StopAsked(reason="the end")])
     kinds = ["up" if " up, pid 7" in line else "ready" for line in said if "Tandem is ready" in line or " up, " in line]
     assert kinds == ["up", "up", "ready"]
@@ -117,11 +121,17 @@ def test_a_worker_of_which_only_one_half_is_known_is_missing(kind: Any) -> None:
         watched(events, start_timeout_s=1)
 
 
+def test_a_cluster_whose_workers_are_up_and_do_not_serve_is_not_ready_and_says_why() -> None:
+    events = [*(each(name) for name in WORKERS for each in (up, ready)), serving("no pair has moved a block yet")]
+    with pytest.raises(StartFailed, match=r"not ready within start_timeout_s, 1 s: no pair has moved a block yet$"):
+        watched(events, start_timeout_s=1)
+
+
 def three_up() -> Watched:
     """A cluster that is ready, with one worker more than it needs."""
     watching = Watched(decode=2)
     names = ("prefill-0", "decode-0", "decode-1")
-    assert watching.take(*(each(name) for name in names for each in (up, ready))) == []
+    assert watching.take(*(each(name) for name in names for each in (up, ready)), serving()) == []
     assert any("is ready at" in line for line in watching.said)
     return watching
 
