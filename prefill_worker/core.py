@@ -55,6 +55,8 @@ from tandem.messages import (
 )
 from tandem.request import RequestId, Token, TransferId, is_canary
 
+CANARY_RANK = -2.0  # before all that wait; ranks begin at 0
+
 
 @dataclass(slots=True, kw_only=True)
 class _Request:
@@ -275,7 +277,7 @@ class PrefillCore:
         for rank, place in enumerate(self.places):
             sequence = self._batch.get(place.request_id)
             assert sequence is not None, f"{place.request_id} left while it was ranked"
-            sequence.priority = float(rank)
+            sequence.priority = CANARY_RANK if is_canary(place.request_id) else float(rank)
 
     def planned(self, now_ms: int, plan: StepPlan) -> None:
         """The step is about to run."""

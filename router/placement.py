@@ -235,8 +235,9 @@ class Placer:
                 return NoPlacement(why=Why.NO_WORKERS, reason=f"{worker_id} is not ready")
         assert source is not None, "checked"
         assert target is not None, "checked"
-        if not self.fits(case.ask, target):
-            return NoPlacement(why=Why.NO_MEMORY, reason=f"{target.worker_id} has no memory for it")
+        for worker in (source, target):
+            if not self.fits(case.ask, worker):
+                return NoPlacement(why=Why.NO_MEMORY, reason=f"{worker.worker_id} has no memory for it")
         mode = AssignMode.LOCAL if source is target else AssignMode.PREFILL
         return self._placement(self._option(case, source), target, mode, "it was asked for this pair", ())
 

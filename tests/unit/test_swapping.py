@@ -18,7 +18,7 @@ from engine.step import Batch, BatchConfig, Preemption, StepOutcome, StepPlan
 from engine.swap_space import SwapSpace
 from engine.swapping import Swapping
 from engine.swapping_runner import SwappingRunner, copy_bytes_per_ms
-from tandem.request import RequestId, Sampling
+from tandem.request import CANARY_PREFIX, RequestId, Sampling
 
 A, B, C = (RequestId(f"r{number}") for number in range(3))
 
@@ -305,3 +305,17 @@ def test_the_runner_copies_out_before_back_and_both_before_the_rows() -> None:
 
 def test_the_speed_of_memory_is_measured() -> None:
     assert copy_bytes_per_ms() > 10_000
+
+
+def test_a_canary_starts_before_those_that_wait_for_memory() -> None:
+    engine = SwapEngine(num_blocks=8)
+    engine.add("r0", prompt_of(9), num=20)
+    engine.step()
+    engine.step()
+    engine.add("waits", prompt_of(24, salt=1), num=4)
+    canary = engine.add(f"{CANARY_PREFIX}1", [1, 2, 3], num=2, priority=-2.0)
+    engine.step()
+    assert len(engine.answer(canary)) == 1
+    assert not engine.sequence(RequestId("waits")).started
+    engine.run()
+    assert at_rest(engine)
