@@ -39,6 +39,7 @@ class Options:
     moves: int  # so often, when tokens of a request come, somebody wants it moved
     rebalances: bool
     swap_slots: int  # blocks of memory that a worker may swap out to
+    canaries: bool  # the cluster asks itself, too
     pressed: bool  # decode workers let in more than they have memory for
     hasty_fences: bool  # a fence lasts not much longer than a good one has to, so that many commits are in doubt
 
@@ -81,6 +82,7 @@ def draw_options(choices: Choices) -> Options:
         hasty_fences=bool(choices.choose(2)),
         swap_slots=(0, 6, 24, 24)[choices.choose(4)],
         pressed=choices.choose(3) == 2,
+        canaries=bool(choices.choose(2)),
     )
     if not options.pressed:
         return options

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from cluster.readiness import pairs_of
 from cluster.worker_core import WorkerCore, WorkerCoreConfig
 from decode_worker.config import AdmissionConfig, DecodeConfig
 from engine.blocks import BlockLedger
@@ -52,7 +53,7 @@ from simulator.network import Clock, Schedule, Stream
 from simulator.options import draw_options
 from simulator.worker import VirtualWorker
 from tandem.messages import Role, RouterMessage, WorkerAddress, WorkerInfo, WorkerReport
-from tandem.request import RequestId, Sampling, WorkerId
+from tandem.request import CANARY_PREFIX, RequestId, Sampling, WorkerId
 
 M = TypeVar("M")
 
@@ -137,6 +138,7 @@ class World:
         self._incarnation = 0
         self._session = 0
         self._num_requests = 0
+        self._num_canaries = 0
         self.agent_faults = AgentFaults(
             loss=self.options.loss,
             corruption=self.options.corruption,
@@ -153,6 +155,8 @@ class World:
             self.start_worker(WorkerId(f"mixed-{each}"), Role.MIXED)
         for _ in range(options.num_requests):
             self.schedule.after(50 + self._choices.choose(options.faulty_ms), self._submit)
+        if options.canaries:
+            self.schedule.after(200, self._ask_pair)
         self._tick()
         self._misfortune.strike()
         self.movers.look()
@@ -188,6 +192,25 @@ class World:
         self.feed(Submitted(request=request))
         if choices.chance(self.options.client_leaves) and not self.healed:
             self.schedule.after(choices.choose(500), lambda: self._leave(request.request_id))
+
+    def _ask_pair(self) -> None:
+        """A canary through one of the pairs that there are, until the world is healed."""
+        if self.healed:
+            return
+        self.schedule.after(200 + self._choices.choose(400), self._ask_pair)
+        pairs, _ = pairs_of(self.router.fleet)
+        if not pairs:
+            return
+        self._num_canaries += 1
+        request = NewRequest(
+            request_id=RequestId(f"{CANARY_PREFIX}{self._num_canaries}"),
+            tokens=(7, 7, 7),
+            sampling=Sampling(max_tokens=2, ignore_eos=True),
+            deadline_ms=2_000,
+            canary=pairs[self._choices.choose(len(pairs))],
+        )
+        self.checks.submitted(request, healthy=False)
+        self.feed(Submitted(request=request))
 
     def _leave(self, request_id: RequestId) -> None:
         """The client hangs up, or its answer has met a stop string."""
