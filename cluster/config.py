@@ -43,6 +43,7 @@ class ClusterConfig(BaseModel):
     prefill: int = Field(1, ge=0, le=64, description="number of prefill workers")
     decode: int = Field(2, ge=0, le=64, description="number of decode workers")
     mixed: int = Field(0, ge=0, le=64, description="number of workers that do both")
+    routers: int = Field(1, ge=1, le=16, description="router processes behind the one address; several need redis")
 
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="data type of weights and KV")
     exact: bool = Field(True, description="the same tokens whatever happens to a request")
@@ -115,9 +116,15 @@ class ClusterConfig(BaseModel):
             raise ValueError(
                 f"worker_host: {self.worker_host} is no address that others reach; leave it empty or name one"
             )
+        if self.routers > 1 and not self.redis:
+            raise ValueError(f"routers: {self.routers} routers share their state; give redis a URL, or routers 1")
         if self.port == self.grpc_port != 0:
             raise ValueError(f"grpc_port: {self.grpc_port} is the HTTP port too")
         return self
+
+    def without_store(self) -> ClusterConfig:
+        """For parts that have nothing to do with the store: none of them needs its password."""
+        return self.model_copy(update={"routers": 1, "redis": ""})
 
     @property
     def swap_bytes(self) -> int:

@@ -78,10 +78,10 @@ TRANSITIONS: dict[tuple[MemberState, Observation], MemberState] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Registered:
-    """A worker asks to join. `incarnation` is the one it already has from an earlier router process, 0 for none."""
+    """A worker asks to join, or to be known by a router that is new. Its incarnation is its supervisor's count."""
 
     info: WorkerInfo
-    incarnation: int = 0
+    incarnation: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +182,7 @@ class Member:
 
 @dataclass(slots=True, kw_only=True)
 class Membership:
-    """All workers, the latest incarnation of each. Incarnations it gives out start above `base_incarnation`.
+    """All workers, the latest incarnation of each.
 
     Events are promised each `look_ms`. When they come much later, it was the observer that was away, on a machine that
     is too busy or was asleep: what workers said meanwhile is still to be read, and that time counts against nobody.
@@ -192,7 +192,6 @@ class Membership:
     dead_after_misses: int = 3
     stall_ms: int = 3500  # with a heartbeat's wait for the news that is less than five seconds
     join_ms: int = 15_000  # from registration to the first heartbeat
-    base_incarnation: int = 0
     members_max: int = 1024  # names, those of the dead included
     look_ms: int | None = None  # None: nothing is promised
     looked_ms: int | None = None
@@ -243,7 +242,10 @@ class Membership:
 
     def _register(self, now_ms: int, event: Registered) -> list[Action]:
         info, known = event.info, self.members.get(event.info.worker_id)
-        if event.incarnation and known is not None and known.incarnation >= event.incarnation:
+        if known is not None and known.incarnation == event.incarnation and known.state not in OVER:
+            if (known.info.pid, known.info.control) == (info.pid, info.control):
+                return [Admitted(info=known.info, incarnation=known.incarnation)]  # the first answer was lost
+        if known is not None and known.incarnation >= event.incarnation:
             reason = f"incarnation {event.incarnation} of {info.worker_id} is over; the latest is {known.incarnation}"
             return [RegistrationRefused(worker_id=info.worker_id, reason=reason)]
         stranger = next((member for member in self.alive() if member.info.namespace != info.namespace), None)
@@ -257,13 +259,11 @@ class Membership:
             reason = f"{self.members_max} workers are in the cluster, no more may"
             return [RegistrationRefused(worker_id=info.worker_id, reason=reason)]
         actions = self._observe(known, O.SUPERSEDED, "a new incarnation registered")
-        latest = max(self.base_incarnation, known.incarnation if known else 0)
-        incarnation = event.incarnation or latest + 1
         self.members[info.worker_id] = Member(
-            info=info, incarnation=incarnation, state=S.JOINING, heard_ms=now_ms, moved_ms=now_ms,
+            info=info, incarnation=event.incarnation, state=S.JOINING, heard_ms=now_ms, moved_ms=now_ms,
             agent_pid=info.agent_pid,
         )  # fmt: skip
-        return [*actions, Admitted(info=info, incarnation=incarnation)]
+        return [*actions, Admitted(info=info, incarnation=event.incarnation)]
 
     def _has_room(self) -> bool:
         """Whether one more name may be remembered; the oldest that is over is forgotten for it."""
@@ -272,7 +272,7 @@ class Membership:
         over = next((name for name, member in self.members.items() if member.state in OVER), None)
         if over is None:
             return False
-        self.base_incarnation = max(self.base_incarnation, self.members.pop(over).incarnation)
+        del self.members[over]
         return True
 
     def _heard(self, now_ms: int, event: Heartbeat) -> list[Action]:

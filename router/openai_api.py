@@ -348,5 +348,5 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", tags=["health"])
     async def metrics() -> Response:
-        """The metrics for Prometheus."""
-        return Response(service.metrics.page(), headers={"content-type": CONTENT_TYPE})
+        """The metrics of all routers for Prometheus."""
+        return Response(await service.metrics.whole_page(), headers={"content-type": CONTENT_TYPE})

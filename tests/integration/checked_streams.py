@@ -1,53 +1,98 @@
-"""Streams of a fake cluster, each read by a thread that checks its tokens and measures how long it waits for them."""
+"""Streams over the fake model that go on while a test strikes: each token is checked, each gap measured."""
 
 from __future__ import annotations
 
 import threading
 import time
-
-from cluster_under_test import ClusterUnderTest
-from served import wait_until
+from types import TracebackType
 
 from engine.fake_runner import expected_tokens
 from tandem.client import Client
+from tandem.errors import TandemError
 from tandem.request import Sampling
 
-GREEDY = Sampling(temperature=0.0)
+VOCAB = 256
 
 
-class Streams:
-    """Some streams at once, each on a thread: their tokens, and the longest wait of each for the next one."""
+class CheckedStreams:
+    """`with CheckedStreams(address, num=4):` keeps so many streams open, one after another, until the end."""
 
-    def __init__(self, cluster: ClusterUnderTest, num: int, *, salt: int = 37, num_tokens: int = 1_500) -> None:
-        self.answers: list[list[int]] = [[] for _ in range(num)]
-        self.gaps_s = [0.0] * num
-        self.num_tokens = num_tokens
-        self.prompts = [[(number * salt + each * salt) % 256 for each in range(100)] for number in range(num)]
-        self._address = cluster.grpc_address
-        self._threads = [threading.Thread(target=self._read, args=(number,)) for number in range(num)]
+    def __init__(self, address: str, *, num: int = 4, tokens: int = 200, timeout_s: float = 120.0) -> None:
+        self._address = address
+        self._tokens = tokens
+        self._timeout_s = timeout_s
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self.num_finished = 0
+        self.num_tokens = 0
+        self.wrong: list[str] = []
+        self.longest_gap_s = 0.0
+        self._threads = [threading.Thread(target=self._client, args=(number,), daemon=True) for number in range(num)]
+
+    def __enter__(self) -> CheckedStreams:
         for thread in self._threads:
             thread.start()
+        self.wait_for_tokens(4 * len(self._threads), 60)
+        return self
 
-    def _read(self, number: int) -> None:
-        with Client(self._address, timeout_s=120) as client:
-            last_s = None
-            for chunk in client.stream(self.prompts[number], temperature=0.0, max_tokens=self.num_tokens):
+    def wait_for_tokens(self, num: int, timeout_s: float) -> float:
+        """Waits until `num` more tokens have come; seconds that it took."""
+        began_s, goal = time.monotonic(), self.num_tokens + num
+        while self.num_tokens < goal:
+            assert not self.wrong, self.wrong
+            assert time.monotonic() - began_s < timeout_s, f"{goal - self.num_tokens} of {num} tokens never came"
+            self._stopping.wait(0.02)
+        return time.monotonic() - began_s
+
+    def wait_for_finished(self, num: int, timeout_s: float) -> None:
+        """Waits until `num` more streams have ended well."""
+        began_s, goal = time.monotonic(), self.num_finished + num
+        while self.num_finished < goal:
+            assert not self.wrong, self.wrong
+            assert time.monotonic() - began_s < timeout_s, f"{goal - self.num_finished} streams never ended"
+            self._stopping.wait(0.02)
+
+    def _client(self, number: int) -> None:
+        with Client(self._address, timeout_s=self._timeout_s) as client:
+            turn = 0
+            while not self._stopping.is_set():
+                turn += 1
+                prompt = [(number * 31 + turn * 7 + place) % VOCAB for place in range(50 + number)]
+                self._read(client, prompt, seed=number + turn)
+
+    def _read(self, client: Client, prompt: list[int], *, seed: int) -> None:
+        temperature = float(seed % 2)
+        sampling = Sampling(temperature=temperature, seed=seed)
+        wanted = expected_tokens(prompt, sampling, self._tokens, VOCAB)
+        got: list[int] = []
+        heard_s = time.monotonic()
+        try:
+            stream = client.stream(
+                prompt, temperature=temperature, seed=seed, max_tokens=self._tokens, ignore_eos=True
+            )  # fmt: skip
+            for chunk in stream:
                 now_s = time.monotonic()
-                if last_s is not None:
-                    self.gaps_s[number] = max(self.gaps_s[number], now_s - last_s)
-                last_s = now_s
-                self.answers[number] += chunk.token_ids
+                with self._lock:
+                    self.longest_gap_s = max(self.longest_gap_s, now_s - heard_s)
+                    self.num_tokens += len(chunk.token_ids)
+                heard_s = now_s
+                if chunk.token_ids and chunk.index != len(got):
+                    self.wrong.append(f"token {chunk.index} came where {len(got)} was due")
+                got += chunk.token_ids
+        except TandemError as error:
+            self.wrong.append(f"lost after {len(got)} tokens: {error}")
+            return
+        if got != wanted:
+            self.wrong.append(f"wrong: {got[:8]}..., must be {wanted[:8]}...")
+        with self._lock:
+            self.num_finished += 1
 
-    def wait_for_tokens(self, num: int) -> None:
-        """Until each has so many."""
-        wait_until(lambda: all(len(answer) >= num for answer in self.answers), 60)
-
-    def check(self, *, gap_s_max: float) -> None:
-        """Waits for all to end: each token is right, and none was long in coming."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping.set()
         for thread in self._threads:
-            thread.join(120)
-            assert not thread.is_alive()
-        for prompt, answer in zip(self.prompts, self.answers, strict=True):
-            assert answer == expected_tokens(prompt, GREEDY, self.num_tokens, 256)
-        print(f"longest gap {max(self.gaps_s):.2f} s")
-        assert max(self.gaps_s) < gap_s_max
+            thread.join(self._timeout_s)
+        if kind is None:
+            assert not self.wrong, self.wrong
+            assert not any(thread.is_alive() for thread in self._threads), "a stream hangs"

@@ -18,6 +18,7 @@ from tandem.errors import DuplicateRequest, RequestLost
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
+ROUTERS = ("1", "2")
 ARGUMENTS = ["--model", "fake", "--prefill", "1", "--decode", "2", "--fake-step-ms", "10"]
 NUM_TOKENS = 300
 PROMPTS = [[7, 8, 9, number] for number in range(8)]
@@ -29,9 +30,12 @@ def redis() -> Iterator[RedisServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def cluster(redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with Served([*ARGUMENTS, "--redis", redis.url], run_dir=tmp_path_factory.mktemp("run")) as served:
+@pytest.fixture(scope="module", params=ROUTERS)
+def cluster(
+    request: pytest.FixtureRequest, redis: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    arguments = [*ARGUMENTS, "--redis", redis.url, "--routers", str(request.param), "--max-restarts", "100"]
+    with Served(arguments, run_dir=tmp_path_factory.mktemp("run")) as served:
         yield served
 
 
