@@ -291,7 +291,7 @@ def test_a_drain_is_passed_on_and_its_end_too() -> None:
 
 def test_the_last_router_that_dies_too_often_ends_the_cluster() -> None:
     watching = Watched(max_restarts=0)
-    watching.take(*(each(name) for name in WORKERS for each in (up, ready)))
+    watching.take(*(each(name) for name in WORKERS for each in (up, ready)), serving())
     with pytest.raises(StartFailed, match="no router is left"):
         watching.take(RouterEnded(router="router-0", generation=1, code=1))
     assert watching.said[-1].startswith("error: router-0 ended with status 1; it has died too often")
@@ -327,7 +327,7 @@ def test_a_ray_that_is_lost_before_all_is_ready_is_told_and_not_tried_again() ->
 
 def test_a_ray_that_is_lost_again_and_again_ends_the_cluster() -> None:
     watching = Watched(decode=1, max_restarts=1)
-    watching.take(*(each(name) for name in WORKERS for each in (up, ready)))
+    watching.take(*(each(name) for name in WORKERS for each in (up, ready)), serving())
     assert watching.take(PoolsEnded(code=-9)) == ["ray again=True"]
     with pytest.raises(StartFailed, match="has died too often and stays down"):
         watching.take(PoolsEnded(code=-9))
@@ -336,7 +336,7 @@ def test_a_ray_that_is_lost_again_and_again_ends_the_cluster() -> None:
 def test_a_worker_that_dies_at_every_start_is_given_up_and_the_others_serve_on() -> None:
     watching = Watched(decode=2, max_restarts=1)
     names = ("prefill-0", "decode-0", "decode-1")
-    watching.take(*(each(name) for name in names for each in (up, ready)))
+    watching.take(*(each(name) for name in names for each in (up, ready)), serving())
     assert watching.take(down("decode-1", "a")) == ["start decode-1"]
     assert watching.take(down("decode-1", "b")) == []
     assert any("decode-1 ended: b; it has died too often and stays down" in line for line in watching.said)
@@ -347,14 +347,15 @@ def test_a_worker_that_dies_at_every_start_is_given_up_and_the_others_serve_on()
     ]
 
 
-def test_the_last_decoder_may_be_starting_when_another_one_is_given_up() -> None:
+def test_workers_of_one_role_serve_on_alone_until_the_last_one_is_given_up() -> None:
     watching = Watched(decode=2, max_restarts=1)
     names = ("prefill-0", "decode-0", "decode-1")
-    watching.take(*(each(name) for name in names for each in (up, ready)))
+    watching.take(*(each(name) for name in names for each in (up, ready)), serving())
     assert watching.take(down("decode-1"), down("decode-0")) == ["start decode-1", "start decode-0"]
-    assert watching.take(down("decode-1")) == [], "decode-0 is on its way"
-    with pytest.raises(StartFailed, match="no worker that decodes is left"):
-        watching.take(down("decode-0"))
+    assert watching.take(down("decode-1"), down("decode-0")) == [], "no decode worker comes back"
+    assert watching.take(down("prefill-0")) == ["start prefill-0"]
+    with pytest.raises(StartFailed, match="no worker is left"):
+        watching.take(down("prefill-0"))
 
 
 def test_what_ray_says_of_its_parts_and_of_room_is_passed_on() -> None:
