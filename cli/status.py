@@ -38,6 +38,8 @@ def status(
         f"{answer.model} at {answer.http_address}, gRPC {answer.grpc_address}, router pid {answer.router_pid}"
         + (f", state in {answer.store}" if answer.store else "")
     )
+    if answer.not_ready:
+        console.print(f"not ready: {answer.not_ready}")
     if len(answer.routers) > 1:
         console.print(router_table(answer))
         console.print()

@@ -50,6 +50,9 @@ class ClusterConfig(BaseModel):
     kv_memory: ByteSize = Field(
         ByteSize(512 * MiB), ge=KV_MEMORY_LEAST, description="KV memory of each worker, e.g. 512MiB"
     )
+    swap_memory: ByteSize | None = Field(
+        None, description="memory of each worker that KV is swapped out to; 0: none; default: a quarter of kv_memory"
+    )
     block_size: int = Field(16, ge=1, le=256, description="token slots of a KV block")
     chunk_tokens: int = Field(256, ge=1, le=65536, description="tokens of a prefill chunk")
     max_tokens_per_step: int = Field(512, ge=1, le=65536, description="token budget of one step")
@@ -77,7 +80,7 @@ class ClusterConfig(BaseModel):
     worker_host: str = Field("", description="address that workers are reached at; empty: chosen")
     heartbeat_ms: int = Field(1000, ge=50, le=60_000, description="time between a worker's heartbeats")
     dead_after_misses: int = Field(3, ge=2, le=100, description="heartbeats missed until a worker is dead")
-    stall_ms: int = Field(5000, ge=100, le=600_000, description="a worker with work but no step for this long is stuck")
+    stall_ms: int = Field(3500, ge=100, le=600_000, description="a worker with work that gets nowhere so long is dead")
     max_restarts: int = Field(5, ge=0, le=1000, description="restarts of one worker, or of one router, in ten minutes")
     start_timeout_s: int = Field(120, ge=1, le=3600, description="time until all must be ready")
     stop_timeout_s: int = Field(10, ge=1, le=600, description="time for an orderly stop")
@@ -126,6 +129,11 @@ class ClusterConfig(BaseModel):
     def without_store(self) -> ClusterConfig:
         """For parts that have nothing to do with the store: none of them needs its password."""
         return self.model_copy(update={"routers": 1, "redis": ""})
+
+    @property
+    def swap_bytes(self) -> int:
+        """Host memory of each worker that KV is swapped out to: a quarter of its KV memory unless it is set."""
+        return int(self.kv_memory) // 4 if self.swap_memory is None else int(self.swap_memory)
 
     @property
     def num_workers(self) -> int:

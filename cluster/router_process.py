@@ -27,9 +27,10 @@ import grpc.aio
 import uvloop
 
 from cluster.admin import Addresses, Admin
+from cluster.canary import Canaries
 from cluster.config import ClusterConfig, without_password
 from cluster.drain_relay import DrainWord
-from cluster.membership import Membership, MemberState, StateChanged
+from cluster.membership import Membership, StateChanged
 from cluster.operations import Operations
 from cluster.peers import Peers
 from cluster.processes import die_with_parent
@@ -48,13 +49,13 @@ from router.metrics import EdgeMetrics
 from router.openai_api import build_app
 from router.service import ServedModel, Service
 from router.transcripts import Transcripts
-from tandem.messages import Role
 from tandem.request import WorkerId
 from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 OPEN_FILES = 16_384  # asked for; many a shell gives 1024
+ANNOUNCE_S = 0.05
 BEAT_S = 1.0
 GRACE_S = 3.0  # for running replies, once every request has ended with a named error
 
@@ -142,20 +143,26 @@ class RouterProcess:
             dtype=config.dtype,
             exact=config.exact,
         )
+        self.canaries = Canaries(driver=self.driver, vocab_size=edge.tokenizer.vocab_size)
         self.service = Service(
             driver=self.driver,
             tokenizer=edge.tokenizer,
             model=self.model,
             metrics=EdgeMetrics(settings.router_id),
             journal=self.journal,
-            not_ready=self.not_ready,
+            not_ready=self.canaries.not_ready,
         )
         self.addresses = Addresses(model=self.model.id, http="", grpc="", store=without_password(config.redis))
 
-    def not_ready(self) -> str:
-        """Why no request can be served now; empty when one can."""
-        roles = {member.info.role for member in self.membership.members.values() if member.state is MemberState.READY}
-        return "" if roles & {Role.DECODE, Role.MIXED} else "no worker that decodes is ready"
+    async def _announce(self) -> None:
+        """Tells the supervisor of each change between ready and not, and why."""
+        told: str | None = None
+        while True:
+            reason = self.canaries.not_ready()
+            if told is None or bool(reason) != bool(told):
+                self.supervisor.say("readiness", not_ready=reason)
+                told = reason
+            await asyncio.sleep(ANNOUNCE_S)
 
     async def run(self) -> None:
         """Serves until it is told to stop, then ends requests, streams and servers, each within a bound."""
@@ -181,6 +188,8 @@ class RouterProcess:
                     asyncio.create_task(self.driver.crashed()),
                     asyncio.create_task(self.registry.tick()),
                     asyncio.create_task(self.operations.run()),
+                    asyncio.create_task(self.canaries.run()),
+                    asyncio.create_task(self._announce()),
                     asyncio.create_task(self.supervisor.listen(self._command)),
                     asyncio.create_task(self._until_stopped()),
                 ]
@@ -229,6 +238,7 @@ class RouterProcess:
             membership=self.membership,
             driver=self.driver,
             operations=self.operations,
+            canaries=self.canaries,
             peers=self.peers,
             addresses=lambda: self.addresses,
             cancel=self.service.cancel,

@@ -39,7 +39,6 @@ from engine.kv_pool import available_bytes
 from engine.model_files import find_model, read_arch
 from kernels import build
 from router.http_server import listen
-from tandem.messages import Role
 from tandem.request import WorkerId
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -96,6 +95,7 @@ class Supervisor:
         self._given_up: set[WorkerId] = set()  # died too often
         self._warned: set[str] = set()
         self._is_ready = False
+        self._not_ready: dict[str, str] = {}  # why each router cannot serve; empty: it can
         self._num_signals = 0
         self._listener: socket.socket | None = None
         self._routers: Routers | None = None
@@ -208,7 +208,7 @@ class Supervisor:
             now_s = time.monotonic()
             if not self._is_ready and now_s > deadline_s:
                 ready = self._routers_here.ready() & set(self._running)
-                missing = ", ".join(sorted(set(self._roles) - ready))
+                missing = ", ".join(sorted(set(self._roles) - ready)) or self._why_not_ready()
                 raise StartFailed(f"not ready within start_timeout_s, {self.config.start_timeout_s} s: {missing}")
             until_s = min(now_s + 1.0, self._due[0][0] if self._due else now_s + 1.0)
             try:
@@ -289,6 +289,9 @@ class Supervisor:
                 self._router_failed(name, str(said.fields["message"]))
             case "worker":
                 self._worker_changed(name, said.fields)
+            case "readiness":
+                self._not_ready[name] = str(said.fields["not_ready"])
+                self._announce_once()
             case _:
                 self._of_a_drain(name, DrainWord(said.event), said.fields)
 
@@ -502,9 +505,8 @@ class Supervisor:
                 raise StartFailed("no router is left")
             return
         self._given_up.add(WorkerId(name))
-        left = self._roles.keys() - self._given_up
-        if not any(self._roles[worker_id] in (Role.DECODE, Role.MIXED) for worker_id in left):
-            raise StartFailed("no worker that decodes is left")
+        if self._roles.keys() == self._given_up:  # workers of any role serve alone if they must
+            raise StartFailed("no worker is left")
 
     def _restart_due(self) -> None:
         while self._due and self._due[0][0] <= time.monotonic():
@@ -527,12 +529,18 @@ class Supervisor:
             self._warned.add(reason)
             self._say(f"warning: exact mode does not hold on this machine: {reason}")
 
+    def _why_not_ready(self) -> str:
+        """Why a router cannot serve, of the first that cannot."""
+        told = {name: self._not_ready.get(name, f"{name} has not said yet") for name in self._routers_here.names}
+        return next((reason for reason in told.values() if reason), "")
+
     def _announce_once(self) -> None:
-        """Tells that the cluster is ready: Ray says of all workers that they run, and every router that it has them.
+        """Tells that the cluster is ready: Ray says of all workers that they run, and every router that they serve.
 
         A worker's heartbeat to the router may be heard before Ray's word that it has started.
         """
-        if self._is_ready or not self._routers_here.ready() == set(self._roles) == set(self._running):
+        all_here = self._routers_here.ready() == set(self._roles) == set(self._running)
+        if self._is_ready or not all_here or self._why_not_ready():
             return
         self._is_ready = True
         config = self.config

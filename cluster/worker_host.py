@@ -36,7 +36,11 @@ from engine.blocks import BlockLedger
 from engine.events import PeerGone, RouterGone
 from engine.isolation import IsolatingRunner
 from engine.loop import EngineLoop, InboxFull
+from engine.pressure import Pressure
 from engine.step import Batch, BatchConfig
+from engine.swap_space import SwapSpace
+from engine.swapping import Swapping
+from engine.swapping_runner import SwappingRunner, copy_bytes_per_ms
 from kv_transfer.actions import AgentLost, Registered, Report, RouterJoined, SendTransfer
 from kv_transfer.agent_client import AgentClient, AgentInfo
 from kv_transfer.agent_settings import AgentSettings, TransportChoice
@@ -198,6 +202,10 @@ class WorkerHost:
         if not self._stuck:  # an engine that still runs reads the pool; the process's end frees it
             model.close()
 
+    def _close_swap(self, runner: SwappingRunner) -> None:
+        if not self._stuck:
+            runner.close()
+
     def _describe(self, model: WorkerModel, agent: AgentInfo, control: str) -> WorkerInfo:
         return WorkerInfo(
             worker_id=self.settings.worker_id,
@@ -231,11 +239,19 @@ class WorkerHost:
             eos_token_ids=model.eos_token_ids,
             namespace=model.layout.namespace.encode(),
         )
+        num_slots = model.num_swap_slots(config.swap_bytes)
+        swapping = Swapping(
+            config.block_size,
+            space=SwapSpace(num_slots),
+            pressure=Pressure(block_bytes=model.layout.block_bytes, copy_bytes_per_ms=copy_bytes_per_ms()),
+        )
+        runner = SwappingRunner(IsolatingRunner(model.runner), pool=model.pool.view, num_slots=num_slots)
+        self._cleanup.callback(self._close_swap, runner)
         self._core = core = WorkerCore(
             me=self._me,
             layout=model.layout,
             ledger=ledger,
-            batch=Batch(ledger, batch),
+            batch=Batch(ledger, batch, swapping),
             config=WorkerCoreConfig(
                 prefill=PrefillConfig(exact=config.exact),
                 decode=DecodeConfig(exact=config.exact, handoff=HandoffConfig(fence_blocks=config.fence_blocks)),
@@ -246,7 +262,7 @@ class WorkerHost:
             self._watched = WatchedCore(core)
         engine = EngineLoop(
             core=self._watched or core,
-            runner=IsolatingRunner(model.runner),
+            runner=runner,
             perform=self._perform,
             on_crash=self._crashed,
             name="engine",
@@ -382,8 +398,7 @@ class WorkerHost:
     def _pulse(self) -> Pulse:
         agent, engine = self._agent.info, self._engine
         assert engine is not None, "heartbeats begin after the engine"
-        busy = engine.step_began_ms is not None or engine.num_inbox_events > 0
-        return Pulse(progress=engine.progress, runnable=busy, agent_pid=agent.pid if agent is not None else 0)
+        return Pulse(progress=engine.progress, runnable=engine.busy, agent_pid=agent.pid if agent is not None else 0)
 
     async def _hang_up(self) -> None:
         self._beating.cancel()

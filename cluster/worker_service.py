@@ -21,6 +21,7 @@ from tandem.v1 import worker_pb2_grpc
 log = logging.getLogger(__name__)
 
 REPORTS_MAX = 4096  # that wait for one router; with more it is cut off and places its requests anew
+SESSIONS_MAX = 64  # of routers; each is told of all that the worker holds
 HELLO_TIMEOUT_S = 5.0  # for the first message of a stream: a router sends it at once
 BEAT_INTERVAL_S = 1.0  # a router that hears nothing for some of them dials anew
 LAST_WRITE_S = 5.0  # for the report under way when a stream ends; a router that reads nothing holds it up
@@ -78,6 +79,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         session = hello.hello.session
         if session in self._queues:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"session {session} is connected already")
+        if len(self._queues) >= SESSIONS_MAX:
+            limit = f"{SESSIONS_MAX} sessions are connected, no more may"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, limit)
         queue: asyncio.Queue[WorkerReport | None] = asyncio.Queue(REPORTS_MAX)
         self._queues[session] = queue
         log.info("router=%s session=%d connected", hello.hello.router_id, session)

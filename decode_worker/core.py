@@ -67,7 +67,7 @@ from tandem.messages import (
     TransferStats,
     WorkerAddress,
 )
-from tandem.request import RequestId, Token, TransferId
+from tandem.request import RequestId, Token, TransferId, is_canary
 
 FIRST = -1.0  # the priority of who is to run before all that wait; ranks begin at 0
 
@@ -407,7 +407,8 @@ class DecodeCore:
             request.stepped = True
             actions += self._first_step(now_ms, request)
         if token is not None and token.finish is not None:
-            self._room.admission.finished(token.index + 1)
+            if not is_canary(request.request_id):
+                self._room.admission.finished(token.index + 1)
             actions += self._account(request)
         if token is not None:
             request.newest.append(token)

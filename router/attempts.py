@@ -45,7 +45,8 @@ class Attempts:
 
     def begin(self, now_ms: int, request: Request) -> NoPlacement | None:
         """Places the request, or says why it cannot be placed now."""
-        ask = self._ask(now_ms, request)
+        self._resting = {pair: until_ms for pair, until_ms in self._resting.items() if until_ms > now_ms}
+        ask = self.ask(request)
         found = self._placer.place(now_ms, ask)
         if isinstance(found, NoPlacement):
             return found
@@ -76,8 +77,8 @@ class Attempts:
         pair = ((source.worker_id, source.incarnation), (target.worker_id, target.incarnation))
         self._resting[pair] = now_ms + self._config.pair_rest_ms
 
-    def _ask(self, now_ms: int, request: Request) -> Ask:
-        self._resting = {pair: until_ms for pair, until_ms in self._resting.items() if until_ms > now_ms}
+    def ask(self, request: Request) -> Ask:
+        """What placement needs to know of the request now."""
         for first in islice(self._fleet, 1):  # all workers of a fleet serve one model
             request.hash_blocks(first.info.namespace, first.info.block_size)
         return Ask(
@@ -87,6 +88,8 @@ class Attempts:
             hashes=request.hashes,
             avoid=frozenset(request.avoid),
             resting=frozenset(self._resting),
+            recovers=request.num_replacements > 0,
+            pinned=request.new.canary,
         )
 
     def _assign(self, now_ms: int, request: Request, ask: Ask, placement: Placement) -> None:
@@ -108,15 +111,16 @@ class Attempts:
         request.attempt_has_token = False
         where = source.worker_id if local else f"{source.worker_id} -> {target.worker_id}"
         request.tell(now_ms, f"placed on {where} at epoch {epoch}: {placement.reason}")
-        self._fleet.charge_prefill(
-            source,
-            request.request_id,
-            now_ms=now_ms,
-            predicted_ms=placement.prefill_ms,
-            num_uncached=request.num_tokens - placement.num_cached_tokens,
-            num_tokens=request.num_tokens,
-        )
-        self._placer.charge(now_ms, placement.prefill_ms)
+        if request.new.canary is None:  # of which nobody is to learn what a prefill takes
+            self._fleet.charge_prefill(
+                source,
+                request.request_id,
+                now_ms=now_ms,
+                predicted_ms=placement.prefill_ms,
+                num_uncached=request.num_tokens - placement.num_cached_tokens,
+                num_tokens=request.num_tokens,
+            )
+            self._placer.charge(now_ms, placement.prefill_ms)
         self._fleet.reserve(
             target,
             request.request_id,

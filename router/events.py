@@ -15,7 +15,7 @@ from tandem.messages import (
     WorkerInfo,
     WorkerReport,
 )
-from tandem.request import FinishReason, RequestId, Sampling, Token, WorkerId
+from tandem.request import FinishReason, Pair, RequestId, Sampling, Slo, Token, WorkerId
 
 # ---- events ------------------------------------------------------------------------------------------------------
 
@@ -25,7 +25,7 @@ class NewRequest:
     """A request that passed the edge's validation. `tokens` is the prompt; `deadline_ms` counts from now.
 
     `deadline_ms` 0: the router's own bound. `priority`: 0 to PRIORITY_MAX, the highest first. `model` is for status
-    only.
+    only. `canary`: the cluster asks itself; it goes to this pair at once, or fails, and status does not show it.
     """
 
     request_id: RequestId
@@ -34,6 +34,8 @@ class NewRequest:
     deadline_ms: int = 0
     priority: int = 0
     model: str = ""
+    slo: Slo | None = None
+    canary: Pair | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

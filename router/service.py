@@ -28,6 +28,7 @@ from router.validation import (
     check_request_id,
     check_resuming,
     check_sampling,
+    check_slo,
     check_stops,
     show,
 )
@@ -101,6 +102,9 @@ class Ask:
     fields: SamplingFields
     n: int = 1
     priority: int = 0
+    slo_class: str = ""
+    ttft_target_ms: int = 0
+    tpot_target_ms: int = 0
     idempotency_key: str = ""
     resume_ms: int = 0
     form: Mapping[str, object] = field(default_factory=dict)
@@ -188,6 +192,7 @@ class Service:
         stops = check_stops(ask.fields.stop)
         check_num_choices(ask.n, len(ask.prompts))
         check_priority(ask.priority)
+        check_slo(ask.slo_class, ask.ttft_target_ms, ask.tpot_target_ms)
         check_resuming(ask.idempotency_key, ask.resume_ms, num_answers=ask.n * len(ask.prompts))
         request_id = check_request_id(ask.request_id) if ask.request_id else new_request_id(ask.api)
         keep = self._keep(ask, stops)
@@ -332,6 +337,7 @@ class Service:
                     sampling=sampling,
                     priority=ask.priority,
                     model=self.model.id,
+                    slo=check_slo(ask.slo_class, ask.ttft_target_ms, ask.tpot_target_ms),
                 )
                 requests.append(request)
         return requests

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 
 from tandem.messages import (
     Assign,
@@ -24,6 +25,7 @@ from tandem.messages import (
     Role,
     RouterMessage,
     StopMove,
+    SwapCounts,
     TransferStats,
     WorkerAddress,
     WorkerInfo,
@@ -488,6 +490,9 @@ def _decode_block_events(message: pb.BlockEvents) -> BlockEvents:
     )
 
 
+_SWAP = tuple(each.name for each in fields(SwapCounts))  # the same names on both sides
+
+
 def _encode_load(load: WorkerLoad) -> pb.WorkerLoad:
     return pb.WorkerLoad(
         running=load.running,
@@ -505,6 +510,7 @@ def _encode_load(load: WorkerLoad) -> pb.WorkerLoad:
         steps=load.steps,
         last_step_ms=load.last_step_ms,
         audit=load.audit,
+        swap=pb.SwapCounts(**{name: getattr(load.swap, name) for name in _SWAP}),
     )
 
 
@@ -527,6 +533,7 @@ def _decode_load(message: pb.WorkerLoad) -> WorkerLoad:
         steps=message.steps,
         last_step_ms=finite("load.last_step_ms", message.last_step_ms),
         audit=tuple(message.audit),
+        swap=SwapCounts(**{name: getattr(message.swap, name) for name in _SWAP}),
     )
 
 

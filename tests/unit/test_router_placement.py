@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.admission import RETRY_MAX_MS, refusal
 from router.config import RouterConfig
 from router.cost import CostModel
 from router.fleet import Fleet, Worker, WorkerState
@@ -349,15 +348,6 @@ def test_equal_samples_neither_explode_nor_go_negative() -> None:
     assert cost.prefill_ms(100, 100) == pytest.approx(50.0, rel=0.01)
     assert cost.step_ms(1) == pytest.approx(12.0, rel=0.01)
     assert cost.prefill_ms(1, 1) > 0
-
-
-def test_admission_says_when_to_come_again() -> None:
-    config = RouterConfig(requests_max=2, queued_tokens_max=100)
-    assert refusal(config, num_requests=1, queued_tokens=0, new_tokens=500, predicted_wait_ms=0) is None
-    assert refusal(config, num_requests=1, queued_tokens=60, new_tokens=40, predicted_wait_ms=0) is None
-    full = refusal(config, num_requests=2, queued_tokens=0, new_tokens=1, predicted_wait_ms=1e9)
-    assert full is not None
-    assert full.retry_after_ms == RETRY_MAX_MS
 
 
 @pytest.mark.parametrize(
