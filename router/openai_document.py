@@ -89,7 +89,7 @@ def document_of(app: FastAPI, limits: ModelLimits) -> Schema:
         _plain(paths, path, "Health")
     for path in ("/ready", "/health"):
         why = "Requests cannot be served now; `reason` says why. Or too many connections are open."
-        either = {"anyOf": [{"$ref": "#/components/schemas/Health"}, {"$ref": ERROR}]}
+        either: Schema = {"anyOf": [{"$ref": "#/components/schemas/Health"}, {"$ref": ERROR}]}
         content = {"application/json": {"schema": either}}
         paths[path]["get"]["responses"]["503"] = {"description": why, "content": content}
     _plain(paths, "/metrics", "Health")
@@ -250,7 +250,10 @@ def _complete_chat(schema: Schema, inner: dict[str, Schema]) -> None:
     for branch in message["content"]["anyOf"]:
         if branch.get("type") == "array":
             branch["items"] = part
-    nothing = {"enum": [None, False, 0, "", [], {}], "description": "Not supported; these values change nothing."}
+    nothing: Schema = {
+        "enum": [None, False, 0, "", [], {}],
+        "description": "Not supported; these values change nothing.",
+    }
     message |= {name: nothing for name in ("tool_calls", "function_call", "audio")}
     if_top = {"properties": {"top_logprobs": {"type": "integer", "minimum": 1}}, "required": ["top_logprobs"]}
     then_logprobs = {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]}
@@ -279,7 +282,7 @@ def _answers() -> dict[str, Schema]:
 
     error = _object(message=text, type=text, param=maybe_text, code=text)
     error["properties"]["type"] = {"enum": sorted({each.openai_type for each in ERRORS.values()})}
-    spelled = {"token": text, "logprob": maybe_number, "bytes": listed(whole)}
+    spelled: dict[str, Schema] = {"token": text, "logprob": maybe_number, "bytes": listed(whole)}
     chat_logprobs = _object(
         content=listed(_object(**spelled, top_logprobs=listed(_object(**spelled)))), refusal={"type": "null"}
     )

@@ -83,10 +83,10 @@ def _short(part: Any) -> Any:
 
 
 @schemathesis.hook
-def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
+def before_call(context: schemathesis.HookContext, case: schemathesis.Case[Any], kwargs: dict[str, Any]) -> None:
     """Every request on its way out. What may be asked again has one answer."""
     body = case.body
-    if not isinstance(body, dict):
+    if not isinstance(body, dict) or context.operation is None:
         return
     limits = context.operation.schema.raw_schema["info"]["x-limits"]
     body = case.body = written_whole(body)
@@ -110,6 +110,6 @@ def before_load_schema(context: schemathesis.HookContext, raw_schema: dict[str, 
 
 
 @schemathesis.hook
-def filter_case(context: schemathesis.HookContext, case: schemathesis.Case) -> bool:
+def filter_case(context: schemathesis.HookContext, case: schemathesis.Case[Any]) -> bool:
     """A header that nobody knows is no violation."""
     return UNKNOWN_HEADER not in case.headers
