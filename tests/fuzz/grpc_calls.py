@@ -31,6 +31,7 @@ AT_ONCE = 16
 INPUT_BYTES = 700
 CHANNEL = [("grpc.enable_retries", 0), ("grpc.max_receive_message_length", 64 << 20)]
 BUGS = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS}
+OWN_INTERNAL = "Internal error from Core"  # this side's library, when it writes to a call that has ended
 STRANGER = "stranger"  # what is done to a worker by its name is done to this one: there is no such
 
 
@@ -211,7 +212,10 @@ class Caller:
             call.cancel()
         else:
             await self._read(call, method, 1 << 30)
-        return grpc.StatusCode.OK if (code := await call.code()) is None else code
+        code: grpc.StatusCode = await call.code()
+        if code is grpc.StatusCode.INTERNAL and str(await call.details()).startswith(OWN_INTERNAL):
+            return grpc.StatusCode.CANCELLED
+        return code
 
     async def _read(self, call: Any, method: Method, num: int) -> None:
         try:
