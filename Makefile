@@ -11,7 +11,7 @@ JOBS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve test check format proto equality equality-moves bench bench-migration bench-rebalance bench-transfer \
-	bench-rivals chaos chaos-long soak worlds clean
+	bench-rivals chaos chaos-long soak worlds fuzz clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -88,6 +88,13 @@ soak: install  ## an hour of mixed load with a fault every 30 s: memory, files a
 
 worlds: install  ## seeded worlds of the protocol: make worlds SEEDS=100000
 	$(BIN)/python -m simulator.run --seeds $(or $(SEEDS),2000) $(ARGS)
+
+$(VENV)/.installed-fuzz: $(VENV)/.installed-dev
+	$(INSTALL) -e '.[fuzz]'
+	@touch $@
+
+fuzz: $(VENV)/.installed-fuzz  ## a million transfer frames, 50,000 HTTP and 50,000 gRPC inputs, thousands of idle clients
+	PYTHONPATH=.:tests/integration $(BIN)/python tests/fuzz/run.py $(ARGS)
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis

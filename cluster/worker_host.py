@@ -52,6 +52,7 @@ from kv_transfer.session import TransferSessions
 from prefill_worker.config import PrefillConfig
 from router.clients import MESSAGE_BYTES_MAX
 from tandem.errors import Unavailable
+from tandem.grpc_requests import ParsedRequests
 from tandem.messages import WorkerAddress, WorkerInfo
 from tandem.request import WorkerId
 from tandem.v1 import faults_pb2, faults_pb2_grpc, worker_pb2_grpc
@@ -332,7 +333,7 @@ class WorkerHost:
 
     async def _bind(self) -> str:
         """A server that is bound but takes no calls yet: registration needs its port, its services a registration."""
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[ParsedRequests()])
         port = self._server.add_insecure_port(f"{reachable(self.settings.bind_host)}:0")
         return f"{reachable(self.settings.reachable_host)}:{port}"
 
