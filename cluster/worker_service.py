@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 import grpc.aio
 
+from cluster.worker_reports import joined
 from engine.events import RouterGone
 from engine.loop import InboxFull
 from kv_transfer.actions import FromRouter, RouterJoined
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 REPORTS_MAX = 4096  # that wait for one router; with more it is cut off and places its requests anew
 SESSIONS_MAX = 64  # of routers; each is told of all that the worker holds
 HELLO_TIMEOUT_S = 5.0  # for the first message of a stream: a router sends it at once
+JOINED_MAX = 256  # reports of as many steps are written as one to a router that lags
 LAST_WRITE_S = 5.0  # for the report under way when a stream ends; a router that reads nothing holds it up
 
 
@@ -119,6 +121,12 @@ async def _end_writing(queue: asyncio.Queue[WorkerReport | None], writer: asynci
 async def _write(
     queue: asyncio.Queue[WorkerReport | None], context: grpc.aio.ServicerContext[pb.RouterMessage, pb.WorkerReport]
 ) -> str:
-    while (report := await queue.get()) is not None:
-        await context.write(wire.encode_report(report))
+    ended = False
+    while not ended:
+        waiting = [await queue.get()]
+        while waiting[-1] is not None and not queue.empty() and len(waiting) < JOINED_MAX:
+            waiting.append(queue.get_nowait())
+        ended = waiting[-1] is None
+        for report in joined(each for each in waiting if each is not None):
+            await context.write(wire.encode_report(report))
     return "the worker ended the stream"
