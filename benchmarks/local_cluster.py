@@ -46,6 +46,12 @@ class LocalCluster:
         return f"127.0.0.1:{self.grpc_port}"
 
     @property
+    def pid(self) -> int:
+        """The supervisor's."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def url(self) -> str:
         """Base of the HTTP endpoints."""
         return f"http://127.0.0.1:{self.port}"

@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
 
 from cli.down import run_dir_of
+from cli.reach import admin
 from cluster.draining import DEADLINE_MS, DEADLINE_MS_MAX
 from cluster.run_file import find
 from tandem.v1 import admin_pb2 as pb
-from tandem.v1 import admin_pb2_grpc
 
 
 def drain(
@@ -30,8 +29,7 @@ def drain(
     """Move everything away from a worker, then end it. The drain goes on when this command is stopped."""
     run = find(run_dir_of(run_dir), port)
     asked = pb.DrainRequest(worker=worker, deadline_ms=max(1, round(deadline * 1000)), restart=restart)
-    with grpc.insecure_channel(run.grpc_address) as channel:
-        stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+    with admin(run) as stub:
         for progress in stub.Drain(asked):  # the router bounds each of its states
             print(json.dumps(document(progress)) if as_json else sentence(progress), flush=True)
 

@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import grpc
 import typer
 
 from cli.down import run_dir_of
+from cli.reach import admin
 from cli.status import move_document
 from cluster.run_file import find
 from tandem.v1 import admin_pb2 as pb
-from tandem.v1 import admin_pb2_grpc
 
 TIMEOUT_S = 120.0  # the router bounds the move itself
 
@@ -31,8 +30,7 @@ def migrate(
 ) -> None:
     """Move a running request to another worker while it is answered; its tokens stay the same."""
     run = find(run_dir_of(run_dir), port)
-    with grpc.insecure_channel(run.grpc_address) as channel:
-        stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+    with admin(run) as stub:
         move = stub.Migrate(pb.MigrateRequest(request_id=request, to=to), timeout=TIMEOUT_S)
     if as_json:
         print(json.dumps(move_document(move), indent=2))

@@ -6,16 +6,15 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.table import Table
 
 from cli.down import run_dir_of
+from cli.reach import admin
 from cluster.run_file import find
 from tandem.v1 import admin_pb2 as pb
-from tandem.v1 import admin_pb2_grpc
 
 TIMEOUT_S = 10.0
 NEWEST = 20  # requests shown
@@ -29,8 +28,7 @@ def status(
 ) -> None:
     """Show the workers of a running cluster and its requests, also those of the last minutes."""
     run = find(run_dir_of(run_dir), port)
-    with grpc.insecure_channel(run.grpc_address) as channel:
-        stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+    with admin(run) as stub:
         answer = stub.Status(pb.StatusRequest(include_finished=True), timeout=TIMEOUT_S)
     if as_json:
         print(json.dumps(to_document(answer), indent=2))

@@ -16,12 +16,12 @@ from cluster.canary import Canaries
 from cluster.draining import Drain, DrainState
 from cluster.membership import Member, Membership, MemberState
 from cluster.operations import Operations, find_request
-from cluster.peers import Peers
+from cluster.peers import Peers, check_all_answered
 from cluster.readiness import PairStatus
 from router.driver import Driver
 from router.move import MoveRecord
 from router.request import ENDED, RequestSnapshot, WorkerSnapshot
-from tandem.errors import TandemError
+from tandem.errors import TandemError, UnknownRequest
 from tandem.messages import BlockCounts
 from tandem.v1 import admin_pb2 as pb
 from tandem.v1 import admin_pb2_grpc
@@ -122,12 +122,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         name = request.request_id
         try:
             if not request.local:
-                everywhere = merged(
-                    self._local(include_finished=True),
-                    await self._peers.statuses(include_finished=True),
-                    self._peers.internal,
-                )
-                found = find_request(request.request_id, everywhere.requests)
+                found = await self._found(name)
                 if found.router != self._peers.me:
                     there = pb.MigrateRequest(request_id=found.id, to=request.to, local=True)
                     answer: pb.MoveStatus = await self._peers.stub(found.router).Migrate(there, timeout=MIGRATE_S)
@@ -140,6 +135,16 @@ class Admin(admin_pb2_grpc.AdminServicer):
             metadata: Any = error.trailing_metadata() or ()
             await context.abort(error.code(), error.details() or "", tuple(metadata))
         return move_status(record, self._driver.status().now_ms)
+
+    async def _found(self, name: str) -> pb.RequestStatus:
+        """The request that is named so, at whichever router. Raises as find_request, or Unavailable."""
+        others = await self._peers.statuses(include_finished=True)
+        everywhere = merged(self._local(include_finished=True), others, self._peers.internal)
+        try:
+            return find_request(name, everywhere.requests)
+        except UnknownRequest:
+            check_all_answered(others)
+            raise
 
     async def CancelHere(self, request: pb.CancelHereRequest, context: _Context) -> pb.CancelHereResponse:
         """Ends a request of this router, for a client that came to another one."""
@@ -195,6 +200,7 @@ def worker_status(member: Member, worker: WorkerSnapshot | None) -> pb.WorkerSta
         reason=member.reason,
         exact_reason=dict(info.labels).get("exact_reason", ""),
         steps=member.steps,
+        control=info.control,
     )
     if load is not None:
         status.running, status.waiting = load.running, load.waiting

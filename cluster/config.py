@@ -81,9 +81,13 @@ class ClusterConfig(BaseModel):
     heartbeat_ms: int = Field(1000, ge=50, le=60_000, description="time between a worker's heartbeats")
     dead_after_misses: int = Field(3, ge=2, le=100, description="heartbeats missed until a worker is dead")
     stall_ms: int = Field(3500, ge=100, le=600_000, description="a worker with work that gets nowhere so long is dead")
-    max_restarts: int = Field(5, ge=0, le=1000, description="restarts of one worker, or of the router, in ten minutes")
+    max_restarts: int = Field(5, ge=0, le=1000, description="restarts of one worker, or of one router, in ten minutes")
     start_timeout_s: int = Field(120, ge=1, le=3600, description="time until all must be ready")
     stop_timeout_s: int = Field(10, ge=1, le=600, description="time for an orderly stop")
+    restart_delay_max_ms: int = Field(
+        30_000, ge=500, le=600_000, description="the longest wait before what dies again and again is started again"
+    )
+    allow_faults: bool = Field(False, description="workers take faults over gRPC, for `tandem chaos`: never in earnest")
     fake_step_ms: int = Field(0, ge=0, le=10_000, description="time of one step of the model `fake`")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="level of the log files")
     run_dir: Path = Field(

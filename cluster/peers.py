@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import grpc
 import grpc.aio
 
+from tandem.errors import Unavailable
 from tandem.v1 import admin_pb2 as pb
 from tandem.v1 import admin_pb2_grpc
 
@@ -44,21 +45,27 @@ class Peers:
         try:
             answer: pb.StatusResponse = await self.stub(name).Status(request, timeout=ANSWER_S)
         except grpc.aio.AioRpcError as error:
-            log.warning("%s does not tell its status: %s %s", name, error.code().name, error.details())
+            log.debug("%s does not tell its status: %s %s", name, error.code().name, error.details())
             return None
         return answer
 
     async def cancel(self, request_id: str) -> bool:
-        """Ends a request at whichever of the others has it; False when none says that it does."""
-        return any(await asyncio.gather(*(self._cancel(name, request_id) for name in self._channels)))
+        """Ends a request at whichever of the others has it; False when none has it.
 
-    async def _cancel(self, name: str, request_id: str) -> bool:
+        Raises Unavailable when that is not known, because one of them does not answer.
+        """
+        answers = await asyncio.gather(*(self._cancel(name, request_id) for name in self._channels))
+        if not any(answers):
+            check_all_answered(dict(zip(self._channels, answers, strict=True)))
+        return any(answers)
+
+    async def _cancel(self, name: str, request_id: str) -> bool | None:
         try:
             request = pb.CancelHereRequest(request_id=request_id)
             answer: pb.CancelHereResponse = await self.stub(name).CancelHere(request, timeout=ANSWER_S)
         except grpc.aio.AioRpcError as error:
-            log.warning("%s does not answer a cancellation: %s %s", name, error.code().name, error.details())
-            return False
+            log.debug("%s does not answer a cancellation: %s %s", name, error.code().name, error.details())
+            return None
         return answer.found
 
     async def metrics(self) -> list[str]:
@@ -72,10 +79,19 @@ class Peers:
                 pb.MetricsHereRequest(), timeout=ANSWER_S
             )
         except grpc.aio.AioRpcError as error:
-            log.warning("%s does not tell its metrics: %s %s", name, error.code().name, error.details())
+            log.debug("%s does not tell its metrics: %s %s", name, error.code().name, error.details())
             return ""
         return answer.page
 
     async def close(self) -> None:
         """Hangs up."""
         await asyncio.gather(*(channel.close(None) for channel in self._channels.values()))
+
+
+def check_all_answered(answers: Mapping[str, object | None]) -> None:
+    """Raises Unavailable, naming the routers that did not answer, so that nobody takes their silence for a no."""
+    silent = [name for name, answer in answers.items() if answer is None]
+    if silent:
+        raise Unavailable(
+            f"no other router has the request, and {', '.join(silent)} did not answer within {ANSWER_S:g} s"
+        )

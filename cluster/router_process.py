@@ -41,6 +41,7 @@ from cluster.served_model import describe
 from cluster.state import RedisStore, identity_of
 from router.config import RouterConfig
 from router.driver import Driver
+from router.grpc_api import CONNECTIONS_MAX as GRPC_CONNECTIONS_MAX
 from router.grpc_api import GrpcServer, build_grpc_server
 from router.http_connection import HttpLimits
 from router.http_server import HttpServer, serve_http
@@ -166,6 +167,7 @@ class RouterProcess:
 
     async def run(self) -> None:
         """Serves until it is told to stop, then ends requests, streams and servers, each within a bound."""
+        open_files = raise_open_files()
         self.peers = Peers(self.settings.router_id, self.settings.internal)
         self.service.metrics.others = self.peers.metrics
         public = build_grpc_server(
@@ -173,12 +175,13 @@ class RouterProcess:
             extra=(self._add_admin,),
             cancel_elsewhere=self.peers.cancel,
             shares_port=len(self.settings.internal) > 1,
+            connections_max=min(GRPC_CONNECTIONS_MAX, open_files // 4),
         )
         # Its port is held by the supervisor, also while no router has it.
         internal = build_grpc_server(self.service, extra=(self._add_registry, self._add_admin), shares_port=True)
         with socket.socket(fileno=self.settings.listener) as listener:
             http = await serve_http(
-                build_app(self.service), listener=listener, grace_s=GRACE_S, limits=limits_within(raise_open_files())
+                build_app(self.service), listener=listener, grace_s=GRACE_S, limits=limits_within(open_files)
             )
             tasks: list[asyncio.Task[None]] = []
             try:
@@ -282,7 +285,7 @@ def raise_open_files() -> int:
 
 
 def limits_within(open_files: int) -> HttpLimits:
-    """HTTP may hold half of the process's open files at most: clients that hold many must not cut off the workers."""
+    """HTTP may hold half of the process's open files, gRPC a quarter: clients must not cut off the workers."""
     usual = HttpLimits()
     return dataclasses.replace(usual, connections_max=min(usual.connections_max, open_files // 2))
 

@@ -29,6 +29,7 @@ class RunFile:
     grpc_port: int
     model: str
     log_dir: str
+    internal: Mapping[str, str] = field(default_factory=dict)  # of each router: where this machine's commands ask it
     router_pids: Mapping[str, int] = field(default_factory=dict)  # of the routers that are up
 
     @property

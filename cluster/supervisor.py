@@ -87,7 +87,7 @@ class Supervisor:
         self._began_s = time.monotonic()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._due: list[tuple[float, str]] = []  # restarts: when, and of whom
-        self._restarts = Restarts(restarts_max=config.max_restarts)
+        self._restarts = Restarts(restarts_max=config.max_restarts, delay_max_ms=config.restart_delay_max_ms)
         self._roles = dict(workers_of(config))
         self._starts = dict.fromkeys(self._roles, 0)  # of each worker: its incarnation
         self._running: dict[WorkerId, int] = {}  # incarnation of each worker that is up
@@ -147,6 +147,8 @@ class Supervisor:
     def _start(self) -> None:
         config = self.config
         self._threads = config.threads_per_worker(len(os.sched_getaffinity(0)))
+        assert self._listener is not None
+        self._routers = Routers(config, listener=self._listener, log_dir=self._log_dir, post=self._events.put)
         self._run = RunFile(
             pid=os.getpid(),
             started_s=psutil.Process().create_time(),
@@ -155,11 +157,10 @@ class Supervisor:
             grpc_port=config.grpc_port,
             model=config.model,
             log_dir=str(self._log_dir),
+            internal=self._routers.internal,
         )
         run_file.write(config.run_dir, self._run)
         self._say(f"starting {_described(config, self._threads)}; logs in {self._log_dir}")
-        assert self._listener is not None
-        self._routers = Routers(config, listener=self._listener, log_dir=self._log_dir, post=self._events.put)
         for name in self._routers.names:
             self._routers.start(name)
         if config.model != FAKE_MODEL and not config.address:

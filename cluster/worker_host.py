@@ -22,6 +22,8 @@ from typing import TypeVar
 import grpc
 import grpc.aio
 
+from cluster.ambush import WatchedCore
+from cluster.fault_service import FaultService
 from cluster.run_file import reachable
 from cluster.worker_core import WorkerCore, WorkerCoreConfig
 from cluster.worker_model import WorkerModel, load_model
@@ -43,15 +45,17 @@ from kv_transfer.actions import AgentLost, Registered, Report, RouterJoined, Sen
 from kv_transfer.agent_client import AgentClient, AgentInfo
 from kv_transfer.agent_settings import AgentSettings, TransportChoice
 from kv_transfer.endpoint import layout_digest
+from kv_transfer.gate import Gate
 from kv_transfer.handoff import HandoffConfig
 from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame
 from kv_transfer.session import TransferSessions
 from prefill_worker.config import PrefillConfig
 from router.clients import MESSAGE_BYTES_MAX
 from tandem.errors import Unavailable
+from tandem.grpc_requests import ParsedRequests
 from tandem.messages import WorkerAddress, WorkerInfo
 from tandem.request import WorkerId
-from tandem.v1 import worker_pb2_grpc
+from tandem.v1 import faults_pb2, faults_pb2_grpc, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +100,8 @@ class WorkerHost:
         self._loop = asyncio.new_event_loop()
         self._router_sessions: set[int] = set()  # those whose stream is open
         self._engine: EngineLoop | None = None  # None: not yet
+        self._watched: WatchedCore | None = None  # None: no faults are allowed
+        self._gates: dict[int, Gate] = {link: Gate() for link in (faults_pb2.LINK_ROUTERS, faults_pb2.LINK_WORKERS)}
         self._stuck = False
         self._timings_ms: dict[str, int] = {}
         self._lap_s = time.monotonic()
@@ -253,8 +259,10 @@ class WorkerHost:
             ),
         )
         self._reports = ReportBuilder(worker_id=self._me.worker_id, incarnation=self._me.incarnation)
+        if config.allow_faults:
+            self._watched = WatchedCore(core)
         engine = EngineLoop(
-            core=core,
+            core=self._watched or core,
             runner=runner,
             perform=self._perform,
             on_crash=self._crashed,
@@ -325,7 +333,7 @@ class WorkerHost:
 
     async def _bind(self) -> str:
         """A server that is bound but takes no calls yet: registration needs its port, its services a registration."""
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[ParsedRequests()])
         port = self._server.add_insecure_port(f"{reachable(self.settings.bind_host)}:0")
         return f"{reachable(self.settings.reachable_host)}:{port}"
 
@@ -344,15 +352,26 @@ class WorkerHost:
 
     async def _serve(self) -> None:
         """Begins to take calls: only now, since each goes to the engine. Heartbeats follow each router's first call."""
-        self._service = WorkerService(post=self._from_router, on_session=self._registrations.dialled)
+        self._service = WorkerService(
+            post=self._from_router, on_session=self._registrations.dialled, gate=self._gates[faults_pb2.LINK_ROUTERS]
+        )
         self._sessions = TransferSessions(
             worker_id=self._me.worker_id,
             incarnation=self._me.incarnation,
             on_message=self._post,
             on_peer_gone=self._peer_gone,
+            gate=self._gates[faults_pb2.LINK_WORKERS],
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]
         worker_pb2_grpc.add_TransferServicer_to_server(self._sessions, self._server)  # type: ignore[no-untyped-call]
+        if self._watched is not None:
+            faults = FaultService(
+                gates=self._gates,
+                disturb_agent=self._agent.disturb,
+                agent_pid=lambda: info.pid if (info := self._agent.info) is not None else 0,
+                lay=self._watched.lay,
+            )
+            faults_pb2_grpc.add_FaultsServicer_to_server(faults, self._server)  # type: ignore[no-untyped-call]
         await self._server.start()
         self._beating = asyncio.create_task(self._beat(), name="heartbeats")
 

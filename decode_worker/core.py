@@ -139,6 +139,10 @@ class DecodeCore:
         late = [at_ms + self.config.handoff.quarantine_warn_ms + 1 for at_ms in since if at_ms is not None]
         return min((at_ms for at_ms in late if at_ms > after_ms), default=None)
 
+    def machines(self) -> list[TargetHandoff]:
+        """The targets' ends of attempts that are not closed."""
+        return [each.machine for each in self._attempts.values() if each.machine is not None]
+
     def stories(self) -> list[str]:
         """The story of every attempt that is not closed."""
         machines = [(key, each.machine) for key, each in self._attempts.items() if each.machine is not None]

@@ -88,6 +88,10 @@ class MoveSources:
         """Whether this is the source of a migration that is not closed."""
         return transfer_id in self._moves
 
+    def machines(self) -> list[SourceMigration]:
+        """The attempts that are not closed."""
+        return [each.machine for each in self._moves.values()]
+
     def stories(self) -> list[str]:
         """The story of every attempt that is not closed."""
         return [f"move {key}: {each.machine.state}: {each.machine.story}" for key, each in self._moves.items()]

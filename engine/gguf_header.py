@@ -19,6 +19,7 @@ SHORT_ARRAY = 64  # longer arrays (vocabularies) are given by their length
 STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 MAX_DIMS = 4
+MAX_NESTING = 4  # of arrays in arrays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,8 @@ def read_header(path: Path) -> GgufHeader:
     Raises:
         ModelError: the file is no GGUF file of a supported version, or it is cut off or damaged.
     """
+    if path.stat().st_size == 0:
+        raise ModelError(f"{path}: not a GGUF file (it is empty); give a folder or a .gguf file")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cursor = _Cursor(data, path)
         if cursor.take(len(MAGIC)) != MAGIC:
@@ -95,17 +98,21 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise ModelError(f"{self.path}: the GGUF header is damaged ({error}); fetch the file again") from error
 
-    def value(self, kind: int) -> object:
-        """The next value of a GGUF type; a long array by its length."""
+    def value(self, kind: int, depth: int = 0) -> object:
+        """The next value of a GGUF type; a long array by its length. `depth`: arrays that it is in."""
         if kind in SCALARS:
             return struct.unpack(SCALARS[kind], self.take(struct.calcsize(SCALARS[kind])))[0]
         if kind == STRING:
             return self.string()
         if kind != ARRAY:
             raise ModelError(f"{self.path}: the GGUF header is damaged (value type {kind}); fetch the file again")
+        if depth >= MAX_NESTING:
+            raise ModelError(
+                f"{self.path}: the GGUF header is damaged (arrays nest deeper than {MAX_NESTING}); fetch the file again"
+            )
         item, num = self.number("<I"), self.number("<Q")
         if num <= SHORT_ARRAY:
-            return [self.value(item) for _ in range(num)]
+            return [self.value(item, depth + 1) for _ in range(num)]
         if item in SCALARS:
             self.take(struct.calcsize(SCALARS[item]) * num)
         else:

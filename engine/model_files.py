@@ -74,7 +74,7 @@ def safetensors_shards(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ModelError(f"{index}: not a safetensors index ({error}); fetch the model again") from error
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise ModelError(f"{index}: names files outside its folder; fetch the model again")
@@ -172,7 +172,7 @@ def _other_ends(metadata: dict[str, object], arch: ArchSpec) -> tuple[int, ...]:
 def _json_object(path: Path) -> dict[str, object]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path}: not a JSON file ({error}); fetch the model again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path}: not a JSON object; fetch the model again")

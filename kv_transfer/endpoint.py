@@ -33,7 +33,7 @@ def parse_endpoint(text: str) -> Endpoint:
         raise ValueError(f"endpoint: has {len(text)} characters, at most {MAX_ENDPOINT_CHARACTERS} are taken")
     try:
         fields = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # a thousand brackets nest deeper than the reader goes
         raise ValueError(f"endpoint: is {text[:80]!r}, must be JSON") from None
     if not isinstance(fields, dict):
         raise ValueError(f"endpoint: is {text[:80]!r}, must be a JSON object")

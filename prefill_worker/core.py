@@ -110,6 +110,10 @@ class PrefillCore:
         """Whether this is the source of a transfer that is not closed."""
         return transfer_id in self._attempts
 
+    def machines(self) -> list[SourceHandoff]:
+        """The attempts that are not closed."""
+        return [each.machine for each in self._attempts.values()]
+
     def stories(self) -> list[str]:
         """The story of every attempt that is not closed."""
         return [f"source {key}: {each.machine.state}: {each.machine.story}" for key, each in self._attempts.items()]

@@ -10,7 +10,7 @@ from router.move import EPOCHS_PER_PLACEMENT, MOVES_MAX
 from router.moves import Moves
 from router.outbox import Outbox
 from router.owners import Owners
-from router.placement import Ask, NoPlacement, Placement, Placer
+from router.placement import Ask, NoPlacement, Placement, Placer, WorkerKey
 from router.request import Request, RequestState
 from tandem.messages import AssignMode, CancelAssigned, WorkerAddress
 from tandem.request import TransferId
@@ -37,6 +37,7 @@ class Attempts:
         self._moves = moves
         self._outbox = outbox
         self._next_epoch = first_epoch
+        self._resting: dict[tuple[WorkerKey, WorkerKey], int] = {}  # source and target: until when
 
     def epochs_from(self, first_epoch: int) -> None:
         """All epochs from now on are at least this one."""
@@ -44,6 +45,7 @@ class Attempts:
 
     def begin(self, now_ms: int, request: Request) -> NoPlacement | None:
         """Places the request, or says why it cannot be placed now."""
+        self._resting = {pair: until_ms for pair, until_ms in self._resting.items() if until_ms > now_ms}
         ask = self.ask(request)
         found = self._placer.place(now_ms, ask)
         if isinstance(found, NoPlacement):
@@ -63,6 +65,18 @@ class Attempts:
         self._owners.close(request)
         request.involved = []
 
+    def failed(self, now_ms: int, request: Request) -> None:
+        """A handoff of the request has failed: others need not find out, too, that its two workers do not get through.
+
+        What rests is forgotten after a moment, so no list of it outlives the membership.
+        """
+        placement = request.placement
+        if placement is None or placement.mode is AssignMode.LOCAL:
+            return
+        source, target = placement.prefill_worker, placement.decode_worker
+        pair = ((source.worker_id, source.incarnation), (target.worker_id, target.incarnation))
+        self._resting[pair] = now_ms + self._config.pair_rest_ms
+
     def ask(self, request: Request) -> Ask:
         """What placement needs to know of the request now."""
         for first in islice(self._fleet, 1):  # all workers of a fleet serve one model
@@ -73,6 +87,7 @@ class Attempts:
             priority=request.new.priority,
             hashes=request.hashes,
             avoid=frozenset(request.avoid),
+            resting=frozenset(self._resting),
             recovers=request.num_replacements > 0,
             pinned=request.new.canary,
         )

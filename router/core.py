@@ -455,6 +455,8 @@ class RouterCore:
         salvages = recovery.leaves_blocks(request)
         self._attempts.end(self._now_ms, request, lost.reason)
         request.avoid.update(lost.suspects)
+        if lost.suspects and request.state is not RequestState.DECODING:
+            self._attempts.failed(self._now_ms, request)
         request.last_failure = lost.reason
         request.tell(self._now_ms, f"attempt lost: {lost.reason}")
         given_up = recovery.exhausted(self._config, request)

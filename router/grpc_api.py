@@ -19,6 +19,7 @@ from router.service import Ask, Service
 from router.tokenizer import Tokenizer
 from router.validation import BODY_BYTES_MAX, SamplingFields
 from tandem.errors import InvalidRequest, Overloaded, TandemError
+from tandem.grpc_requests import ParsedRequests
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -27,12 +28,15 @@ INFERENCE = "tandem.v1.Inference"
 _HEALTH_PERIOD_S = 0.2
 _KEEPALIVE_S = 20.0  # a client that vanished is given up after twice this
 _HANDSHAKE_TIMEOUT_S = 10.0
+CONNECTIONS_MAX = 4096
 _OPTIONS = [
     ("grpc.max_receive_message_length", BODY_BYTES_MAX),
     ("grpc.max_send_message_length", BODY_BYTES_MAX),
     ("grpc.keepalive_permit_without_calls", 1),  # of both ends
     ("grpc.http2.max_pings_without_data", 0),  # a request may wait long for its first token
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # sooner, a client's pings are an attack
+    ("grpc.max_concurrent_streams", 1024),  # of one connection; the client's own library holds back the rest
+    ("grpc.max_connection_idle_ms", 300_000),  # without a call: the client dials again when it has one
 ]
 
 if TYPE_CHECKING:
@@ -43,7 +47,7 @@ if TYPE_CHECKING:
 
 # Adds a service to the server and returns its full name.
 AddService = Callable[[grpc.aio.Server], str]
-# Ends a request that another router may have; whether one had it.
+# Ends a request that another router may have; whether one had it. Raises TandemError when that is not known.
 CancelElsewhere = Callable[[str], Awaitable[bool]]
 
 
@@ -89,7 +93,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Ends a request and all its answers, whichever router has it."""
         found = self._service.cancel(request.request_id, "cancelled by a client")
         if not found and self._cancel_elsewhere is not None:
-            found = await self._cancel_elsewhere(request.request_id)
+            try:
+                found = await self._cancel_elsewhere(request.request_id)
+            except TandemError as error:
+                await _abort(context, error)
         return inference_pb2.CancelResponse(found=found)
 
     async def Tokenize(
@@ -226,20 +233,23 @@ def build_grpc_server(
     shares_port: bool = False,
     keepalive_s: float = _KEEPALIVE_S,
     handshake_timeout_s: float = _HANDSHAKE_TIMEOUT_S,
+    connections_max: int = CONNECTIONS_MAX,
 ) -> GrpcServer:
     """The server, not started yet. `extra` add their services to it and are seen by reflection.
 
     `shares_port`: other processes may serve at the same port; without it, that is a mistake and an error.
     A client is pinged every `keepalive_s` and is gone when it does not answer within as long; a connection that has
-    not said within `handshake_timeout_s` that it speaks HTTP/2 is closed.
+    not said within `handshake_timeout_s` that it speaks HTTP/2 is closed; so is one that is one too many.
     """
     times = [
         ("grpc.keepalive_time_ms", round(keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(keepalive_s * 1000)),
         ("grpc.http2.ping_timeout_ms", round(keepalive_s * 1000)),  # else a ping has a minute
         ("grpc.server_handshake_timeout_ms", round(handshake_timeout_s * 1000)),
+        ("grpc.max_allowed_incoming_connections", connections_max),
     ]
-    server = grpc.aio.server(options=[*_OPTIONS, ("grpc.so_reuseport", int(shares_port)), *times])
+    options = [*_OPTIONS, ("grpc.so_reuseport", int(shares_port)), *times]
+    server = grpc.aio.server(options=options, interceptors=[ParsedRequests()])
     inference_pb2_grpc.add_InferenceServicer_to_server(  # type: ignore[no-untyped-call]
         InferenceServicer(service, cancel_elsewhere), server
     )

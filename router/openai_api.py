@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import time
@@ -18,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from router.answer import Answers, Piece
 from router.metrics import CONTENT_TYPE, Api
+from router.openai_document import ModelLimits, document_of
 from router.openai_page import page_of
 from router.openai_schema import ChatRequest, CommonRequest, CompletionRequest, parse
 from router.openai_stream import (
@@ -63,6 +65,13 @@ def build_app(service: Service) -> FastAPI:
     _add_models(app, service)
     _add_health(app, service)
 
+    limits = ModelLimits(
+        id=service.model.id,
+        vocab_size=service.limits.vocab_size,
+        context_tokens=service.limits.context_tokens,
+    )
+    app.openapi = functools.partial(document_of, app, limits)  # type: ignore[method-assign]
+
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
         """The schema for people."""
@@ -87,24 +96,24 @@ def build_app(service: Service) -> FastAPI:
 def _add_completions(app: FastAPI, service: Service) -> None:
     bodies = Bodies()
 
-    @app.post("/v1/chat/completions", openapi_extra=_schema(ChatRequest), tags=["completions"])
+    @app.post("/v1/chat/completions", tags=["completions"])
     async def chat_completions(request: Request) -> Response:
         """Answers a chat; with `stream` as server-sent events."""
         with _Refusals(service, Api.CHAT):
             asked = parse(ChatRequest, await bodies.read(request))
-            if LAST_EVENT_ID in request.headers:
+            if request.headers.get(LAST_EVENT_ID):
                 return await _resume(service, Api.CHAT, request)
             service.check_model(asked.model)
             fields = asked.fields()
             prompt = await service.encode_chat(asked.turns())
             return await _open(service, Api.CHAT, request, asked, [prompt], fields, asked.names())
 
-    @app.post("/v1/completions", openapi_extra=_schema(CompletionRequest), tags=["completions"])
+    @app.post("/v1/completions", tags=["completions"])
     async def completions(request: Request) -> Response:
         """Continues one or several prompts, each a text or token ids."""
         with _Refusals(service, Api.COMPLETIONS):
             asked = parse(CompletionRequest, await bodies.read(request))
-            if LAST_EVENT_ID in request.headers:
+            if request.headers.get(LAST_EVENT_ID):
                 return await _resume(service, Api.COMPLETIONS, request)
             service.check_model(asked.model)
             fields, prompts = asked.fields(), asked.prompts()
@@ -294,12 +303,6 @@ def _error_response(error: TandemError, request_id: str) -> Response:
     if isinstance(error, BodyTooLarge | BodyTooSlow):
         headers["connection"] = "close"
     return Response(error_body(error), error.http_status, headers=headers, media_type="application/json")
-
-
-def _schema(kind: type[CommonRequest]) -> dict[str, object]:
-    """The body's schema for /openapi.json and /docs: handlers read the body themselves."""
-    content = {"application/json": {"schema": kind.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

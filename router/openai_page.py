@@ -25,24 +25,38 @@ def page_of(document: Mapping[str, Any]) -> str:
             parts.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2>")
             parts.append(f"<p>{escape(operation.get('description', ''))}</p>")
             if "requestBody" in operation:
-                parts.append(_fields(operation["requestBody"]["content"]["application/json"]["schema"]))
+                parts.append(_tables(operation["requestBody"]["content"]["application/json"]["schema"], document))
     return "".join(parts)
 
 
+def _tables(schema: Mapping[str, Any], document: Mapping[str, Any]) -> str:
+    """A table of the fields of an object that the document describes, then one for each object that it refers to."""
+    schemas = document["components"]["schemas"]
+    own = schemas[_name(schema)]
+    fields = own["properties"].values()
+    branches = [each for field in fields for each in field.get("anyOf", [field])]
+    referred = [each for branch in branches for each in (branch, branch.get("items", {})) if "$ref" in each]
+    inner = [f"<h3>{escape(_name(each))}</h3>{_fields(schemas[_name(each)])}" for each in referred]
+    return _fields(own) + "".join(inner)
+
+
+def _name(reference: Mapping[str, Any]) -> str:
+    return str(reference["$ref"]).rpartition("/")[2]
+
+
 def _fields(schema: Mapping[str, Any]) -> str:
-    """A table of the fields of an object, the required ones marked, then one for each object inside it."""
+    """A table of the fields of an object, the required ones marked."""
     rows = []
     for name, field in schema["properties"].items():
         required = " (required)" if name in schema.get("required", ()) else ""
         cells = (f"<code>{escape(name)}</code>", escape(_type(field)) + required, escape(field.get("description", "")))
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    inner = [f"<h3>{escape(name)}</h3>{_fields(each)}" for name, each in schema.get("$defs", {}).items()]
-    return f"<table><tr><th>field<th>type<th></tr>{''.join(rows)}</table>{''.join(inner)}"
+    return f"<table><tr><th>field<th>type<th></tr>{''.join(rows)}</table>"
 
 
 def _type(field: Mapping[str, Any]) -> str:
     if "$ref" in field:
-        return str(field["$ref"]).rpartition("/")[2]
+        return _name(field)
     if "anyOf" in field:
         return " or ".join(_type(each) for each in field["anyOf"] if each.get("type") != "null")
     if field.get("type") == "array":

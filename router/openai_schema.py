@@ -222,7 +222,8 @@ def _check_extra(extra: Mapping[str, object], n: int | None) -> None:
         neutral = UNSUPPORTED.get(name)
         if neutral is None:
             raise InvalidRequest(show(name).strip("'"), "is not a field of this request")
-        if value not in neutral and not (name == "best_of" and value == n):
+        same = any(type(value) is type(each) and value == each for each in neutral)  # 0 is not false
+        if not same and not (name == "best_of" and type(value) is int and value == n):
             raise InvalidRequest(name, f"is {show(value)}, which is not supported")
 
 

@@ -91,7 +91,8 @@ class Ask:
     num_more: int
     priority: int = 0
     hashes: Sequence[bytes] = ()
-    avoid: frozenset[WorkerKey] = field(default=frozenset())
+    avoid: frozenset[WorkerKey] = field(default=frozenset())  # for this request
+    resting: frozenset[tuple[WorkerKey, WorkerKey]] = field(default=frozenset())  # sources and targets, for any
     recovers: bool = False  # it was placed before: what it had computed is not to be computed again
     pinned: Pair | None = None  # who is to prefill and to decode it, and nobody else
 
@@ -203,8 +204,10 @@ class Placer:
     def _disaggregated(self, case: _Case) -> Placement | NoPlacement:
         """The best of: a prefill worker with a decode worker, or a mixed worker alone."""
         options = self._options(case, Role.PREFILL)
-        decode = self._decode(case, Role.DECODE) or self._decode(case, Role.MIXED)
+        decode = self._decode(case, Role.DECODE, options) or self._decode(case, Role.MIXED, options)
         fresh = [each for each in options if each.worker.key not in case.ask.avoid]
+        if decode is not None and case.ask.resting:
+            fresh = [each for each in fresh if (each.worker.key, decode[0].key) not in case.ask.resting] or fresh
         alone = self._options(case, Role.MIXED)
         alone = [each for each in alone if self.fits(case.ask, each.worker) and each.worker.key not in case.ask.avoid]
         tried = not fresh or (decode is not None and decode[0].key in case.ask.avoid)
@@ -282,13 +285,22 @@ class Placer:
         scores = tuple((str(each.worker.worker_id), round(each.score_ms, 3)) for each in options)
         return self._placement(best, best.worker, AssignMode.LOCAL, why, scores)
 
-    def _decode(self, case: _Case, role: Role) -> tuple[Worker, tuple[tuple[str, float], ...]] | None:
-        """The decode worker with memory whose batch and missing blocks cost least; tried ones only when all were."""
+    def _decode(
+        self, case: _Case, role: Role, sources: Sequence[_Option]
+    ) -> tuple[Worker, tuple[tuple[str, float], ...]] | None:
+        """The decode worker with memory whose batch and missing blocks cost least.
+
+        Tried ones only when all were, and then one that some source gets through to, as far as is known.
+        """
         warm = case.warm(role)
         least = islice(self._fleet.fewest_requests(role), SCAN_MAX)
         few = islice((each for each in least if self.fits(case.ask, each)), LEAST_LOADED)
         candidates = [each for each in _distinct(warm, few) if self.fits(case.ask, each)]
         candidates = [each for each in candidates if each.key not in case.ask.avoid] or candidates
+        if case.ask.resting:
+            keys = [each.worker.key for each in sources if each.worker.key not in case.ask.avoid]
+            reached = [each for each in candidates if any((key, each.key) not in case.ask.resting for key in keys)]
+            candidates = reached or candidates
         scored = []
         for worker in candidates:
             missing = case.ask.num_tokens - case.cached(worker)

@@ -32,6 +32,7 @@ class RequestState(StrEnum):
 
 
 ENDED = frozenset({RequestState.FINISHED, RequestState.CANCELLED, RequestState.FAILED})
+COUNT_MAX, BYTES_MAX = (1 << 32) - 1, (1 << 64) - 1  # of the status message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +55,13 @@ class Transferred:
     first_step_ms: float = 0.0
 
     def plus(self, stats: TransferStats) -> Transferred:
-        """With what one end of a transfer tells."""
+        """With what one end of a transfer tells. Sums stay within what the status message can say."""
         return Transferred(
-            blocks_granted=self.blocks_granted + stats.blocks_granted,
-            blocks_moved=self.blocks_moved + stats.blocks_moved,
-            blocks_reused=self.blocks_reused + stats.blocks_reused,
-            bytes_moved=self.bytes_moved + stats.bytes,
-            tokens_recomputed=self.tokens_recomputed + stats.tokens_recomputed,
+            blocks_granted=min(self.blocks_granted + stats.blocks_granted, COUNT_MAX),
+            blocks_moved=min(self.blocks_moved + stats.blocks_moved, COUNT_MAX),
+            blocks_reused=min(self.blocks_reused + stats.blocks_reused, COUNT_MAX),
+            bytes_moved=min(self.bytes_moved + stats.bytes, BYTES_MAX),
+            tokens_recomputed=min(self.tokens_recomputed + stats.tokens_recomputed, COUNT_MAX),
             tokens_cached=max(self.tokens_cached, stats.tokens_cached),
             first_frame_ms=stats.first_frame_ms or self.first_frame_ms,
             last_chunk_start_ms=stats.last_chunk_start_ms or self.last_chunk_start_ms,

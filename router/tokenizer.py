@@ -89,7 +89,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     try:
         return _from_folder(path) if path.is_dir() else _from_gguf(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, TokenizerError):
             raise
         raise TokenizerError(f"{path}: no usable tokenizer: {error}") from error

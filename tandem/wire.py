@@ -375,6 +375,11 @@ def encode_report(report: WorkerReport) -> pb.WorkerReport:
     )
 
 
+def is_beat(message: pb.WorkerReport) -> bool:
+    """Whether the worker has nothing to say but that it lives."""
+    return not message.worker_id
+
+
 def decode_report(message: pb.WorkerReport) -> WorkerReport:
     """Raises ValueError on whatever is malformed in it."""
     return WorkerReport(

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tandem/v1/admin.proto\x12\ttandem.v1\"8\n\rStatusRequest\x12\x18\n\x10include_finished\x18\x01 \x01(\x08\x12\r\n\x05local\x18\x02 \x01(\x08\"\x87\x01\n\x11\x42lockCountsStatus\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\r\n\x05owned\x18\x04 \x01(\r\x12\x10\n\x08\x65xported\x18\x05 \x01(\r\x12\x0f\n\x07granted\x18\x06 \x01(\r\x12\x13\n\x0bquarantined\x18\x07 \x01(\r\"\xeb\x02\n\x0cWorkerStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x11\n\tagent_pid\x18\x05 \x01(\r\x12\x13\n\x0bincarnation\x18\x06 \x01(\x04\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x0f\n\x07waiting\x18\x08 \x01(\r\x12\r\n\x05\x65xact\x18\t \x01(\x08\x12/\n\tkv_blocks\x18\n \x01(\x0b\x32\x1c.tandem.v1.BlockCountsStatus\x12\r\n\x05model\x18\x0b \x01(\t\x12\r\n\x05\x64type\x18\x0c \x01(\t\x12\r\n\x05\x61udit\x18\r \x03(\t\x12\x0e\n\x06reason\x18\x0e \x01(\t\x12\x14\n\x0c\x65xact_reason\x18\x0f \x01(\t\x12\r\n\x05steps\x18\x10 \x01(\x04\x12\x14\n\x0clast_step_ms\x18\x11 \x01(\x02\x12#\n\x04swap\x18\x12 \x01(\x0b\x32\x15.tandem.v1.SwapStatus\"z\n\nSwapStatus\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04used\x18\x02 \x01(\r\x12\x10\n\x08requests\x18\x03 \x01(\r\x12\x13\n\x0bswapped_out\x18\x04 \x01(\r\x12\x14\n\x0c\x62rought_back\x18\x05 \x01(\r\x12\x12\n\nrecomputed\x18\x06 \x01(\r\"\x8a\x04\n\rRequestStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x03 \x01(\t\x12\x15\n\rdecode_worker\x18\x04 \x01(\t\x12\x0e\n\x06tokens\x18\x05 \x01(\r\x12\x14\n\x0c\x62locks_moved\x18\x06 \x01(\r\x12\x19\n\x11tokens_recomputed\x18\x07 \x01(\r\x12\x16\n\x0e\x62locks_granted\x18\x08 \x01(\r\x12\x15\n\rblocks_reused\x18\t \x01(\r\x12\r\n\x05\x65rror\x18\n \x01(\t\x12\x0e\n\x06reason\x18\x0b \x01(\t\x12\x16\n\x0e\x66irst_frame_ms\x18\x0c \x01(\r\x12\x1b\n\x13last_chunk_start_ms\x18\r \x01(\r\x12\x14\n\x0c\x63ommitted_ms\x18\x0e \x01(\r\x12\x15\n\rtokens_cached\x18\x0f \x01(\r\x12\x15\n\rprompt_tokens\x18\x10 \x01(\r\x12\x14\n\x07ttft_ms\x18\x11 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x10num_replacements\x18\x12 \x01(\r\x12\x0c\n\x04mode\x18\x13 \x01(\t\x12\x11\n\tnum_moves\x18\x14 \x01(\r\x12\x11\n\tmoving_to\x18\x15 \x01(\t\x12\x15\n\rfirst_step_ms\x18\x16 \x01(\x01\x12\x10\n\x08priority\x18\x17 \x01(\r\x12\x0e\n\x06router\x18\x18 \x01(\tB\n\n\x08_ttft_ms\"q\n\x0cRouterStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\n\n\x02up\x18\x04 \x01(\x08\x12\x15\n\rworkers_ready\x18\x05 \x03(\t\x12\x14\n\x0cnum_requests\x18\x06 \x01(\r\"\x81\x02\n\nMoveStatus\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0c\n\x04\x66rom\x18\x02 \x01(\t\x12\n\n\x02to\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0b\n\x03why\x18\x05 \x01(\t\x12\x0f\n\x07outcome\x18\x06 \x01(\t\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x0e\n\x06rounds\x18\x08 \x01(\r\x12\x0e\n\x06\x62locks\x18\t \x01(\r\x12\r\n\x05\x62ytes\x18\n \x01(\x04\x12\x12\n\nprecopy_ms\x18\x0b \x01(\r\x12\x10\n\x08pause_ms\x18\x0c \x01(\r\x12\r\n\x05\x61t_ms\x18\r \x01(\x04\x12\x15\n\rblocks_reused\x18\x0e \x01(\r\x12\x10\n\x08\x66\x65nce_ms\x18\x0f \x01(\r\"\xcd\x02\n\x0eStatusResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\x12*\n\x08requests\x18\x02 \x03(\x0b\x32\x18.tandem.v1.RequestStatus\x12\r\n\x05model\x18\x03 \x01(\t\x12\x14\n\x0chttp_address\x18\x04 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x05 \x01(\t\x12\x12\n\nrouter_pid\x18\x06 \x01(\r\x12$\n\x05moves\x18\x07 \x03(\x0b\x32\x15.tandem.v1.MoveStatus\x12(\n\x07routers\x18\x08 \x03(\x0b\x32\x17.tandem.v1.RouterStatus\x12\x11\n\tnot_ready\x18\t \x01(\t\x12$\n\x05pairs\x18\n \x03(\x0b\x32\x15.tandem.v1.PairStatus\x12\r\n\x05store\x18\x14 \x01(\t\"p\n\nPairStatus\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x16\n\tserved_ms\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x04 \x01(\tB\x0c\n\n_served_ms\"?\n\x0eMigrateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\n\n\x02to\x18\x02 \x01(\t\x12\r\n\x05local\x18\x03 \x01(\x08\"D\n\x0c\x44rainRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x02 \x01(\r\x12\x0f\n\x07restart\x18\x03 \x01(\x08\"y\n\rDrainProgress\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x10\n\x08requests\x18\x04 \x01(\r\x12\x0e\n\x06\x62locks\x18\x05 \x01(\r\x12\x12\n\nelapsed_ms\x18\x06 \x01(\r\"\'\n\x11\x43\x61ncelHereRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x12\x43\x61ncelHereResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x14\n\x12MetricsHereRequest\"#\n\x13MetricsHereResponse\x12\x0c\n\x04page\x18\x01 \x01(\t\"\x1d\n\x0bStopRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x0e\n\x0cStopResponse2\x93\x03\n\x05\x41\x64min\x12=\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x19.tandem.v1.StatusResponse\x12\x37\n\x04Stop\x12\x16.tandem.v1.StopRequest\x1a\x17.tandem.v1.StopResponse\x12;\n\x07Migrate\x12\x19.tandem.v1.MigrateRequest\x1a\x15.tandem.v1.MoveStatus\x12<\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainProgress0\x01\x12I\n\nCancelHere\x12\x1c.tandem.v1.CancelHereRequest\x1a\x1d.tandem.v1.CancelHereResponse\x12L\n\x0bMetricsHere\x12\x1d.tandem.v1.MetricsHereRequest\x1a\x1e.tandem.v1.MetricsHereResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tandem/v1/admin.proto\x12\ttandem.v1\"8\n\rStatusRequest\x12\x18\n\x10include_finished\x18\x01 \x01(\x08\x12\r\n\x05local\x18\x02 \x01(\x08\"\x87\x01\n\x11\x42lockCountsStatus\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\r\n\x05owned\x18\x04 \x01(\r\x12\x10\n\x08\x65xported\x18\x05 \x01(\r\x12\x0f\n\x07granted\x18\x06 \x01(\r\x12\x13\n\x0bquarantined\x18\x07 \x01(\r\"\xfc\x02\n\x0cWorkerStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x11\n\tagent_pid\x18\x05 \x01(\r\x12\x13\n\x0bincarnation\x18\x06 \x01(\x04\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x0f\n\x07waiting\x18\x08 \x01(\r\x12\r\n\x05\x65xact\x18\t \x01(\x08\x12/\n\tkv_blocks\x18\n \x01(\x0b\x32\x1c.tandem.v1.BlockCountsStatus\x12\r\n\x05model\x18\x0b \x01(\t\x12\r\n\x05\x64type\x18\x0c \x01(\t\x12\r\n\x05\x61udit\x18\r \x03(\t\x12\x0e\n\x06reason\x18\x0e \x01(\t\x12\x14\n\x0c\x65xact_reason\x18\x0f \x01(\t\x12\r\n\x05steps\x18\x10 \x01(\x04\x12\x14\n\x0clast_step_ms\x18\x11 \x01(\x02\x12#\n\x04swap\x18\x12 \x01(\x0b\x32\x15.tandem.v1.SwapStatus\x12\x0f\n\x07\x63ontrol\x18\x1e \x01(\t\"z\n\nSwapStatus\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04used\x18\x02 \x01(\r\x12\x10\n\x08requests\x18\x03 \x01(\r\x12\x13\n\x0bswapped_out\x18\x04 \x01(\r\x12\x14\n\x0c\x62rought_back\x18\x05 \x01(\r\x12\x12\n\nrecomputed\x18\x06 \x01(\r\"\x8a\x04\n\rRequestStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x03 \x01(\t\x12\x15\n\rdecode_worker\x18\x04 \x01(\t\x12\x0e\n\x06tokens\x18\x05 \x01(\r\x12\x14\n\x0c\x62locks_moved\x18\x06 \x01(\r\x12\x19\n\x11tokens_recomputed\x18\x07 \x01(\r\x12\x16\n\x0e\x62locks_granted\x18\x08 \x01(\r\x12\x15\n\rblocks_reused\x18\t \x01(\r\x12\r\n\x05\x65rror\x18\n \x01(\t\x12\x0e\n\x06reason\x18\x0b \x01(\t\x12\x16\n\x0e\x66irst_frame_ms\x18\x0c \x01(\r\x12\x1b\n\x13last_chunk_start_ms\x18\r \x01(\r\x12\x14\n\x0c\x63ommitted_ms\x18\x0e \x01(\r\x12\x15\n\rtokens_cached\x18\x0f \x01(\r\x12\x15\n\rprompt_tokens\x18\x10 \x01(\r\x12\x14\n\x07ttft_ms\x18\x11 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x10num_replacements\x18\x12 \x01(\r\x12\x0c\n\x04mode\x18\x13 \x01(\t\x12\x11\n\tnum_moves\x18\x14 \x01(\r\x12\x11\n\tmoving_to\x18\x15 \x01(\t\x12\x15\n\rfirst_step_ms\x18\x16 \x01(\x01\x12\x10\n\x08priority\x18\x17 \x01(\r\x12\x0e\n\x06router\x18\x18 \x01(\tB\n\n\x08_ttft_ms\"q\n\x0cRouterStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\n\n\x02up\x18\x04 \x01(\x08\x12\x15\n\rworkers_ready\x18\x05 \x03(\t\x12\x14\n\x0cnum_requests\x18\x06 \x01(\r\"\x81\x02\n\nMoveStatus\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0c\n\x04\x66rom\x18\x02 \x01(\t\x12\n\n\x02to\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0b\n\x03why\x18\x05 \x01(\t\x12\x0f\n\x07outcome\x18\x06 \x01(\t\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x0e\n\x06rounds\x18\x08 \x01(\r\x12\x0e\n\x06\x62locks\x18\t \x01(\r\x12\r\n\x05\x62ytes\x18\n \x01(\x04\x12\x12\n\nprecopy_ms\x18\x0b \x01(\r\x12\x10\n\x08pause_ms\x18\x0c \x01(\r\x12\r\n\x05\x61t_ms\x18\r \x01(\x04\x12\x15\n\rblocks_reused\x18\x0e \x01(\r\x12\x10\n\x08\x66\x65nce_ms\x18\x0f \x01(\r\"\xcd\x02\n\x0eStatusResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\x12*\n\x08requests\x18\x02 \x03(\x0b\x32\x18.tandem.v1.RequestStatus\x12\r\n\x05model\x18\x03 \x01(\t\x12\x14\n\x0chttp_address\x18\x04 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x05 \x01(\t\x12\x12\n\nrouter_pid\x18\x06 \x01(\r\x12$\n\x05moves\x18\x07 \x03(\x0b\x32\x15.tandem.v1.MoveStatus\x12(\n\x07routers\x18\x08 \x03(\x0b\x32\x17.tandem.v1.RouterStatus\x12\x11\n\tnot_ready\x18\t \x01(\t\x12$\n\x05pairs\x18\n \x03(\x0b\x32\x15.tandem.v1.PairStatus\x12\r\n\x05store\x18\x14 \x01(\t\"p\n\nPairStatus\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x16\n\tserved_ms\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x04 \x01(\tB\x0c\n\n_served_ms\"?\n\x0eMigrateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\n\n\x02to\x18\x02 \x01(\t\x12\r\n\x05local\x18\x03 \x01(\x08\"D\n\x0c\x44rainRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x02 \x01(\r\x12\x0f\n\x07restart\x18\x03 \x01(\x08\"y\n\rDrainProgress\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x10\n\x08requests\x18\x04 \x01(\r\x12\x0e\n\x06\x62locks\x18\x05 \x01(\r\x12\x12\n\nelapsed_ms\x18\x06 \x01(\r\"\'\n\x11\x43\x61ncelHereRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x12\x43\x61ncelHereResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x14\n\x12MetricsHereRequest\"#\n\x13MetricsHereResponse\x12\x0c\n\x04page\x18\x01 \x01(\t\"\x1d\n\x0bStopRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x0e\n\x0cStopResponse2\x93\x03\n\x05\x41\x64min\x12=\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x19.tandem.v1.StatusResponse\x12\x37\n\x04Stop\x12\x16.tandem.v1.StopRequest\x1a\x17.tandem.v1.StopResponse\x12;\n\x07Migrate\x12\x19.tandem.v1.MigrateRequest\x1a\x15.tandem.v1.MoveStatus\x12<\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainProgress0\x01\x12I\n\nCancelHere\x12\x1c.tandem.v1.CancelHereRequest\x1a\x1d.tandem.v1.CancelHereResponse\x12L\n\x0bMetricsHere\x12\x1d.tandem.v1.MetricsHereRequest\x1a\x1e.tandem.v1.MetricsHereResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,37 +36,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BLOCKCOUNTSSTATUS']._serialized_start=95
   _globals['_BLOCKCOUNTSSTATUS']._serialized_end=230
   _globals['_WORKERSTATUS']._serialized_start=233
-  _globals['_WORKERSTATUS']._serialized_end=596
-  _globals['_SWAPSTATUS']._serialized_start=598
-  _globals['_SWAPSTATUS']._serialized_end=720
-  _globals['_REQUESTSTATUS']._serialized_start=723
-  _globals['_REQUESTSTATUS']._serialized_end=1245
-  _globals['_ROUTERSTATUS']._serialized_start=1247
-  _globals['_ROUTERSTATUS']._serialized_end=1360
-  _globals['_MOVESTATUS']._serialized_start=1363
-  _globals['_MOVESTATUS']._serialized_end=1620
-  _globals['_STATUSRESPONSE']._serialized_start=1623
-  _globals['_STATUSRESPONSE']._serialized_end=1956
-  _globals['_PAIRSTATUS']._serialized_start=1958
-  _globals['_PAIRSTATUS']._serialized_end=2070
-  _globals['_MIGRATEREQUEST']._serialized_start=2072
-  _globals['_MIGRATEREQUEST']._serialized_end=2135
-  _globals['_DRAINREQUEST']._serialized_start=2137
-  _globals['_DRAINREQUEST']._serialized_end=2205
-  _globals['_DRAINPROGRESS']._serialized_start=2207
-  _globals['_DRAINPROGRESS']._serialized_end=2328
-  _globals['_CANCELHEREREQUEST']._serialized_start=2330
-  _globals['_CANCELHEREREQUEST']._serialized_end=2369
-  _globals['_CANCELHERERESPONSE']._serialized_start=2371
-  _globals['_CANCELHERERESPONSE']._serialized_end=2406
-  _globals['_METRICSHEREREQUEST']._serialized_start=2408
-  _globals['_METRICSHEREREQUEST']._serialized_end=2428
-  _globals['_METRICSHERERESPONSE']._serialized_start=2430
-  _globals['_METRICSHERERESPONSE']._serialized_end=2465
-  _globals['_STOPREQUEST']._serialized_start=2467
-  _globals['_STOPREQUEST']._serialized_end=2496
-  _globals['_STOPRESPONSE']._serialized_start=2498
-  _globals['_STOPRESPONSE']._serialized_end=2512
-  _globals['_ADMIN']._serialized_start=2515
-  _globals['_ADMIN']._serialized_end=2918
+  _globals['_WORKERSTATUS']._serialized_end=613
+  _globals['_SWAPSTATUS']._serialized_start=615
+  _globals['_SWAPSTATUS']._serialized_end=737
+  _globals['_REQUESTSTATUS']._serialized_start=740
+  _globals['_REQUESTSTATUS']._serialized_end=1262
+  _globals['_ROUTERSTATUS']._serialized_start=1264
+  _globals['_ROUTERSTATUS']._serialized_end=1377
+  _globals['_MOVESTATUS']._serialized_start=1380
+  _globals['_MOVESTATUS']._serialized_end=1637
+  _globals['_STATUSRESPONSE']._serialized_start=1640
+  _globals['_STATUSRESPONSE']._serialized_end=1973
+  _globals['_PAIRSTATUS']._serialized_start=1975
+  _globals['_PAIRSTATUS']._serialized_end=2087
+  _globals['_MIGRATEREQUEST']._serialized_start=2089
+  _globals['_MIGRATEREQUEST']._serialized_end=2152
+  _globals['_DRAINREQUEST']._serialized_start=2154
+  _globals['_DRAINREQUEST']._serialized_end=2222
+  _globals['_DRAINPROGRESS']._serialized_start=2224
+  _globals['_DRAINPROGRESS']._serialized_end=2345
+  _globals['_CANCELHEREREQUEST']._serialized_start=2347
+  _globals['_CANCELHEREREQUEST']._serialized_end=2386
+  _globals['_CANCELHERERESPONSE']._serialized_start=2388
+  _globals['_CANCELHERERESPONSE']._serialized_end=2423
+  _globals['_METRICSHEREREQUEST']._serialized_start=2425
+  _globals['_METRICSHEREREQUEST']._serialized_end=2445
+  _globals['_METRICSHERERESPONSE']._serialized_start=2447
+  _globals['_METRICSHERERESPONSE']._serialized_end=2482
+  _globals['_STOPREQUEST']._serialized_start=2484
+  _globals['_STOPREQUEST']._serialized_end=2513
+  _globals['_STOPRESPONSE']._serialized_start=2515
+  _globals['_STOPRESPONSE']._serialized_end=2529
+  _globals['_ADMIN']._serialized_start=2532
+  _globals['_ADMIN']._serialized_end=2935
 # @@protoc_insertion_point(module_scope)

@@ -11,10 +11,11 @@ from typing import Any
 
 import grpc
 import httpx
+import psutil
 from served import STOP_S, Served, alive
 
 from cli.status import to_document
-from tandem.v1 import admin_pb2, admin_pb2_grpc
+from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2_grpc
 
 SETTLE_S = 30.0
 POLL_S = 0.1
@@ -65,6 +66,12 @@ class ClusterUnderTest(Served):
         lines = [f"{log.name}: {line}" for log in logs for line in log.read_text(errors="replace").splitlines()]
         return [line for line in lines if any(word in line for word in (" ERROR ", " CRITICAL ", "Traceback"))]
 
+    def control_port(self, worker_id: str) -> int:
+        """Where the worker's own gRPC server listens: Ray has one in the same process."""
+        pid = next(each["pid"] for each in self.document()["workers"] if each["id"] == worker_id)
+        listening = [each.laddr.port for each in psutil.Process(pid).net_connections("tcp") if each.status == "LISTEN"]
+        return next(port for port in listening if "hello" in _refusal(port))
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -77,6 +84,17 @@ class ClusterUnderTest(Served):
         for process in left:
             process.kill()
         assert not left, f"outlived the cluster: {left}"
+
+
+def _refusal(port: int) -> str:
+    """What a worker's server says to a router that does not introduce itself."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
+        try:
+            list(stub.Connect(iter([]), timeout=10))
+        except grpc.RpcError as error:
+            return str(error)
+    return ""
 
 
 def unsettled(document: dict[str, Any]) -> list[str]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 import pytest
+from router_rig import D, Rig, request
 
-from cluster.admin import Addresses, Admin
+from cluster.admin import Addresses, Admin, request_status
 from cluster.canary import Canaries
 from cluster.config import load
 from cluster.membership import Heartbeat, Membership, MemberState, StateChanged
@@ -19,9 +20,10 @@ from cluster.operations import Operations
 from cluster.peers import Peers
 from cluster.registry import Registry
 from router.driver import Driver
+from router.events import Submitted
 from router.metrics import EdgeMetrics
-from tandem.messages import Role, WorkerInfo
-from tandem.request import RequestId, WorkerId
+from tandem.messages import Role, TransferStats, WorkerInfo
+from tandem.request import RequestId, TransferId, WorkerId
 from tandem.v1 import admin_pb2 as pb
 from tandem.v1 import admin_pb2_grpc, worker_pb2_grpc
 from tandem.wire import encode_worker_info
@@ -144,6 +146,18 @@ async def drained(here: Place, worker: str, **asked: object) -> list[str]:
     async for progress in here.stub.Drain(pb.DrainRequest(worker=worker, **asked), timeout=30):  # type: ignore[arg-type]
         states.append(progress.state)
     return list(dict.fromkeys(states))
+
+
+def test_counts_that_no_message_holds_are_shown_as_the_largest() -> None:
+    most = TransferStats(
+        request_id=RequestId("r"), transfer_id=TransferId("t"), blocks_granted=(1 << 32) - 1, bytes=(1 << 64) - 1
+    )
+    rig = Rig()
+    rig.up("d0", Role.MIXED)
+    rig.feed(Submitted(request=request()))
+    rig.report(D, transfers=(most, most))
+    [shown] = [request_status(each) for each in rig.core.status(rig.now_ms).requests]
+    assert shown.blocks_granted == (1 << 32) - 1
 
 
 def test_what_cannot_be_moved_is_named() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -293,6 +294,53 @@ def test_binary_noise_and_large_messages_do_no_harm() -> None:
                     assert await call.code() is not grpc.StatusCode.OK
             async with AsyncClient(target, timeout_s=DEADLINE_S) as client:
                 assert (await client.generate("x")).text == TEXT
+
+    asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
+
+
+def test_bytes_that_are_no_message_are_the_callers_mistake() -> None:
+    """Of every kind of method, on streams also in the middle; the call after it is served."""
+
+    async def main() -> None:
+        async with grpc_server(service_over(saying(TEXT))) as target, grpc.aio.insecure_channel(target) as channel:
+            calls = [
+                channel.unary_unary(f"/{INFERENCE}/Tokenize")(b"\xff\xff", timeout=DEADLINE_S),  # type: ignore[call-arg]
+                channel.unary_stream(f"/{INFERENCE}/Generate")(b"\xff\xff", timeout=DEADLINE_S),  # type: ignore[call-arg]
+            ]
+            stream = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")(  # type: ignore[call-arg]
+                timeout=DEADLINE_S
+            )
+            asked = reflection_pb2.ServerReflectionRequest(list_services="")
+            await stream.write(asked.SerializeToString())
+            listed: Any = await stream.read()
+            assert INFERENCE.encode() in listed
+            await stream.write(b"\xff\xff")
+            for call in (*calls, stream):
+                assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert (await call.details()).startswith("message: 2 bytes that are no request of ")
+            async with AsyncClient(target, timeout_s=DEADLINE_S) as client:
+                assert (await client.generate("x")).text == TEXT
+
+    asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
+
+
+def test_no_more_connections_than_the_limit() -> None:
+    async def main() -> None:
+        server = build_grpc_server(service_over(saying(TEXT)), connections_max=3)
+        port = await server.start("127.0.0.1", 0)
+        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        for reader, _ in idle:
+            await asyncio.wait_for(reader.readexactly(9), DEADLINE_S)  # the server's settings
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=DEADLINE_S)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        for _, writer in idle:
+            writer.transport.abort()
+        async with AsyncClient(f"127.0.0.1:{port}", timeout_s=DEADLINE_S) as client:
+            assert (await client.generate("x")).text == TEXT
+        await server.stop(0.2)
 
     asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
 

@@ -65,7 +65,7 @@ async def a_router(worker: CountingWorker, redis: RedisServer | None, name: str)
             stack.push_async_callback(store.leave)
             stack.callback(writing.cancel)
         model = ServedModel(id=MODEL, context_tokens=512, created_s=1, exact=True)
-        service = Service(driver=driver, tokenizer=smol(), model=model, metrics=EdgeMetrics(), journal=journal)
+        service = Service(driver=driver, tokenizer=smol(), model=model, metrics=EdgeMetrics(name), journal=journal)
         server = build_grpc_server(service)
         port = await server.start("127.0.0.1", 0)
         stack.push_async_callback(server.stop, 0.1)
@@ -151,7 +151,8 @@ def test_a_broken_stream_is_resumed_where_it_runs() -> None:
         seen = await begun(router, ask("r", 40))
         index = len(tokens_of(seen))
         reading = asyncio.create_task(attached(router, "r", index))
-        await until(lambda: b"tandem_router_resumed_requests_total 1.0" in router.service.metrics.page())
+        resumed = b'tandem_router_resumed_requests_total{router="only"} 1.0'
+        await until(lambda: resumed in router.service.metrics.page())
         release(router, worker)
         rest = await reading
         assert tokens_of(seen) + tokens_of(rest) == ids(40)

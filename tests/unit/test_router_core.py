@@ -349,6 +349,29 @@ def test_failures_are_bounded_and_the_last_one_is_named(rig: Rig) -> None:
     assert len({each.epoch for each in rig.assigns()}) == 4
 
 
+def test_a_pair_that_failed_rests_and_others_serve_meanwhile(rig: Rig) -> None:
+    """Other requests need not find out that two workers do not get through to each other; they try it later."""
+    rig.up("d1", Role.DECODE)
+
+    def targets() -> list[WorkerId]:
+        return [worker for worker, assign in rig.sent(Assign) if assign.mode is AssignMode.DECODE]
+
+    def ask(number: int) -> WorkerId:
+        rig.feed(Submitted(request=request(f"other-{number}", tokens=(number,) * 40)))
+        return targets()[-1]
+
+    assert targets() == [D]
+    failed = RequestFailed(
+        request_id=R, epoch=1, code="handoff_failed", message="no frame gets through", retryable=True
+    )
+    rig.report(P, failed=(failed,))
+    rig.feed(Tick(), after_ms=RouterConfig().salvage_ms)
+    assert targets() == [D, D2]
+    assert {ask(number) for number in range(4)} == {D2}
+    rig.feed(Tick(), after_ms=RouterConfig().pair_rest_ms + 1)
+    assert D in {ask(number) for number in range(4, 8)}, "no list of what failed outlives its time"
+
+
 def test_a_failure_that_no_other_place_mends_ends_the_request(rig: Rig) -> None:
     rig.report(
         P, failed=(RequestFailed(request_id=R, epoch=1, code="invalid_request", message="bad", retryable=False),)

@@ -289,6 +289,17 @@ def test_what_was_tried_in_vain_is_avoided_and_at_last_done_without_a_handoff() 
     assert placed.mode is AssignMode.LOCAL
 
 
+def test_a_resting_pair_is_used_when_there_is_no_other() -> None:
+    pool = Pool()
+    first, second = pool.add("p0", Role.PREFILL), pool.add("p1", Role.PREFILL)
+    target = pool.add("d0", Role.DECODE)
+    resting = frozenset({(first.key, target.key)})
+    placed = pool.place(replace(ask(), resting=resting))
+    assert (placed.prefill_worker.worker_id, placed.decode_worker.worker_id) == ("p1", "d0")
+    placed = pool.place(replace(ask(), resting=resting | {(second.key, target.key)}))
+    assert (placed.mode, placed.decode_worker.worker_id) == (AssignMode.PREFILL, "d0")
+
+
 def test_a_prompt_that_no_worker_can_hold() -> None:
     pool = Pool()
     pool.add("m0", Role.MIXED, total_blocks=10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,13 @@ def test_gguf_files_with_other_content_are_refused(saved: Path, tmp_path: Path) 
     write_gguf(path, saved, more={"llama.logit_scale": 2.0})
     with pytest.raises(ModelError, match=re.escape("llama.logit_scale = 2.0 is unknown")):
         load(path)
+    path.write_bytes(b"")
+    with pytest.raises(ModelError, match="it is empty"):
+        read_header(path)
+    arrays_in_arrays = struct.pack("<IQ", 9, 1) * 3000
+    path.write_bytes(struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"k", 9) + arrays_in_arrays)
+    with pytest.raises(ModelError, match="arrays nest deeper than 4"):
+        read_header(path)
     path.write_bytes(b"PK\x03\x04 something else")
     with pytest.raises(ModelError, match="not a GGUF file"):
         load(path)

@@ -195,6 +195,7 @@ def test_an_endpoint_survives_its_string_and_others_are_refused() -> None:
         ("", "endpoint"),
         ("[]", "endpoint"),
         ("x" * 2000, "endpoint"),
+        ("[" * 1024, "endpoint"),  # nested deeper than the reader goes
         (good.replace('"port":7', '"port":0'), "endpoint.port"),
         (good.replace('"port":7', '"port":true'), "endpoint.port"),
         (good.replace('"host":"10.0.0.1",', ""), "endpoint.host"),
