@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
+from dataclasses import replace
 from typing import assert_never
 
 from kv_transfer.actions import Piece, Report
@@ -93,3 +94,31 @@ class ReportBuilder:
             blocks=blocks,
             load=load,
         )
+
+
+def joined(reports: Iterable[WorkerReport]) -> list[WorkerReport]:
+    """Reports to one session that wait to be written, as few of them as say the same.
+
+    A router that lags hears of many steps at once, and catches up. Else it would be cut off and place everything anew,
+    which is no help to one that has too much to do. Two BlockEvents never become one, since a gap among them is seen.
+    The order of pieces of different kinds is not kept: none of a later kind is said before an earlier one is answered.
+    """
+    parts: list[WorkerReport] = []
+    for report in reports:
+        last = parts[-1] if parts else None
+        if last is None or (last.blocks is not None and report.blocks is not None):
+            parts.append(report)
+            continue
+        parts[-1] = replace(
+            last,
+            sequence=report.sequence,
+            tokens=last.tokens + report.tokens,
+            failed=last.failed + report.failed,
+            commit_asks=last.commit_asks + report.commit_asks,
+            owner_queries=last.owner_queries + report.owner_queries,
+            moves_failed=last.moves_failed + report.moves_failed,
+            transfers=last.transfers + report.transfers,
+            blocks=last.blocks or report.blocks,
+            load=report.load or last.load,
+        )
+    return parts

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 import grpc.aio
 
+from cluster.worker_reports import joined
 from engine.events import RouterGone
 from engine.loop import InboxFull
 from kv_transfer.actions import FromRouter, RouterJoined
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 REPORTS_MAX = 4096  # that wait for one router; with more it is cut off and places its requests anew
 SESSIONS_MAX = 64  # of routers; each is told of all that the worker holds
 HELLO_TIMEOUT_S = 5.0  # for the first message of a stream: a router sends it at once
+JOINED_MAX = 256  # reports of as many steps are written as one to a router that lags
 BEAT_INTERVAL_S = 1.0  # a router that hears nothing for some of them dials anew
 LAST_WRITE_S = 5.0  # for the report under way when a stream ends; a router that reads nothing holds it up
 
@@ -128,16 +130,21 @@ async def _write(
     context: grpc.aio.ServicerContext[pb.RouterMessage, pb.WorkerReport],
     gate: Gate,
 ) -> str:
-    message = pb.WorkerReport()  # a sign of life
+    messages = [pb.WorkerReport()]  # a sign of life
+    ended = False
     while True:
-        await gate.passing()
-        await context.write(message)
+        for message in messages:
+            await gate.passing()
+            await context.write(message)
+        if ended:
+            return "the worker ended the stream"
         try:
             async with asyncio.timeout(BEAT_INTERVAL_S):
-                report = await queue.get()
+                waiting = [await queue.get()]
         except TimeoutError:
-            message = pb.WorkerReport()
+            messages = [pb.WorkerReport()]
             continue
-        if report is None:
-            return "the worker ended the stream"
-        message = wire.encode_report(report)
+        while waiting[-1] is not None and not queue.empty() and len(waiting) < JOINED_MAX:
+            waiting.append(queue.get_nowait())
+        ended = waiting[-1] is None
+        messages = [wire.encode_report(each) for each in joined(each for each in waiting if each is not None)]

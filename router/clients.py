@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import grpc.aio
 
@@ -23,6 +23,7 @@ from tandem.v1 import worker_pb2_grpc
 log = logging.getLogger(__name__)
 
 MESSAGE_BYTES_MAX = 64 << 20
+CLOSE_TIMEOUT_S = 5.0
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -97,7 +98,7 @@ class WorkerLink:
             try:
                 was_up, reason = await self._stream(channel)
             finally:
-                await channel.close(None)
+                await _within(channel.close(None), f"channel to worker={self._worker_id}")
             if was_up:
                 pause_ms = self._config.redial_ms
                 log.warning("link to worker=%s lost: %s", self._worker_id, reason)
@@ -139,7 +140,7 @@ class WorkerLink:
             for task in tasks:
                 task.cancel()
             call.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _within(asyncio.gather(*tasks, return_exceptions=True), f"stream to worker={self._worker_id}")
         if heard_no_more:
             self._on_lost(reason)
         return True, reason
@@ -182,6 +183,15 @@ class WorkerLink:
             return _say(error)
         except TimeoutError:
             return f"the worker took no message for {timeout_s:g} s"
+
+
+async def _within(closing: Awaitable[object], what: str) -> None:
+    """Waits for an end that may not come: a stream that does not close must not keep the next one from being opened."""
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await closing
+    except TimeoutError:
+        log.error("the %s does not close within %g s: it is left", what, CLOSE_TIMEOUT_S)
 
 
 def _say(error: Exception) -> str:

@@ -15,6 +15,7 @@ from starlette.types import Message
 
 from cluster import worker_service
 from cluster.membership import Admitted, Ended, Membership, Registered, RegistrationRefused
+from cluster.worker_reports import joined
 from cluster.worker_service import WorkerService
 from engine.events import RouterGone
 from kv_transfer.actions import RouterJoined
@@ -24,8 +25,8 @@ from router.fleet import Fleet
 from router.line import ENDED_KEPT
 from router.request_body import Bodies
 from tandem.errors import Overloaded
-from tandem.messages import Role
-from tandem.request import RequestId, WorkerId
+from tandem.messages import BlockCounts, BlockEvents, Role, WorkerLoad, WorkerReport
+from tandem.request import RequestId, Token, WorkerId
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
 
@@ -195,3 +196,78 @@ def test_classes_of_workers_that_come_no_more_are_forgotten(monkeypatch: pytest.
         known.leave(worker, "gone")
     assert len(known._costs) <= 8 + 1
     assert known.join(info("other", Role.DECODE), 1).cost is stays.cost
+
+
+# ---- a router that lags ----------------------------------------------------------------------------------------------
+
+
+def test_reports_that_wait_are_joined_and_say_the_same() -> None:
+    """Tokens in order, the last load, every BlockEvents by itself."""
+
+    def report(number: int, *, blocks: bool = False) -> WorkerReport:
+        events = BlockEvents(sequence=number, stored=(bytes([number]),)) if blocks else None
+        counts = BlockCounts(total=9, free=9 - number)
+        load = WorkerLoad(
+            running=number, waiting=0, blocks=counts, prefill_backlog_tokens=0, steps=number, last_step_ms=1.0
+        )
+        said = Token(request_id=RequestId("r"), epoch=1, index=number, token_id=number)
+        return WorkerReport(
+            worker_id=D,
+            incarnation=1,
+            sequence=number,
+            tokens=(said,),
+            blocks=events,
+            load=load if number < 4 else None,
+        )
+
+    reports = [report(0), report(1, blocks=True), report(2), report(3, blocks=True), report(4)]
+    first, second = joined(reports)
+    assert [token.index for token in first.tokens + second.tokens] == [0, 1, 2, 3, 4]
+    assert [each.blocks.sequence for each in (first, second) if each.blocks is not None] == [1, 3]
+    assert [each.load.steps for each in (first, second) if each.load is not None] == [2, 3]
+    assert (first.sequence, second.sequence) == (2, 4)
+    assert joined([]) == []
+
+
+def test_a_router_that_lags_is_told_of_many_steps_at_once() -> None:
+    """Far more reports than may wait: what is written meanwhile is joined, and nobody is cut off."""
+
+    async def case() -> None:
+        service = WorkerService(post=lambda event: None, on_session=lambda router_id: None)
+        server = grpc.aio.server()
+        worker_pb2_grpc.add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with asyncio.timeout(30), grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = worker_pb2_grpc.WorkerStub(channel).Connect()  # type: ignore[no-untyped-call]
+            await call.write(pb.RouterMessage(hello=pb.RouterHello(router_id="r", session=1)))
+            while 1 not in service._queues:
+                await asyncio.sleep(0.01)
+            num = 0
+            for _ in range(40):
+                batch = [
+                    WorkerReport(
+                        worker_id=D,
+                        incarnation=1,
+                        sequence=num + each,
+                        tokens=(Token(request_id=RequestId("r"), epoch=1, index=num + each, token_id=1),),
+                    )
+                    for each in range(1_000)
+                ]
+                service.report([(1, each) for each in batch])
+                num += len(batch)
+                await asyncio.sleep(0)
+                while service._queues[1].qsize() > 3_000:
+                    await asyncio.sleep(0.001)
+            indices: list[int] = []
+            num_messages = 0
+            while len(indices) < num:
+                message = await call.read()
+                num_messages += 1
+                indices += [token.index for token in message.tokens]
+            assert indices == list(range(num))
+            assert num_messages < num / 20
+        service.close()
+        await server.stop(None)
+
+    asyncio.run(case())
