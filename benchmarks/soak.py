@@ -26,7 +26,8 @@ from cluster.chaos_report import markdown, summary
 from cluster.chaos_tally import Tally
 
 DURATION_S, EVERY_S, SAMPLE_S = 3600.0, 30.0, 5.0
-WARM_UP_S = 60.0  # of a process: it imports, fills its caches, remembers its first requests
+SHORTEST_S = 1200.0  # of a run that can tell a slope from a warm-up
+WARM_UP_S = 120.0  # of a process: it imports, fills its caches, remembers its first requests
 WARM_UP_LONG_S = {"router": 420.0, "supervisor": 120.0, "Ray": 300.0}  # a router remembers requests for five minutes
 GROWTH_SHARE_MAX = 0.02  # of the memory there is, in an hour: less is no growth, whatever the noise
 MB = 1 << 20
@@ -115,8 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     tally, samples = _soak(flags)
     memory, files = slopes(samples, "heap_bytes"), slopes(samples, "num_files")
-    broken = [f"memory of {each.name} grows by {each.per_hour / MB:.1f} MB/h" for each in memory if each.grows]
-    broken += [f"open files of {each.name} grow by {each.per_hour:.1f} an hour" for each in files if each.grows]
+    broken = []
+    if flags.duration >= SHORTEST_S:
+        broken += [f"memory of {each.name} grows by {each.per_hour / MB:.1f} MB/h" for each in memory if each.grows]
+        broken += [f"open files of {each.name} grow by {each.per_hour:.1f} an hour" for each in files if each.grows]
     broken += tally.failures(recovery_limit_ms=10_000)
     body = "\n\n".join(
         [

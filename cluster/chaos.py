@@ -36,6 +36,7 @@ VICTIM_WAIT_S = 45.0  # for one that is there to be struck
 STATE_WAIT_S = 20.0  # for a transfer that enters the state
 ROUTER_WAIT_S = 30.0  # for a router that is stopped, or started again
 FAULTS_TIMEOUT_S = 5.0
+FAILING = ("target.quarantine",)  # states that only transfers come into which fail under way
 ROLES: dict[Victim, tuple[str, ...]] = {
     Victim.PREFILL: ("prefill",),
     Victim.PREFILL_AGENT: ("prefill",),
@@ -248,11 +249,27 @@ class ChaosRun:
                 ),
                 timeout=FAULTS_TIMEOUT_S,
             )
-        if not await until_struck(process, STATE_WAIT_S + 1):
+        provoking = [asyncio.create_task(self._provoke(worker))] if fault.state in FAILING else []
+        try:
+            struck = await until_struck(process, STATE_WAIT_S + 1)
+        finally:
+            for task in provoking:
+                task.cancel()
+            await asyncio.gather(*provoking, return_exceptions=True)
+        if not struck:
             raise NoVictim(f"no transfer of {worker.id} was in {fault.state} within {STATE_WAIT_S:.0f} s")
         self._struck(fault, f"{worker.id}'s agent" if on_agent else worker.id)
         if stops:
             await stay_stopped([process], fault.for_ms)
+
+    async def _provoke(self, worker: admin_pb2.WorkerStatus) -> None:
+        """Has transfers of the worker fail under way: its links are slow, and half of the clients leave, some times."""
+        async with grpc.aio.insecure_channel(worker.control) as channel:
+            slow = faults_pb2.DisturbRequest(link=faults_pb2.LINK_AGENTS, for_ms=5_000, period_ms=300)
+            await faults_pb2_grpc.FaultsStub(channel).Disturb(slow, timeout=FAULTS_TIMEOUT_S)  # type: ignore[no-untyped-call]
+        for _ in range(4):
+            await asyncio.sleep(1.0)
+            self._load.leave()
 
     async def _strike_link(self, admin: admin_pb2_grpc.AdminStub, fault: Fault) -> None:
         worker = await self._worker(admin, ANY_ROLE, fault)

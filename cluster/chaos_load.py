@@ -117,8 +117,9 @@ class CheckingLoad:
                 reading.add_done_callback(self._reading.discard)
                 try:
                     await asyncio.wait({reading})
-                finally:
+                finally:  # it cancels its request, for which it needs the connection
                     reading.cancel()
+                    await asyncio.gather(reading, return_exceptions=True)
                 if not reading.cancelled():
                     reading.result()
 

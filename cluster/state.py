@@ -79,8 +79,9 @@ if ARGV[6] ~= '' then
   if entry then return {'known', entry} end
 end
 local record, tokens = prefix .. 'request:' .. ARGV[3], prefix .. 'tokens:' .. ARGV[3]
-local had = redis.call('HMGET', record, 'holder', 'end')
+local had = redis.call('HMGET', record, 'holder', 'end', 'fence')
 if had[1] and not had[2] and had[1] ~= ARGV[2] and lives(had[1]) then return {'taken'} end
+if had[1] == ARGV[2] and tonumber(had[3]) > tonumber(ARGV[4]) then return {} end -- carried out late: given up since
 redis.call('DEL', record, tokens)
 redis.call('HSET', record, 'holder', ARGV[2], 'fence', ARGV[4], 'entry', ARGV[5], 'n', 0, 'at',
            string.format('%.0f', now_us))
@@ -111,7 +112,8 @@ return answer
 )
 
 # ARGV: prefix, holder, life in ms, life when ended in ms, then for each write: request id, fence, entry or '', first
-# index, number of tokens, tokens, end or ''. A verdict for each. A life of an id that is over gives way to a later one.
+# index, number of tokens, tokens, end or ''. A verdict for each. A life of an id that is over gives way to a later one,
+# as does one of this very router: a claim that it gave up, since the store stood still, may be carried out late.
 _WRITE = (
     "local prefix = ARGV[1]\n"
     + _NOW
@@ -122,7 +124,7 @@ local function write(id, fence, entry, from, count, blob, ending)
   local had = redis.call('HMGET', record, 'fence', 'n', 'end', 'holder')
   local mine = had[1] and tonumber(had[1]) == fence
   if had[1] and not mine then
-    local over = had[3] or not lives(had[4])
+    local over = had[3] or had[4] == ARGV[2] or not lives(had[4])
     if tonumber(had[1]) > fence or not over then return 'fenced' end
   end
   if entry ~= '' then

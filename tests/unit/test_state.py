@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
+import redis
 from redis_server import RedisServer, redis_server
 
 from cluster.config import check_url, without_password
@@ -180,6 +181,30 @@ def test_a_server_that_stands_still_is_given_up_in_time() -> None:
                 await first.take_over(RequestId("r"))
         server.process.resume()
         assert await first.take_over(RequestId("r")) is None
+
+    run(case)
+
+
+def test_a_claim_that_a_stopped_server_carries_out_late_takes_no_request_from_its_own_router() -> None:
+    """The router has given the call up, and serves the request under a later fence."""
+
+    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+        assert await first.claim(write(4, 0, 0, entry=True, name="s"), "") is None  # the server knows the script
+        server.process.suspend()
+        with pytest.raises(StoreDown):
+            await first.claim(write(5, 0, 0, entry=True), "")
+        server.process.resume()
+        with redis.Redis.from_url(server.url) as looking:
+            while looking.hget("t:request:r", "fence") != b"5":
+                await asyncio.sleep(0.01)
+        await first.renew()
+        assert await verdict(first, write(6, 0, 2, entry=True)) is Verdict.WRITTEN
+        assert await first.claim(write(5, 0, 0, entry=True), "") is None, "and when it comes later still"
+        assert await verdict(first, write(6, 2, 3)) is Verdict.WRITTEN
+        kept = await second.take_over(RequestId("r"))
+        assert kept is not None
+        assert kept.tokens == tokens(0, 3)
+        assert await verdict(first, write(7, 0, 3, entry=True)) is Verdict.FENCED, "another router has it now"
 
     run(case)
 
