@@ -178,7 +178,12 @@ class RouterProcess:
             connections_max=min(GRPC_CONNECTIONS_MAX, open_files // 4),
         )
         # Its port is held by the supervisor, also while no router has it.
-        internal = build_grpc_server(self.service, extra=(self._add_registry, self._add_admin), shares_port=True)
+        internal = build_grpc_server(
+            self.service,
+            extra=(self._add_registry, self._add_admin),
+            cancel_elsewhere=self.peers.cancel,
+            shares_port=True,
+        )
         with socket.socket(fileno=self.settings.listener) as listener:
             http = await serve_http(
                 build_app(self.service), listener=listener, grace_s=GRACE_S, limits=limits_within(open_files)
