@@ -138,7 +138,6 @@ class Batch:
     def __init__(self, ledger: BlockLedger, config: BatchConfig) -> None:
         self.ledger = ledger
         self.config = config
-        self._root = root_hash(config.namespace)
         self._sequences: dict[RequestId, Sequence] = {}
         self._num_added = 0
         self._num_steps = 0
@@ -381,7 +380,7 @@ class Batch:
         size = self.ledger.block_size
         hashes = sequence.hashes
         for block in range(len(hashes), num_blocks):
-            parent = hashes[-1] if hashes else self._root
+            parent = hashes[-1] if hashes else root_hash(self.config.namespace, sequence.cache_salt)
             hashes.append(chain_hash(parent, sequence.tokens[block * size : (block + 1) * size]))
 
     def _publish(self, sequence: Sequence) -> None:

@@ -25,7 +25,8 @@ class NewRequest:
     """A request that passed the edge's validation. `tokens` is the prompt; `deadline_ms` counts from now.
 
     `deadline_ms` 0: the router's own bound. `priority`: 0 to PRIORITY_MAX, the highest first. `model` is for status
-    only.
+    only. `owner` is the name of the API key that asked, empty when none is needed: nobody else hears of the request.
+    `cache_salt`, empty or 16 bytes: prefixes are shared only among requests of the same.
     """
 
     request_id: RequestId
@@ -34,6 +35,8 @@ class NewRequest:
     deadline_ms: int = 0
     priority: int = 0
     model: str = ""
+    owner: str = ""
+    cache_salt: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
