@@ -46,7 +46,7 @@ def _parameter(key: str, info: FieldInfo) -> inspect.Parameter:
         kind = int  # type: ignore[assignment]
     default = info.default_factory() if info.default_factory else info.default  # type: ignore[call-arg]
     shown = default.human_readable() if key == "kv_memory" else default
-    help_text = f"{info.description} (default: {shown})" if shown != "" else str(info.description)
+    help_text = f"{info.description} (default: {shown})" if shown not in ("", None) else str(info.description)
     option = typer.Option(flag, help=help_text, show_default=False)
     return inspect.Parameter(
         key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Optional[kind], option]  # noqa: UP045

@@ -22,6 +22,7 @@ from typing import TypeVar
 import grpc
 import grpc.aio
 
+from cluster.member_access import member_access
 from cluster.run_file import reachable
 from cluster.worker_core import WorkerCore, WorkerCoreConfig
 from cluster.worker_model import WorkerModel, load_model
@@ -44,6 +45,7 @@ from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame
 from kv_transfer.session import TransferSessions
 from prefill_worker.config import PrefillConfig
 from router.clients import MESSAGE_BYTES_MAX
+from tandem.cluster_access import MembersOnly
 from tandem.errors import Unavailable
 from tandem.messages import WorkerAddress, WorkerInfo
 from tandem.request import WorkerId
@@ -95,6 +97,7 @@ class WorkerHost:
         self._router_sessions: set[int] = set()  # those whose stream is open
         self._engine: EngineLoop | None = None  # None: not yet
         self._stuck = False
+        self._num_refused = 0  # callers that are no members, and messages of agents that are forged or replayed
         self._timings_ms: dict[str, int] = {}
         self._lap_s = time.monotonic()
 
@@ -113,6 +116,7 @@ class WorkerHost:
         return started
 
     def _start(self) -> Started:
+        self._access = member_access(self.settings.config, self.settings.join_token)
         model = load_model(self.settings)
         self._cleanup.callback(self._close_model, model)
         self._lap("model")
@@ -306,13 +310,14 @@ class WorkerHost:
 
     async def _bind(self) -> str:
         """A server that is bound but takes no calls yet: registration needs its port, its services a registration."""
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        port = self._server.add_insecure_port(f"{reachable(self.settings.bind_host)}:0")
+        guard = MembersOnly(self._access, on_refused=self._refused)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[guard])
+        port = self._access.listen(self._server, f"{reachable(self.settings.bind_host)}:0")
         return f"{reachable(self.settings.reachable_host)}:{port}"
 
     async def _register(self, info: WorkerInfo) -> int:
         self._registration = Registration(
-            registry=self.settings.registry, info=info, gone_s=self.settings.router_gone_s
+            registry=self.settings.registry, info=info, gone_s=self.settings.router_gone_s, access=self._access
         )  # fmt: skip
         try:
             await self._registration.register()
@@ -329,6 +334,7 @@ class WorkerHost:
             incarnation=self._me.incarnation,
             on_message=self._post,
             on_peer_gone=self._peer_gone,
+            access=self._access,
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]
         worker_pb2_grpc.add_TransferServicer_to_server(self._sessions, self._server)  # type: ignore[no-untyped-call]
@@ -342,6 +348,9 @@ class WorkerHost:
             case RouterGone(session=session):
                 self._router_sessions.discard(session)
         self._post(event)
+
+    def _refused(self) -> None:
+        self._num_refused += 1
 
     def _peer_gone(self, worker_id: WorkerId, incarnation: int) -> None:
         self._post(PeerGone(worker_id=worker_id, incarnation=incarnation))

@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from tandem import wire
+from tandem.cluster_access import ClusterAccess
 from tandem.messages import WorkerInfo
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
@@ -20,6 +21,12 @@ log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 5.0
 RETRY_S = 0.2
+# Not understood, no member of this cluster, or of another version: asking again changes nothing.
+_FOR_GOOD = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
 
 
 class RegistrationOver(RuntimeError):
@@ -38,11 +45,12 @@ class Pulse:
 class Registration:
     """One worker at the registry of its router, over the router's restarts. Used on one event loop."""
 
-    def __init__(self, *, registry: str, info: WorkerInfo, gone_s: float) -> None:
+    def __init__(self, *, registry: str, info: WorkerInfo, gone_s: float, access: ClusterAccess | None = None) -> None:
         self._info = info
         self._gone_s = gone_s
-        self._channel = grpc.aio.insecure_channel(
-            registry, options=[("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
+        self._access = access or ClusterAccess()
+        self._channel = self._access.dial(
+            registry, [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
         )
         self._stub = worker_pb2_grpc.RegistryStub(self._channel)  # type: ignore[no-untyped-call]
         self.incarnation = 0
@@ -55,7 +63,7 @@ class Registration:
         last_s = time.monotonic()
         while True:
             try:
-                reply = await self._stub.Register(request, timeout=CALL_TIMEOUT_S)
+                reply = await self._stub.Register(request, timeout=CALL_TIMEOUT_S, metadata=self._access.metadata)
             except grpc.aio.AioRpcError as error:
                 self._silent(last_s, error)
                 await asyncio.sleep(RETRY_S)
@@ -79,7 +87,7 @@ class Registration:
                 agent_pid=now.agent_pid,
             )
             try:
-                reply = await self._stub.Heartbeat(request, timeout=CALL_TIMEOUT_S)
+                reply = await self._stub.Heartbeat(request, timeout=CALL_TIMEOUT_S, metadata=self._access.metadata)
                 heard_s = time.monotonic()
             except grpc.aio.AioRpcError as error:
                 self._silent(heard_s, error)
@@ -98,8 +106,8 @@ class Registration:
         await self._channel.close(None)
 
     def _silent(self, heard_s: float, error: grpc.aio.AioRpcError) -> None:
-        if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
-            raise RegistrationOver(f"the registry does not understand: {error.details()}") from None
+        if error.code() in _FOR_GOOD:
+            raise RegistrationOver(f"the registry refused: {error.details()}") from None
         silent_s = time.monotonic() - heard_s
         if silent_s > self._gone_s:
             raise RegistrationOver(f"no registry for {silent_s:.0f} s: {error.details()}") from None

@@ -44,6 +44,7 @@ from router.events import (
 from router.move import MoveReason, MoveRecord
 from router.request import StatusSnapshot
 from router.transcripts import Ended, Keep, Kept, Transcripts
+from tandem.cluster_access import ClusterAccess
 from tandem.errors import (
     Cancelled,
     DeadlinePassed,
@@ -158,8 +159,10 @@ class Driver:
         *,
         transcripts: Transcripts | None = None,
         born_us: int | None = None,
+        access: ClusterAccess | None = None,
     ) -> None:
         self.config = RouterConfig() if config is None else config
+        self._access = access or ClusterAccess()
         self.transcripts = Transcripts(shared=False) if transcripts is None else transcripts
         born_us = time.time_ns() // 1000 if born_us is None else born_us
         self._core = RouterCore(self.config, first_epoch=born_us)
@@ -360,6 +363,7 @@ class Driver:
             worker_id=info.worker_id,
             control=info.control,
             config=self.config,
+            access=self._access,
             next_session=lambda: next(self._sessions),
             on_up=lambda: self._feed(LinkUp(worker_id=key[0], incarnation=key[1])),
             on_report=lambda report: self._reported(key, report),
