@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import grpc
 import typer
 
+from cli.connection import connection_to
 from cli.down import run_dir_of
 from cli.status import move_document
 from cluster.run_file import find
@@ -30,10 +30,13 @@ def migrate(
     run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
 ) -> None:
     """Move a running request to another worker while it is answered; its tokens stay the same."""
-    run = find(run_dir_of(run_dir), port)
-    with grpc.insecure_channel(run.grpc_address) as channel:
+    folder = run_dir_of(run_dir)
+    connection = connection_to(find(folder, port), folder)
+    with connection.channel() as channel:
         stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
-        move = stub.Migrate(pb.MigrateRequest(request_id=request, to=to), timeout=TIMEOUT_S)
+        move = stub.Migrate(
+            pb.MigrateRequest(request_id=request, to=to), timeout=TIMEOUT_S, metadata=connection.metadata
+        )
     if as_json:
         print(json.dumps(move_document(move), indent=2))
     elif move.outcome == "moved":

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.table import Table
 
+from cli.connection import connection_to
 from cli.down import run_dir_of
 from cluster.run_file import find
 from tandem.v1 import admin_pb2 as pb
@@ -28,10 +28,11 @@ def status(
     run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
 ) -> None:
     """Show the workers of a running cluster and its requests, also those of the last minutes."""
-    run = find(run_dir_of(run_dir), port)
-    with grpc.insecure_channel(run.grpc_address) as channel:
+    folder = run_dir_of(run_dir)
+    connection = connection_to(find(folder, port), folder)
+    with connection.channel() as channel:
         stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
-        answer = stub.Status(pb.StatusRequest(include_finished=True), timeout=TIMEOUT_S)
+        answer = stub.Status(pb.StatusRequest(include_finished=True), timeout=TIMEOUT_S, metadata=connection.metadata)
     if as_json:
         print(json.dumps(to_document(answer), indent=2))
         return

@@ -195,6 +195,7 @@ class Membership:
     base_incarnation: int = 0
     look_ms: int | None = None  # None: nothing is promised
     looked_ms: int | None = None
+    model: str = ""  # that every worker must run; empty: whichever the first one runs
     members: dict[WorkerId, Member] = field(default_factory=dict)
 
     def handle(self, now_ms: int, event: Event) -> list[Action]:
@@ -245,6 +246,9 @@ class Membership:
         if event.incarnation and known is not None and known.incarnation >= event.incarnation:
             reason = f"incarnation {event.incarnation} of {info.worker_id} is over; the latest is {known.incarnation}"
             return [RegistrationRefused(worker_id=info.worker_id, reason=reason)]
+        if self.model and info.model != self.model:
+            reason = f"{info.worker_id} runs the model {info.model!r}, this cluster serves {self.model!r}"
+            return [RegistrationRefused(worker_id=info.worker_id, reason=reason)]
         stranger = next((member for member in self.alive() if member.info.namespace != info.namespace), None)
         if stranger is not None:
             reason = (
@@ -252,6 +256,9 @@ class Membership:
                 f"{stranger.info.namespace!r}: one cluster serves one model"
             )
             return [RegistrationRefused(worker_id=info.worker_id, reason=reason)]
+        differs = next((told for each in self.alive() if (told := _difference(info, each.info))), "")
+        if differs:
+            return [RegistrationRefused(worker_id=info.worker_id, reason=differs)]
         actions = self._observe(known, O.SUPERSEDED, "a new incarnation registered")
         latest = max(self.base_incarnation, known.incarnation if known else 0)
         incarnation = event.incarnation or latest + 1
@@ -303,3 +310,14 @@ class Membership:
                 worker_id=member.info.worker_id, incarnation=member.incarnation, state=state, reason=reason
             )
         ]  # fmt: skip
+
+
+def _difference(new: WorkerInfo, old: WorkerInfo) -> str:
+    """What of their blocks is not alike, in a sentence; empty when all is."""
+    for name in ("dtype", "block_size", "block_bytes"):
+        if getattr(new, name) != getattr(old, name):
+            return (
+                f"{new.worker_id} has {name} {getattr(new, name)!r}, but {old.worker_id} has "
+                f"{getattr(old, name)!r}: one cluster has one layout of blocks"
+            )
+    return ""

@@ -15,22 +15,29 @@ import logging
 import os
 import resource
 import signal
+import ssl
 import sys
 import time
 from collections.abc import Callable
 
+import grpc
 import grpc.aio
 import uvloop
 
 from cluster.admin import Addresses, Admin
 from cluster.config import ClusterConfig
+from cluster.key_file import KeyFile
+from cluster.member_access import member_access, read_join_token
 from cluster.membership import Membership, MemberState, StateChanged
 from cluster.operations import Operations
 from cluster.processes import die_with_parent
 from cluster.registry import LOOK_MS, Registry
 from cluster.run_file import reachable
+from cluster.secret_files import operator_key_path, read_secret
 from cluster.served_model import describe
+from router.api_keys import KeyEntry, KeyRing, digest_of
 from router.config import RouterConfig
+from router.door import Door
 from router.driver import Driver
 from router.grpc_api import build_grpc_server
 from router.http_connection import HttpLimits
@@ -38,8 +45,10 @@ from router.http_server import serve_http
 from router.metrics import EdgeMetrics
 from router.openai_api import build_app
 from router.service import ServedModel, Service
+from tandem.cluster_access import MembersOnly
 from tandem.messages import Role
 from tandem.request import WorkerId
+from tandem.tls import server_context
 from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -74,13 +83,19 @@ class RouterProcess:
         self.supervisor = Supervisor()
         self.stopping = asyncio.Event()
         edge = describe(config)
-        self.driver = Driver(RouterConfig(local_prefill_tokens=config.local_prefill_tokens))
+        self.access = member_access(config, read_join_token(config))
+        self.keys = None if config.api_keys is None else KeyFile(config.api_keys, extra=(own_operator(config),))
+        self.door = Door(None if self.keys is None else self.keys.load())
+        self.driver = Driver(
+            RouterConfig(local_prefill_tokens=config.local_prefill_tokens), access=self.access, account=self.door
+        )
         self.membership = Membership(
             heartbeat_ms=config.heartbeat_ms,
             dead_after_misses=config.dead_after_misses,
             stall_ms=config.stall_ms,
             base_incarnation=base_incarnation,
             look_ms=LOOK_MS,
+            model=edge.name,
         )
         self.registry = Registry(membership=self.membership, driver=self.driver, on_change=self._changed)
         self.operations = Operations(
@@ -99,6 +114,7 @@ class RouterProcess:
             model=self.model,
             metrics=EdgeMetrics(),
             not_ready=self.not_ready,
+            door=self.door,
         )
         self.addresses = Addresses(model=self.model.id, http="", grpc="")
 
@@ -115,17 +131,21 @@ class RouterProcess:
             port=self.config.port,
             grace_s=GRACE_S,
             limits=limits_within(raise_open_files()),
+            tls=http_tls(self.config),
         )
-        grpc_server = build_grpc_server(self.service, extra=(self._add_registry, self._add_admin))
+        members = MembersOnly(self.access, services=("tandem.v1.Registry",), on_refused=self.service.metrics.stranger)
+        grpc_server = build_grpc_server(
+            self.service, extra=(self._add_registry, self._add_admin), interceptors=(members,)
+        )
         tasks: list[asyncio.Task[None]] = []
         try:
             try:
-                grpc_port = await grpc_server.start(self.config.host, self.config.grpc_port)
+                grpc_port = await grpc_server.start(self.config.host, self.config.grpc_port, self._grpc_tls())
             except OSError as error:
                 raise OSError(f"{error}; choose another port with --grpc-port") from None
             host = reachable(self.config.host)
             self.addresses = Addresses(
-                model=self.model.id, http=f"http://{host}:{http.port}", grpc=f"{host}:{grpc_port}"
+                model=self.model.id, http=f"{self.config.scheme}://{host}:{http.port}", grpc=f"{host}:{grpc_port}"
             )
             await self.driver.start()
             tasks = [
@@ -135,6 +155,8 @@ class RouterProcess:
                 asyncio.create_task(self.supervisor.listen(self._ended)),
                 asyncio.create_task(self._until_stopped()),
             ]
+            if self.keys is not None:
+                tasks.append(asyncio.create_task(self.keys.follow(self._take_keys)))
             self.supervisor.say("listening", port=http.port, grpc_port=grpc_port, pid=os.getpid())
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -147,6 +169,19 @@ class RouterProcess:
 
     async def _until_stopped(self) -> None:
         await self.stopping.wait()
+
+    def _take_keys(self, ring: KeyRing | None) -> None:
+        """The keys may have changed, and time has passed: whoever is not welcome any more has to leave."""
+        if ring is not None:
+            self.door.ring = ring
+        self.service.end_unwelcome()
+
+    def _grpc_tls(self) -> grpc.ServerCredentials | None:
+        """Members use the same port as clients: where clients need certificates, theirs are as good."""
+        tls, client_ca = self.access.tls, self.config.tls_client_ca
+        if tls is None:
+            return None
+        return tls.server_credentials(b"" if client_ca is None else client_ca.read_bytes() + b"\n" + tls.ca)
 
     def _add_registry(self, server: grpc.aio.Server) -> str:
         worker_pb2_grpc.add_RegistryServicer_to_server(self.registry, server)  # type: ignore[no-untyped-call]
@@ -184,6 +219,19 @@ class RouterProcess:
         )
         exact = self.config.exact and all(each.info.exact for each in self.membership.alive())
         self.service.model = dataclasses.replace(self.model, exact=exact)
+
+
+def own_operator(config: ClusterConfig) -> KeyEntry:
+    """The key in the run folder that the command line of this machine and user shows."""
+    key = read_secret(operator_key_path(config.run_dir, config.port))
+    return KeyEntry(name="operator-of-this-machine", digest=digest_of(key), operator=True)
+
+
+def http_tls(config: ClusterConfig) -> ssl.SSLContext | None:
+    """What HTTP listens with; None without TLS."""
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return server_context(cert=config.tls_cert, key=config.tls_key, client_ca=config.tls_client_ca)
 
 
 def raise_open_files() -> int:

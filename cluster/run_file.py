@@ -29,6 +29,10 @@ class RunFile:
     model: str
     log_dir: str
     router_pid: int = 0
+    tls_ca: str = ""  # files, where the router speaks TLS; with them this machine's commands do
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_name: str = ""
 
     @property
     def grpc_address(self) -> str:

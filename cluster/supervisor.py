@@ -22,6 +22,8 @@ import psutil
 
 from cluster import run_file
 from cluster.config import FAKE_MODEL, WILDCARDS, ClusterConfig
+from cluster.key_file import KeyFileError, ring_of
+from cluster.member_access import member_tls, read_join_token
 from cluster.memory import shortage
 from cluster.pools import PoolError, Pools, WorkerDown, WorkerUp
 from cluster.processes import PortInUse, adopt_orphans, bury_orphans, descendants, kill_all, pick_port, wait_gone
@@ -29,13 +31,16 @@ from cluster.reaper import Reaper
 from cluster.restarts import Restarts
 from cluster.router_child import RouterChild, RouterEnded, RouterSaid
 from cluster.run_file import RunFile, reachable
+from cluster.secret_files import SecretError, fresh_secret, join_token_path, operator_key_path, write_secret
 from cluster.worker_settings import WorkerSettings, workers_of
 from engine.arch import ModelError
 from engine.kv_pool import available_bytes
 from engine.model_files import find_model, read_arch
 from kernels import build
+from router.api_keys import KEY_PREFIX
 from tandem.messages import Role
 from tandem.request import WorkerId
+from tandem.tls import TlsError, server_context
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ROUTER = "router"
@@ -143,7 +148,12 @@ class Supervisor:
             grpc_port=config.grpc_port,
             model=config.model,
             log_dir=str(self._log_dir),
+            tls_ca=str(config.tls_ca or ""),
+            tls_cert=str(config.tls_cert or ""),
+            tls_key=str(config.tls_key or ""),
+            tls_name=config.tls_name,
         )
+        self._write_secrets()
         run_file.write(config.run_dir, self._run)
         self._reaper = Reaper()
         self._say(f"starting {_described(config, self._threads)}; logs in {self._log_dir}")
@@ -167,6 +177,7 @@ class Supervisor:
             raise StartFailed(str(error)) from None
         config = config.model_copy(update={"port": port, "grpc_port": grpc_port})
         self._log_dir = run_file.log_dir_of(config.run_dir, port)
+        _check_security(config)
         if config.address and config.host in (*LOOPBACK, *WILDCARDS):
             raise StartFailed(f"host: workers on {config.address} cannot reach {config.host}; give --host an address")
         if config.model != FAKE_MODEL:
@@ -180,6 +191,22 @@ class Supervisor:
             if too_little is not None:
                 raise StartFailed(too_little)
         return config
+
+    def _write_secrets(self) -> None:
+        """Each start has secrets of its own, where none are given: those of an earlier one are worth nothing."""
+        config = self.config
+        if config.join_token_file is None:
+            write_secret(join_token_path(config.run_dir, config.port), fresh_secret())
+        if config.api_keys is not None:
+            write_secret(operator_key_path(config.run_dir, config.port), KEY_PREFIX + fresh_secret())
+        self._join_token = read_join_token(config)
+
+    def _remove_files(self) -> None:
+        if self._run is None:
+            return
+        run_file.remove(self.config.run_dir, self._run)
+        for path in (join_token_path, operator_key_path):
+            path(self.config.run_dir, self.config.port).unlink(missing_ok=True)
 
     def _watch(self) -> str:
         """Takes one event after another until one says stop; returns why."""
@@ -234,7 +261,7 @@ class Supervisor:
         if left:
             self._say(f"error: still running: {[process.pid for process in left]}")
         if self._run is not None:
-            run_file.remove(self.config.run_dir, self._run)
+            self._remove_files()
             self._say("stopped")
 
     def _build_kernels(self) -> None:
@@ -303,6 +330,7 @@ class Supervisor:
                 registry=f"{reachable(config.host)}:{config.grpc_port}",
                 bind_host=bind_host,
                 log_file=str(self._log_dir / f"{worker_id}.log"),
+                join_token=self._join_token,
             )
         )
 
@@ -409,7 +437,7 @@ class Supervisor:
             return
         self._is_ready = True
         config = self.config
-        url = f"http://{reachable(config.host)}:{config.port}"
+        url = f"{config.scheme}://{reachable(config.host)}:{config.port}"
         grpc = f"{reachable(config.host)}:{config.grpc_port}"
         self._say(
             f"Tandem is ready at {url} (gRPC {grpc}) after {time.monotonic() - self._began_s:.1f} s. "
@@ -417,7 +445,9 @@ class Supervisor:
         )
         question = {"role": "user", "content": "What is the capital of France?"}
         body = json.dumps({"model": self._model, "messages": [question], "max_tokens": 32, "temperature": 0})
-        self._say(f"  curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+        self._say(
+            f"  curl -s{_curl_flags(config)} {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+        )
 
     # ---- signals -----------------------------------------------------------------------------------------------------
 
@@ -432,8 +462,7 @@ class Supervisor:
             return
         os.write(2, b"stopping by force\n")  # print may be in the middle of a line
         kill_all(descendants(), timeout_s=2.0)
-        if self._run is not None:
-            run_file.remove(self.config.run_dir, self._run)
+        self._remove_files()
         os._exit(FORCED)
 
 
@@ -442,3 +471,28 @@ def _described(config: ClusterConfig, threads: int) -> str:
     workers = " + ".join(f"{count} {role}" for count, role in counts if count)
     exact = "exact" if config.exact else "fast"
     return f"{config.model} ({config.dtype}, {exact}) on {workers} workers of {threads} thread{'s' * (threads > 1)}"
+
+
+def _check_security(config: ClusterConfig) -> None:
+    """Certificates, keys and token that are given must be usable. Raises StartFailed, naming the setting."""
+    try:
+        member_tls(config)
+        if config.tls_cert is not None and config.tls_key is not None:
+            server_context(cert=config.tls_cert, key=config.tls_key, client_ca=config.tls_client_ca)
+        if config.api_keys is not None:
+            ring_of(config.api_keys)
+        if config.join_token_file is not None:
+            read_join_token(config)
+    except TlsError as error:
+        raise StartFailed(f"tls_cert, tls_key, tls_ca, tls_client_ca: {error}") from None
+    except KeyFileError as error:
+        raise StartFailed(f"api_keys: {error}") from None
+    except SecretError as error:
+        raise StartFailed(f"join_token_file: {error}") from None
+
+
+def _curl_flags(config: ClusterConfig) -> str:
+    """What curl needs besides, to ask this cluster."""
+    flags = f" --cacert {config.tls_ca}" if config.tls_ca else ""
+    flags += " --cert FILE --key FILE" if config.tls_client_ca else ""
+    return flags + (' -H "Authorization: Bearer $TANDEM_API_KEY"' if config.api_keys else "")

@@ -58,6 +58,10 @@ class Caller:
         """Whether a request of this owner is there at all, for this caller."""
         return self.is_operator or owner == self.name
 
+    def own(self, name: str) -> str:
+        """A name that the caller chose, apart from the same one of others. Empty stays empty."""
+        return f"{self.name}/{name}" if name and self.name else name
+
     def cache_salt(self, chosen: str = "") -> bytes:
         """Of the block hashes of its requests. `chosen` by the client sets them apart within the tenant's."""
         tenant = "" if self.entry is None else self.entry.tenant

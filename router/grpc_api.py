@@ -13,7 +13,9 @@ from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined
 from grpc_reflection.v1alpha import reflection
 
 from router.answer import Answers, Piece
+from router.api_keys import CALLER
 from router.chat import check_num_messages, check_role
+from router.grpc_door import GrpcDoor
 from router.metrics import Api
 from router.service import Ask, Service
 from router.tokenizer import Tokenizer
@@ -64,7 +66,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Attach(self, request: inference_pb2.AttachRequest, context: _Context) -> None:
         """Streams the rest of an answer, in the form that was asked for when it began."""
         try:
-            answers = await self._service.resume(request.request_id, request.from_index)
+            answers = await self._service.resume(request.request_id, request.from_index, CALLER.get())
         except TandemError as error:
             self._service.metrics.refused(Api.GRPC, error)
             await _abort(context, error)
@@ -85,7 +87,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Cancel(self, request: inference_pb2.CancelRequest, context: _Context) -> inference_pb2.CancelResponse:
         """Ends a request and all its answers."""
-        found = self._service.cancel(request.request_id, "cancelled by a client")
+        found = self._service.cancel(request.request_id, "cancelled by a client", CALLER.get())
         return inference_pb2.CancelResponse(found=found)
 
     async def Tokenize(
@@ -136,6 +138,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 prompts=[prompt],
                 fields=fields,
                 priority=request.priority,
+                caller=CALLER.get(),
                 idempotency_key=request.idempotency_key,
                 resume_ms=request.resume_ms,
                 form={"token_ids": request.return_token_ids},
@@ -179,11 +182,17 @@ class GrpcServer:
         self._service = service
         self._follower: asyncio.Task[None] | None = None
 
-    async def start(self, host: str, port: int) -> int:
-        """Serves on host:port, 0 takes a free one; returns the port. Raises OSError when it cannot be bound."""
+    async def start(self, host: str, port: int, credentials: grpc.ServerCredentials | None = None) -> int:
+        """Serves on host:port, 0 takes a free one, over TLS with `credentials`; returns the port.
+
+        Raises OSError when it cannot be bound.
+        """
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            self.port = self._server.add_insecure_port(address)
+            if credentials is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise OSError(f"gRPC cannot bind {address}: {error}") from error
         await self._server.start()
@@ -215,10 +224,13 @@ def build_grpc_server(
     service: Service,
     *,
     extra: Sequence[AddService] = (),
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),  # type: ignore[type-arg]  # it is none at run time
     keepalive_s: float = _KEEPALIVE_S,
     handshake_timeout_s: float = _HANDSHAKE_TIMEOUT_S,
 ) -> GrpcServer:
     """The server, not started yet. `extra` add their services to it and are seen by reflection.
+
+    The service's door judges every call, after `interceptors`.
 
     A client is pinged every `keepalive_s` and is gone when it does not answer within as long; a connection that has
     not said within `handshake_timeout_s` that it speaks HTTP/2 is closed.
@@ -229,7 +241,8 @@ def build_grpc_server(
         ("grpc.http2.ping_timeout_ms", round(keepalive_s * 1000)),  # else a ping has a minute
         ("grpc.server_handshake_timeout_ms", round(handshake_timeout_s * 1000)),
     ]
-    server = grpc.aio.server(options=[*_OPTIONS, *times])
+    door = GrpcDoor(service.door, on_refused=service.metrics.refused)
+    server = grpc.aio.server(options=[*_OPTIONS, *times], interceptors=[*interceptors, door])
     inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), server)  # type: ignore[no-untyped-call]
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

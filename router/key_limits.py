@@ -91,6 +91,10 @@ class KeyLimits:
         usage.running += num_requests
         return None
 
+    def adopt(self, key: KeyEntry) -> None:
+        """A request of the key runs that was let in elsewhere."""
+        self._of(key.name).running += 1
+
     def produced(self, key: KeyEntry, num_tokens: int) -> None:
         """Answer tokens of the key's requests were written."""
         usage = self._usage.get(key.name)
