@@ -103,6 +103,7 @@ class Supervisor:
         self._zombies: set[int] = set()
         self._run: RunFile | None = None
         self._model = config.model  # the name that it is served under
+        self._join_token = ""  # known once it starts
 
     # ---- life ------------------------------------------------------------------------------------------------------
 

@@ -54,11 +54,14 @@ def server_context(*, cert: Path, key: Path, client_ca: Path | None) -> ssl.SSLC
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_cert_chain(cert, key)
-        if client_ca is not None:
-            context.load_verify_locations(client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
     except (OSError, ValueError) as error:  # SSLError is an OSError
         raise TlsError(f"{cert}, {key}: {_said(error)}") from None
+    if client_ca is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(client_ca)
+        except (OSError, ValueError) as error:
+            raise TlsError(f"{client_ca}: {_said(error)}") from None
     return context
 
 
