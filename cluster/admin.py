@@ -133,6 +133,7 @@ def worker_status(member: Member, worker: WorkerSnapshot | None) -> pb.WorkerSta
         reason=member.reason,
         exact_reason=dict(info.labels).get("exact_reason", ""),
         steps=member.steps,
+        refused=min(member.refused, (1 << 32) - 1),
     )
     if load is not None:
         status.running, status.waiting = load.running, load.waiting

@@ -53,6 +53,9 @@ class ClusterConfig(BaseModel):
     max_rows: int = Field(64, ge=1, le=4096, description="sequences in one step")
     threads: int = Field(0, ge=0, le=1024, description="compute threads of a worker; 0: its share of the cores")
     transport: Literal["auto", "shm", "gloo"] = Field("auto", description="how KV blocks move between workers")
+    frame_tags: Literal["auto", "always", "never"] = Field(
+        "auto", description="keyed tags on KV bytes between agents; auto: where they leave the host"
+    )
     prefix_cache: bool = Field(True, description="keep KV blocks for requests that begin alike")
     local_prefill_tokens: int = Field(
         256, ge=0, le=1 << 20, description="a decode worker that knows a prompt best prefills a rest this short itself"

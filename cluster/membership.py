@@ -93,6 +93,7 @@ class Heartbeat:
     steps: int
     runnable: bool
     agent_pid: int
+    refused: int = 0  # strangers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +178,7 @@ class Member:
     runnable: bool = False
     moved_ms: int = 0  # when its step counter last moved, or it last had nothing to do
     agent_pid: int = 0
+    refused: int = 0
     reason: str = ""
 
 
@@ -276,6 +278,7 @@ class Membership:
             member.moved_ms = now_ms
         member.heard_ms = now_ms
         member.steps, member.runnable, member.agent_pid = event.steps, event.runnable, event.agent_pid
+        member.refused = event.refused
         if now_ms - member.moved_ms >= self.stall_ms:
             return self._stalled(now_ms, member)
         return self._observe(member, O.HEARD, "heartbeat")

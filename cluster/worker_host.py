@@ -38,10 +38,11 @@ from engine.loop import EngineLoop, InboxFull
 from engine.step import Batch, BatchConfig
 from kv_transfer.actions import AgentLost, Registered, Report, RouterJoined, SendTransfer
 from kv_transfer.agent_client import AgentClient, AgentInfo
-from kv_transfer.agent_settings import AgentSettings, TransportChoice
+from kv_transfer.agent_settings import AgentSettings, FrameTags, TransportChoice
 from kv_transfer.endpoint import layout_digest
 from kv_transfer.handoff import HandoffConfig
 from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame
+from kv_transfer.seal import agents_secret
 from kv_transfer.session import TransferSessions
 from prefill_worker.config import PrefillConfig
 from router.clients import MESSAGE_BYTES_MAX
@@ -97,7 +98,7 @@ class WorkerHost:
         self._router_sessions: set[int] = set()  # those whose stream is open
         self._engine: EngineLoop | None = None  # None: not yet
         self._stuck = False
-        self._num_refused = 0  # callers that are no members, and messages of agents that are forged or replayed
+        self._num_refused = 0  # callers that are no members of the cluster
         self._timings_ms: dict[str, int] = {}
         self._lap_s = time.monotonic()
 
@@ -170,7 +171,9 @@ class WorkerHost:
                 bind_host=self.settings.bind_host,
                 advertised_host=self.settings.advertised_host,
                 transport=TransportChoice(self.settings.config.transport),
+                frame_tags=FrameTags(self.settings.config.frame_tags),
             ),
+            secret=agents_secret(self.settings.join_token),
             on_event=self._post,
             on_restart=self._agent_restarted,
             log_file=Path(self.settings.log_file),
@@ -372,7 +375,12 @@ class WorkerHost:
         agent, engine = self._agent.info, self._engine
         assert engine is not None, "heartbeats begin after the engine"
         busy = engine.step_began_ms is not None or engine.num_inbox_events > 0
-        return Pulse(progress=engine.progress, runnable=busy, agent_pid=agent.pid if agent is not None else 0)
+        return Pulse(
+            progress=engine.progress,
+            runnable=busy,
+            agent_pid=agent.pid if agent is not None else 0,
+            refused=self._num_refused + self._agent.num_refused,
+        )
 
     async def _hang_up(self) -> None:
         self._beating.cancel()

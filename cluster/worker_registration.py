@@ -40,6 +40,7 @@ class Pulse:
     progress: int
     runnable: bool
     agent_pid: int
+    refused: int = 0  # calls and messages of strangers, so far
 
 
 class Registration:
@@ -85,6 +86,7 @@ class Registration:
                 steps=now.progress,
                 runnable=now.runnable,
                 agent_pid=now.agent_pid,
+                refused=now.refused,
             )
             try:
                 reply = await self._stub.Heartbeat(request, timeout=CALL_TIMEOUT_S, metadata=self._access.metadata)

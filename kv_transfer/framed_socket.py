@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 
 from kv_transfer.agent_wire import Message, decode, encode
+from kv_transfer.seal import Forged, Seal
 
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_DESCRIPTORS = 2
@@ -22,8 +23,15 @@ class LinkLost(Exception):
     """The other end is gone, hangs, or speaks another language. The message says which."""
 
 
+class LinkForged(LinkLost):
+    """Somebody who is no member of the cluster speaks on the link, or repeats what a member said."""
+
+
 class FramedSocket:
-    """Sends from any thread, one message at a time; receives on one thread only."""
+    """Sends from any thread, one message at a time; receives on one thread only.
+
+    With `sealing` every message that leaves is sealed, with `opening` every one that arrives must be.
+    """
 
     def __init__(self, connection: socket.socket, *, send_timeout_s: float) -> None:
         connection.setblocking(False)
@@ -31,6 +39,8 @@ class FramedSocket:
         self._send_timeout_s = send_timeout_s
         self._sending = threading.Lock()
         self._received = bytearray()
+        self.sealing: Seal | None = None
+        self.opening: Seal | None = None
         self.descriptors: list[int] = []  # that came with what was received; whoever takes one out closes it
 
     def fileno(self) -> int:
@@ -40,9 +50,11 @@ class FramedSocket:
     def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
         """Sends the whole message within the send timeout. Raises LinkLost."""
         body = encode(message)
-        data = memoryview(_LENGTH.pack(len(body)) + body)
         ends = time.monotonic() + self._send_timeout_s
         with self._sending:
+            if self.sealing is not None:
+                body = self.sealing.seal(body)
+            data = memoryview(_LENGTH.pack(len(body)) + body)
             while data:
                 try:
                     if descriptors:
@@ -71,7 +83,9 @@ class FramedSocket:
         body = bytes(self._received[_LENGTH.size : end])
         del self._received[:end]
         try:
-            return decode(body)
+            return decode(body if self.opening is None else self.opening.open(body))
+        except Forged as error:
+            raise LinkForged(f"a message is refused: {error}") from None
         except ValueError as error:
             raise LinkLost(f"a malformed message: {error}") from None
 

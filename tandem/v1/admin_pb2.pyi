@@ -31,7 +31,7 @@ class BlockCountsStatus(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., owned: _Optional[int] = ..., exported: _Optional[int] = ..., granted: _Optional[int] = ..., quarantined: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("id", "role", "state", "pid", "agent_pid", "incarnation", "running", "waiting", "exact", "kv_blocks", "model", "dtype", "audit", "reason", "exact_reason", "steps", "last_step_ms")
+    __slots__ = ("id", "role", "state", "pid", "agent_pid", "incarnation", "running", "waiting", "exact", "kv_blocks", "model", "dtype", "audit", "reason", "exact_reason", "steps", "last_step_ms", "refused")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,7 @@ class WorkerStatus(_message.Message):
     EXACT_REASON_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: str
     state: str
@@ -66,7 +67,8 @@ class WorkerStatus(_message.Message):
     exact_reason: str
     steps: int
     last_step_ms: float
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., agent_pid: _Optional[int] = ..., incarnation: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., exact: _Optional[bool] = ..., kv_blocks: _Optional[_Union[BlockCountsStatus, _Mapping]] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., audit: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ..., exact_reason: _Optional[str] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ...) -> None: ...
+    refused: int
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., agent_pid: _Optional[int] = ..., incarnation: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., exact: _Optional[bool] = ..., kv_blocks: _Optional[_Union[BlockCountsStatus, _Mapping]] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., audit: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ..., exact_reason: _Optional[str] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ..., refused: _Optional[int] = ...) -> None: ...
 
 class RequestStatus(_message.Message):
     __slots__ = ("id", "state", "prefill_worker", "decode_worker", "tokens", "blocks_moved", "tokens_recomputed", "blocks_granted", "blocks_reused", "error", "reason", "first_frame_ms", "last_chunk_start_ms", "committed_ms", "tokens_cached", "prompt_tokens", "ttft_ms", "num_replacements", "mode", "num_moves", "moving_to", "first_step_ms", "priority")

@@ -421,18 +421,20 @@ class RegisterReply(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., heartbeat_ms: _Optional[int] = ..., refused: _Optional[str] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "steps", "runnable", "agent_pid")
+    __slots__ = ("worker_id", "incarnation", "steps", "runnable", "agent_pid", "refused")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     RUNNABLE_FIELD_NUMBER: _ClassVar[int]
     AGENT_PID_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     steps: int
     runnable: bool
     agent_pid: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., steps: _Optional[int] = ..., runnable: _Optional[bool] = ..., agent_pid: _Optional[int] = ...) -> None: ...
+    refused: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., steps: _Optional[int] = ..., runnable: _Optional[bool] = ..., agent_pid: _Optional[int] = ..., refused: _Optional[int] = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
     __slots__ = ("known", "leave")
