@@ -39,7 +39,11 @@ def status(
     console = Console()
     console.print(
         f"{answer.model} at {answer.http_address}, gRPC {answer.grpc_address}, router pid {answer.router_pid}"
+        + (f", state in {answer.store}" if answer.store else "")
     )
+    if len(answer.routers) > 1:
+        console.print(router_table(answer))
+        console.print()
     console.print(worker_table(answer))
     if answer.requests:
         console.print()
@@ -66,6 +70,21 @@ def move_document(move: pb.MoveStatus) -> dict[str, object]:
         move, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
     return {**document, "bytes": move.bytes, "at_ms": move.at_ms}
+
+
+def router_table(answer: pb.StatusResponse) -> Table:
+    """Routers, for people."""
+    table = _table("router", "up", "pid", "internal", "workers", "requests")
+    for router in answer.routers:
+        table.add_row(
+            router.id,
+            "yes" if router.up else "no",
+            str(router.pid) if router.up else "",
+            router.address,
+            str(len(router.workers_ready)) if router.up else "",
+            str(router.num_requests) if router.up else "",
+        )
+    return table
 
 
 def worker_table(answer: pb.StatusResponse) -> Table:

@@ -34,7 +34,7 @@ class WorkerActor:
         except StartFailed as error:
             return json.dumps({START_FAILED: str(error)})
         info = started.info
-        facts = {"pid": info.pid, "agent_pid": info.agent_pid, "incarnation": started.incarnation}
+        facts = {"pid": info.pid, "agent_pid": info.agent_pid}
         return json.dumps(
             {STARTED: {**facts, "timings_ms": started.timings_ms, "exact_reason": dict(info.labels)["exact_reason"]}}
         )

@@ -7,14 +7,15 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import grpc.aio
 
 from cluster.draining import Drain, DrainState
-from cluster.membership import Member, Membership
-from cluster.operations import Operations
+from cluster.membership import Member, Membership, MemberState
+from cluster.operations import Operations, find_request
+from cluster.peers import Peers
 from router.driver import Driver
 from router.move import MoveRecord
 from router.request import ENDED, RequestSnapshot, WorkerSnapshot
@@ -24,23 +25,29 @@ from tandem.v1 import admin_pb2 as pb
 from tandem.v1 import admin_pb2_grpc
 
 if TYPE_CHECKING:
-    from typing import Any
-
     # The stubs are generic, the classes are not.
     _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addresses:
-    """Where the router listens, and what it serves."""
+    """Where the router listens, what it serves, and where it keeps its state: empty, in itself."""
 
     model: str
     http: str
     grpc: str
+    store: str = ""
+
+
+MIGRATE_S = 120.0  # for a move that another router bounds itself, unless it hangs
 
 
 class Admin(admin_pb2_grpc.AdminServicer):
-    """Answers from the membership and the driver's snapshot. `stop` is told why the cluster shall stop."""
+    """Answers from the membership, the driver's snapshot and the other routers.
+
+    `stop` is told why the cluster shall stop; `cancel` ends a request of this router, `metrics` is
+    its page.
+    """
 
     def __init__(
         self,
@@ -48,44 +55,93 @@ class Admin(admin_pb2_grpc.AdminServicer):
         membership: Membership,
         driver: Driver,
         operations: Operations,
+        peers: Peers,
         addresses: Callable[[], Addresses],
+        cancel: Callable[[str, str, str | None], bool],
+        metrics: Callable[[], bytes],
         stop: Callable[[str], None],
     ) -> None:
         self._membership = membership
         self._driver = driver
         self._operations = operations
+        self._peers = peers
         self._addresses = addresses
+        self._cancel = cancel
+        self._metrics = metrics
         self._stop = stop
 
     async def Status(self, request: pb.StatusRequest, context: _Context) -> pb.StatusResponse:
-        """Workers, and requests in flight; with `include_finished` also those that ended lately."""
+        """Workers, and requests in flight; with `include_finished` also those that ended lately. Of all routers."""
+        mine = self._local(include_finished=request.include_finished)
+        if request.local:
+            return mine
+        return merged(mine, await self._peers.statuses(include_finished=request.include_finished), self._peers.internal)
+
+    def _local(self, *, include_finished: bool) -> pb.StatusResponse:
         snapshot = self._driver.status()
-        addresses = self._addresses()
+        addresses, me = self._addresses(), self._peers.me
         seen = {(worker.worker_id, worker.incarnation): worker for worker in snapshot.workers}
+        members = sorted(self._membership.members.values(), key=lambda each: each.info.worker_id)
+        router = pb.RouterStatus(
+            id=me,
+            pid=os.getpid(),
+            address=self._peers.internal[me],
+            up=True,
+            workers_ready=[each.info.worker_id for each in members if each.state is MemberState.READY],
+            num_requests=sum(each.state not in ENDED for each in snapshot.requests),
+        )
         return pb.StatusResponse(
             workers=[
-                worker_status(member, seen.get((member.info.worker_id, member.incarnation)))
-                for member in sorted(self._membership.members.values(), key=lambda each: each.info.worker_id)
+                worker_status(member, seen.get((member.info.worker_id, member.incarnation))) for member in members
             ],
             requests=[
-                request_status(each)
+                request_status(each, me)
                 for each in snapshot.requests
-                if request.include_finished or each.state not in ENDED
+                if include_finished or each.state not in ENDED
             ],
             model=addresses.model,
             http_address=addresses.http,
             grpc_address=addresses.grpc,
             router_pid=os.getpid(),
             moves=[move_status(each, snapshot.now_ms) for each in snapshot.moves],
+            routers=[router],
+            store=addresses.store,
         )  # fmt: skip
 
     async def Migrate(self, request: pb.MigrateRequest, context: _Context) -> pb.MoveStatus:
-        """Moves a running request; the answer says how that went. The driver bounds the wait."""
+        """Moves a running request; the answer says how that went. The router that has it bounds the wait."""
+        name = request.request_id
         try:
-            record = await self._operations.migrate(request.request_id, request.to)
+            if not request.local:
+                everywhere = merged(
+                    self._local(include_finished=True),
+                    await self._peers.statuses(include_finished=True),
+                    self._peers.internal,
+                )
+                found = find_request(request.request_id, everywhere.requests)
+                if found.router != self._peers.me:
+                    there = pb.MigrateRequest(request_id=found.id, to=request.to, local=True)
+                    answer: pb.MoveStatus = await self._peers.stub(found.router).Migrate(
+                        there, timeout=MIGRATE_S, metadata=self._peers.metadata
+                    )
+                    return answer
+                name = found.id
+            record = await self._operations.migrate(name, request.to)
         except TandemError as error:
             await _abort(context, error)
+        except grpc.aio.AioRpcError as error:
+            metadata: Any = error.trailing_metadata() or ()
+            await context.abort(error.code(), error.details() or "", tuple(metadata))
         return move_status(record, self._driver.status().now_ms)
+
+    async def CancelHere(self, request: pb.CancelHereRequest, context: _Context) -> pb.CancelHereResponse:
+        """Ends a request of this router, for a client that came to another one."""
+        only = request.owner if request.HasField("owner") else None
+        return pb.CancelHereResponse(found=self._cancel(request.request_id, "cancelled by a client", only))
+
+    async def MetricsHere(self, request: pb.MetricsHereRequest, context: _Context) -> pb.MetricsHereResponse:
+        """What this router has counted, for a page of all routers."""
+        return pb.MetricsHereResponse(page=self._metrics().decode())
 
     async def Drain(self, request: pb.DrainRequest, context: _Context) -> AsyncIterator[pb.DrainProgress]:
         """Drains a worker, and tells of each change until that is over. It goes on when the caller goes away."""
@@ -142,8 +198,33 @@ def worker_status(member: Member, worker: WorkerSnapshot | None) -> pb.WorkerSta
     return status
 
 
-def request_status(request: RequestSnapshot) -> pb.RequestStatus:
-    """One request as the router sees it."""
+def merged(
+    mine: pb.StatusResponse, others: dict[str, pb.StatusResponse | None], internal: dict[str, str]
+) -> pb.StatusResponse:
+    """The status of all routers together: workers as the answering one sees them, requests and moves of each.
+
+    A router that did not answer is named as one that is not up.
+    """
+    told = [each for each in others.values() if each is not None]
+    known = {each.id for each in mine.workers}
+    for answer in told:
+        strangers = [each for each in answer.workers if each.id not in known]  # this router may be new
+        mine.workers.extend(strangers)
+        known |= {each.id for each in strangers}
+        mine.requests.extend(answer.requests)
+        mine.moves.extend(answer.moves)
+        mine.routers.extend(answer.routers)
+    silent = [name for name, answer in others.items() if answer is None]
+    mine.routers.extend(pb.RouterStatus(id=name, address=internal[name]) for name in silent)
+    mine.workers.sort(key=lambda each: each.id)
+    mine.requests.sort(key=lambda each: each.state not in ENDED)  # the newest stay last
+    mine.moves.sort(key=lambda each: each.at_ms)
+    mine.routers.sort(key=lambda each: list(internal).index(each.id))
+    return mine
+
+
+def request_status(request: RequestSnapshot, router: str = "") -> pb.RequestStatus:
+    """One request as its router sees it."""
     done = request.transferred
     status = pb.RequestStatus(
         id=request.request_id,
@@ -168,6 +249,7 @@ def request_status(request: RequestSnapshot) -> pb.RequestStatus:
         num_moves=request.num_moves,
         moving_to=request.moving_to,
         priority=request.priority,
+        router=router,
     )
     if request.ttft_ms is not None:
         status.ttft_ms = request.ttft_ms

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,6 +17,7 @@ ENVIRONMENT_PREFIX = "TANDEM_"
 # Variables that are no settings of a cluster: the settings file, the kernels' choice, a client's key, two of tests.
 OTHER_VARIABLES = frozenset({"CONFIG", "KERNELS", "REQUIRE", "HANDOFF_SEEDS", "API_KEY"})
 MiB = 1 << 20
+REDIS_SCHEMES = ("redis", "rediss", "unix")
 WILDCARDS = ("0.0.0.0", "::")
 KV_MEMORY_LEAST = 16 << 10  # far too little for a real model, which then says how large one block is
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -41,6 +43,7 @@ class ClusterConfig(BaseModel):
     prefill: int = Field(1, ge=0, le=64, description="number of prefill workers")
     decode: int = Field(2, ge=0, le=64, description="number of decode workers")
     mixed: int = Field(0, ge=0, le=64, description="number of workers that do both")
+    routers: int = Field(1, ge=1, le=16, description="router processes behind the one address; several need redis")
 
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="data type of weights and KV")
     exact: bool = Field(True, description="the same tokens whatever happens to a request")
@@ -73,6 +76,14 @@ class ClusterConfig(BaseModel):
     tls_name: str = Field("", description="name in the members' certificates; empty: the address that is dialled")
     join_token_file: Path | None = Field(
         None, description="file with the token that workers join with; without it each start makes one"
+    )
+
+    redis: str = Field(
+        "",
+        description="Redis in which routers keep their streams, e.g. redis://127.0.0.1:6379/0; empty: nothing is kept",
+    )
+    redis_prefix: str = Field(
+        "tandem", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="what the keys in Redis begin with: one a cluster"
     )
 
     address: str = Field("", description="address of a running Ray cluster; empty: start a local one")
@@ -111,6 +122,11 @@ class ClusterConfig(BaseModel):
             )
         return self
 
+    @field_validator("redis")
+    @classmethod
+    def _is_redis(cls, value: str) -> str:
+        return check_url(value) if value else value
+
     @model_validator(mode="after")
     def _fits_together(self) -> ClusterConfig:
         if self.mixed == 0 and self.prefill == 0:
@@ -127,9 +143,15 @@ class ClusterConfig(BaseModel):
             raise ValueError(
                 f"worker_host: {self.worker_host} is no address that others reach; leave it empty or name one"
             )
+        if self.routers > 1 and not self.redis:
+            raise ValueError(f"routers: {self.routers} routers share their state; give redis a URL, or routers 1")
         if self.port == self.grpc_port != 0:
             raise ValueError(f"grpc_port: {self.grpc_port} is the HTTP port too")
         return self
+
+    def without_store(self) -> ClusterConfig:
+        """For parts that have nothing to do with the store: none of them needs its password."""
+        return self.model_copy(update={"routers": 1, "redis": ""})
 
     @property
     def num_workers(self) -> int:
@@ -239,3 +261,20 @@ def _sentence(detail: dict[str, Any], origins: Mapping[str, str]) -> str:
         return message  # a rule over several keys names them itself
     key = str(detail["loc"][0])
     return f"{key}: {detail['input']!r}: {message[0].lower()}{message[1:]} (from {origins[key]})"
+
+
+def check_url(url: str) -> str:
+    """The address, when it is one of Redis. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme not in REDIS_SCHEMES or not (parts.netloc or parts.path):
+        raise ValueError(f"must be redis://host:port/database, rediss:// or unix://, is {without_password(url)!r}")
+    return url
+
+
+def without_password(url: str) -> str:
+    """The address as it may be shown and logged."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    place = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{place}"))

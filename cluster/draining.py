@@ -6,7 +6,7 @@ there is finished and handed over, and the worker leaves once nobody reads anyth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -61,7 +61,14 @@ class Back:
     incarnation: int
 
 
-Event = Looked | Gone | Back
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The drain may not go on: another router began first what only one may."""
+
+    reason: str
+
+
+Event = Looked | Gone | Back | GiveUp
 
 # ---- actions ---------------------------------------------------------------------------------------------------------
 
@@ -144,6 +151,11 @@ class Drain:
         self._over(DrainState.FAILED, f"{self.worker_id} died while it drained: {event.reason}")
         return []
 
+    def _given_up(self, now_ms: int, event: Event) -> list[Action]:
+        assert isinstance(event, GiveUp)
+        self._over(DrainState.FAILED, event.reason)
+        return [TakeBack(event.reason)]
+
     def _left(self, now_ms: int, event: Event) -> list[Action]:
         if self.restart:
             self.state, self._due_ms = DrainState.STARTING, now_ms + self.start_ms
@@ -166,6 +178,7 @@ _Row = Callable[[Drain, int, Event], list[Action]]
 TABLE: dict[tuple[DrainState, type], _Row] = {
     (DrainState.EMPTYING, Looked): Drain._looked,
     (DrainState.EMPTYING, Gone): Drain._died,
+    (DrainState.EMPTYING, GiveUp): Drain._given_up,
     (DrainState.LEAVING, Gone): Drain._left,
     (DrainState.STARTING, Back): Drain._back,
 }
@@ -201,17 +214,33 @@ def drainable(membership: Membership, worker: str, *, restart: bool, draining: I
         for each in membership.members.values()
         if each.state is MemberState.READY and each is not member
     }  # fmt: skip
-    for roles, does in ((DECODES, "writes tokens"), (PREFILLS, "reads prompts")):
-        if member.info.role in roles and not others & set(roles):
-            raise DrainRefused(
-                f"{worker} is the last ready worker that {does}; drain it with --restart, or not at all"
-            )  # fmt: skip
+    refusal = last_of_its_kind(member.info.worker_id, member.info.role, others)
+    if refusal:
+        raise DrainRefused(refusal)
     return member
 
 
-def left_on(snapshot: StatusSnapshot, worker_id: WorkerId, incarnation: int, obstacle: str) -> Looked:
-    """What the worker still has: requests that involve it, and blocks that somebody reads or writes."""
-    num_requests = sum(_involves(each, worker_id) for each in snapshot.requests)
+def last_of_its_kind(worker_id: WorkerId, role: Role, others: Collection[Role]) -> str:
+    """Why a worker of that role has to stay beside others of those roles; empty when it may go."""
+    for roles, does in ((DECODES, "writes tokens"), (PREFILLS, "reads prompts")):
+        if role in roles and not any(each in roles for each in others):
+            return f"{worker_id} is the last ready worker that {does}; drain it with --restart, or not at all"
+    return ""
+
+
+def requests_on(snapshot: StatusSnapshot, worker_id: WorkerId) -> int:
+    """How many of this router's requests the worker has a part in."""
+    return sum(_involves(each, worker_id) for each in snapshot.requests)
+
+
+def left_on(
+    snapshot: StatusSnapshot, worker_id: WorkerId, incarnation: int, obstacle: str, num_elsewhere: int = 0
+) -> Looked:
+    """What the worker still has: requests that involve it, and blocks that somebody reads or writes.
+
+    `num_elsewhere`: requests of other routers.
+    """
+    num_requests = requests_on(snapshot, worker_id) + num_elsewhere
     for worker in snapshot.workers:
         if (worker.worker_id, worker.incarnation) == (worker_id, incarnation) and worker.load is not None:
             blocks = worker.load.blocks

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cluster.config import ClusterConfig
-from cluster.secret_files import join_token_path, read_secret
 from tandem.cluster_access import ClusterAccess
 from tandem.tls import Tls, check_members, load_tls
 
@@ -21,13 +18,3 @@ def member_tls(config: ClusterConfig) -> Tls | None:
         return None
     check_members(ca=config.tls_ca, cert=config.tls_cert, key=config.tls_key)
     return load_tls(ca=config.tls_ca, cert=config.tls_cert, key=config.tls_key, name=config.tls_name)
-
-
-def token_file(config: ClusterConfig) -> Path:
-    """Where the join token of a cluster that runs on this machine is."""
-    return config.join_token_file or join_token_path(config.run_dir, config.port)
-
-
-def read_join_token(config: ClusterConfig) -> str:
-    """Raises SecretError."""
-    return read_secret(token_file(config))

@@ -78,10 +78,10 @@ TRANSITIONS: dict[tuple[MemberState, Observation], MemberState] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Registered:
-    """A worker asks to join. `incarnation` is the one it already has from an earlier router process, 0 for none."""
+    """A worker asks to join, or to be known by a router that is new. Its incarnation is its supervisor's count."""
 
     info: WorkerInfo
-    incarnation: int = 0
+    incarnation: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +184,7 @@ class Member:
 
 @dataclass(slots=True, kw_only=True)
 class Membership:
-    """All workers, the latest incarnation of each. Incarnations it gives out start above `base_incarnation`.
+    """All workers, the latest incarnation of each.
 
     Events are promised each `look_ms`. When they come much later, it was the observer that was away, on a machine that
     is too busy or was asleep: what workers said meanwhile is still to be read, and that time counts against nobody.
@@ -194,7 +194,6 @@ class Membership:
     dead_after_misses: int = 3
     stall_ms: int = 5000
     join_ms: int = 15_000  # from registration to the first heartbeat
-    base_incarnation: int = 0
     look_ms: int | None = None  # None: nothing is promised
     looked_ms: int | None = None
     model: str = ""  # that every worker must run; empty: whichever the first one runs
@@ -245,7 +244,10 @@ class Membership:
 
     def _register(self, now_ms: int, event: Registered) -> list[Action]:
         info, known = event.info, self.members.get(event.info.worker_id)
-        if event.incarnation and known is not None and known.incarnation >= event.incarnation:
+        if known is not None and known.incarnation == event.incarnation and known.state not in OVER:
+            if (known.info.pid, known.info.control) == (info.pid, info.control):
+                return [Admitted(info=known.info, incarnation=known.incarnation)]  # the first answer was lost
+        if known is not None and known.incarnation >= event.incarnation:
             reason = f"incarnation {event.incarnation} of {info.worker_id} is over; the latest is {known.incarnation}"
             return [RegistrationRefused(worker_id=info.worker_id, reason=reason)]
         if self.model and info.model != self.model:
@@ -262,13 +264,11 @@ class Membership:
         if differs:
             return [RegistrationRefused(worker_id=info.worker_id, reason=differs)]
         actions = self._observe(known, O.SUPERSEDED, "a new incarnation registered")
-        latest = max(self.base_incarnation, known.incarnation if known else 0)
-        incarnation = event.incarnation or latest + 1
         self.members[info.worker_id] = Member(
-            info=info, incarnation=incarnation, state=S.JOINING, heard_ms=now_ms, moved_ms=now_ms,
+            info=info, incarnation=event.incarnation, state=S.JOINING, heard_ms=now_ms, moved_ms=now_ms,
             agent_pid=info.agent_pid,
         )  # fmt: skip
-        return [*actions, Admitted(info=info, incarnation=incarnation)]
+        return [*actions, Admitted(info=info, incarnation=event.incarnation)]
 
     def _heard(self, now_ms: int, event: Heartbeat) -> list[Action]:
         member = self.current(event)

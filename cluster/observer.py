@@ -10,7 +10,7 @@ from cluster.outlook import AnswerLengths, ClusterView, RunningRequest, StepTime
 from router.cost import LeastSquares
 from router.fleet import WorkerState
 from router.move import MoveOutcome, MoveRecord
-from router.request import RequestSnapshot, RequestState, StatusSnapshot, WorkerSnapshot
+from router.request import ENDED, RequestSnapshot, RequestState, StatusSnapshot, WorkerSnapshot
 from tandem.messages import Role
 from tandem.request import RequestId, WorkerId
 
@@ -30,15 +30,18 @@ class _Mark:
     at_ms: int
     steps: int
     requests: frozenset[RequestId]
+    strangers: int  # requests of other routers
 
 
 class Observer:
     """Everything that one view needs to know of the views before it.
 
     `reserve_tokens`: of each answer, counted by the router in advance. `bytes_per_ms`: until a move was measured.
+    `alone`: no other router has requests on these workers.
     """
 
-    def __init__(self, *, reserve_tokens: int, bytes_per_ms: float) -> None:
+    def __init__(self, *, reserve_tokens: int, bytes_per_ms: float, alone: bool = True) -> None:
+        self._alone = alone
         self.lengths = AnswerLengths()
         self._reserve_tokens = reserve_tokens
         self._bytes_per_ms = bytes_per_ms
@@ -71,7 +74,7 @@ class Observer:
             if move.outcome is MoveOutcome.MOVED:
                 homes.setdefault(move.request_id, []).append((move.source, move.at_ms))
         view = ClusterView(
-            workers=tuple(_worker_view(each, snapshot.requests) for each in workers),
+            workers=tuple(_worker_view(each, snapshot.requests, alone=self._alone) for each in workers),
             running=tuple(self._running(each, size, homes.get(each.request_id, [])) for each in decoding),
             waiting=tuple(
                 WaitingRequest(
@@ -112,19 +115,24 @@ class Observer:
         marks = {}
         for worker in workers:
             key, load, batch = (worker.worker_id, worker.incarnation), worker.load, here.get(worker.worker_id, [])
-            disturbed = load is None or load.prefill_backlog_tokens or load.waiting or load.running != len(batch)
+            disturbed = load is None or load.prefill_backlog_tokens or load.waiting or load.running < len(batch)
+            strangers = 0 if load is None else load.running - len(batch)
+            if self._alone and strangers:
+                continue
             if load is None or disturbed or not batch or any(each.moving_to for each in batch):
                 continue
             mark, requests = self._marks.get(key), frozenset(each.request_id for each in batch)
-            if mark is not None and mark.requests == requests:
+            if mark is not None and (mark.requests, mark.strangers) == (requests, strangers):
                 num_steps = load.steps - mark.steps
                 if num_steps < SAMPLE_STEPS:
                     marks[key] = mark
                     continue
                 tokens = sum(_num_tokens(each) for each in batch)
-                features = (1.0, len(batch) / ROWS_SCALE, tokens / TOKENS_SCALE)
+                if strangers:
+                    tokens = max(tokens, _held_blocks(worker) * worker.info.block_size)
+                features = (1.0, load.running / ROWS_SCALE, tokens / TOKENS_SCALE)
                 self._step.learn(features, (now_ms - mark.at_ms) / num_steps)
-            marks[key] = _Mark(now_ms, load.steps, requests)
+            marks[key] = _Mark(now_ms, load.steps, requests, strangers)
         self._marks = marks
 
     def _ended_moves(self, moves: Iterable[MoveRecord]) -> list[MoveRecord]:
@@ -160,7 +168,30 @@ def _num_tokens(request: RequestSnapshot) -> int:
     return request.prompt_tokens + request.tokens
 
 
-def _worker_view(worker: WorkerSnapshot, requests: Iterable[RequestSnapshot]) -> WorkerView:
+def _held_blocks(worker: WorkerSnapshot) -> int:
+    """Blocks that somebody has, as the worker reports."""
+    if worker.load is None:
+        return 0
+    return worker.load.blocks.total - worker.load.blocks.free - worker.load.blocks.cached
+
+
+def _strangers(worker: WorkerSnapshot, requests: Iterable[RequestSnapshot]) -> tuple[int, int]:
+    """How many requests of other routers the worker has, and how many tokens of KV of theirs."""
+    if worker.load is None:
+        return 0, 0
+    here = [
+        each
+        for each in requests
+        if each.state not in ENDED and worker.worker_id in (each.decode_worker, each.prefill_worker, each.moving_to)
+    ]
+    own = [each for each in here if each.state is RequestState.DECODING and each.decode_worker == worker.worker_id]
+    num = max(0, worker.load.running + worker.load.waiting - len(here))
+    own_blocks = sum(_num_tokens(each) // worker.info.block_size + 1 for each in own)
+    return num, max(0, _held_blocks(worker) - own_blocks) * worker.info.block_size if num else 0
+
+
+def _worker_view(worker: WorkerSnapshot, requests: Iterable[RequestSnapshot], *, alone: bool) -> WorkerView:
+    requests = list(requests)
     info, load = worker.info, worker.load
     coming = [
         each
@@ -169,6 +200,7 @@ def _worker_view(worker: WorkerSnapshot, requests: Iterable[RequestSnapshot]) ->
     ]  # fmt: skip
     expected = sum(_num_tokens(each) // info.block_size + 1 for each in coming)
     blocks = None if load is None else load.blocks
+    num_strangers, strange_tokens = (0, 0) if alone else _strangers(worker, requests)
     return WorkerView(
         worker_id=worker.worker_id,
         ready=worker.state == WorkerState.READY.value and info.role in DECODES,
@@ -176,8 +208,10 @@ def _worker_view(worker: WorkerSnapshot, requests: Iterable[RequestSnapshot]) ->
         block_size=info.block_size,
         block_bytes=info.block_bytes,
         total_blocks=info.total_blocks,
-        held_blocks=0 if blocks is None else blocks.total - blocks.free - blocks.cached,
+        held_blocks=_held_blocks(worker),
         incoming_blocks=max(0, expected - (0 if blocks is None else blocks.granted)),
         num_incoming=len(coming),
+        num_strangers=num_strangers,
+        strange_tokens=strange_tokens,
         room_blocks=worker.num_free_blocks,
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
-from typing import assert_never
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, assert_never
 
 from cluster.config import ClusterConfig
+from cluster.drain_relay import DrainWord
 from cluster.draining import (
     DEADLINE_MS,
     DEADLINE_MS_MAX,
@@ -19,16 +21,19 @@ from cluster.draining import (
     Drain,
     DrainState,
     Event,
+    GiveUp,
     Gone,
     Leave,
     TakeBack,
     drainable,
     left_on,
+    requests_on,
 )
 from cluster.membership import MemberState, StateChanged
 from cluster.observer import Observer
 from cluster.rebalancer import Rebalancer
 from cluster.registry import Registry
+from cluster.turns import has_turn
 from router.driver import Driver, WantedMove
 from router.move import MoveOutcome, MoveReason, MoveRecord
 from router.request import ENDED, StatusSnapshot
@@ -41,21 +46,84 @@ PERIOD_S = 0.2
 FIGURES_S = 1.0  # the source may tell of a move a moment after the target's first token has ended it
 
 
+class HasId(Protocol):
+    """A request of some router."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+
+
+_HasId = TypeVar("_HasId", bound=HasId)
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A request by its id, and its state."""
+
+    id: str
+    state: str
+
+
+def find_request(name: str, requests: Iterable[_HasId]) -> _HasId:
+    """The request that is named by its id, or by how that ends: one that runs before those that ended.
+
+    Raises InvalidRequest or UnknownRequest.
+    """
+    if not name:
+        raise InvalidRequest("request_id", "is missing; name a request of `tandem status`")
+    named = [each for each in requests if each.id.endswith(name)]
+    exactly = [each for each in named if each.id == name]
+    running = [each for each in exactly or named if each.state not in ENDED] or exactly or named
+    if len(running) > 1 and not exactly:
+        raise InvalidRequest("request_id", f"{len(running)} requests end in {name!r}; give the whole id")
+    if not running:
+        raise UnknownRequest(f"no request of id {name!r} is known")
+    return running[0]
+
+
+class Say(Protocol):
+    """Tells the supervisor something."""
+
+    def __call__(self, event: str, **fields: object) -> None: ...
+
+
+@dataclass(slots=True)
+class _Helped:
+    """A drain that another router watches over, and how many requests that one was told of."""
+
+    incarnation: int
+    told: int | None = None
+
+
 class Operations:
-    """Looks at the cluster every PERIOD_S. `leave` (worker, incarnation, restart) ends a drained worker's process."""
+    """Looks at the cluster every PERIOD_S: router `number` of `num_routers`, which hear of its drains through `say`."""
 
     def __init__(
-        self, *, driver: Driver, registry: Registry, config: ClusterConfig, leave: Callable[[WorkerId, int, bool], None]
+        self,
+        *,
+        driver: Driver,
+        registry: Registry,
+        config: ClusterConfig,
+        say: Say,
+        number: int = 0,
+        num_routers: int = 1,
     ) -> None:
         self._driver = driver
         self._registry = registry
         self._config = config
-        self._leave = leave
+        self._say = say
+        self._number, self._num_routers = number, num_routers
         self._rebalancer = Rebalancer()
         self._observer = Observer(
-            reserve_tokens=driver.config.decode_reserve_tokens, bytes_per_ms=driver.config.transfer_bytes_per_ms
+            reserve_tokens=driver.config.decode_reserve_tokens,
+            bytes_per_ms=driver.config.transfer_bytes_per_ms,
+            alone=num_routers == 1,
         )
         self._drains: dict[WorkerId, Drain] = {}
+        self._elsewhere: dict[WorkerId, int] = {}  # of these: how many requests other routers have there
+        self._helped: dict[WorkerId, _Helped] = {}
         self._obstacles: dict[WorkerId, str] = {}  # of workers that drain: why their requests did not move, lately
         self._progress = asyncio.Condition()
 
@@ -66,7 +134,9 @@ class Operations:
 
         Raises the TandemError that it is refused with.
         """
-        found, target = self._find(request_id), WorkerId(to) if to else None
+        snapshots = self._driver.status().requests
+        named = [Named(each.request_id, each.state) for each in snapshots]
+        found, target = RequestId(find_request(request_id, named).id), WorkerId(to) if to else None
         move = await self._driver.move(found, target, MoveReason.OPERATOR, "asked by an operator")
         until_s = time.monotonic() + FIGURES_S
         while move.outcome is MoveOutcome.MOVED and not move.rounds and time.monotonic() < until_s:
@@ -75,20 +145,6 @@ class Operations:
             same = [each for each in known if (each.request_id, each.at_ms) == (move.request_id, move.at_ms)]
             move = same[0] if same else move
         return move
-
-    def _find(self, request_id: str) -> RequestId:
-        if not request_id:
-            raise InvalidRequest("request_id", "is missing; name a request of `tandem status`")
-        requests = self._driver.status().requests
-        if any(each.request_id == request_id for each in requests):
-            return RequestId(request_id)
-        named = [each for each in requests if each.request_id.endswith(request_id)]
-        running = [each for each in named if each.state not in ENDED] or named
-        if len(running) > 1:
-            raise InvalidRequest("request_id", f"{len(running)} requests end in {request_id!r}; give the whole id")
-        if not running:
-            raise UnknownRequest(f"no request of id {request_id!r} is known")
-        return running[0].request_id
 
     def drain(self, worker: str, *, deadline_ms: int, restart: bool) -> Drain:
         """Begins a drain. Raises InvalidRequest or DrainRefused saying why there is none."""
@@ -108,8 +164,10 @@ class Operations:
             start_ms=1_000 * self._config.start_timeout_s,
         )
         self._drains[drain.worker_id] = drain
+        self._elsewhere[drain.worker_id] = 0 if self._num_routers == 1 else 1  # until it is known
         self._obstacles.pop(drain.worker_id, None)
         self._registry.drain(member)
+        self._say(DrainWord.DRAINING, id=drain.worker_id, incarnation=drain.incarnation, restart=restart)
         drain.left = left_on(self._driver.status(), drain.worker_id, drain.incarnation, "")
         log.info("worker=%s incarnation=%d drains, restart=%s", drain.worker_id, drain.incarnation, restart)
         return drain
@@ -130,15 +188,48 @@ class Operations:
 
     # ---- what happens ------------------------------------------------------------------------------------------------
 
-    def ended(self, worker_id: str, incarnation: int, reason: str) -> None:
-        """The supervisor saw the worker's process end. `incarnation` 0: it never registered."""
-        drain = self._drains.get(WorkerId(worker_id))
-        if drain is not None and incarnation in (0, drain.incarnation):
+    def ended(self, worker_id: WorkerId, incarnation: int, reason: str) -> None:
+        """The supervisor saw the worker's process end."""
+        drain, helped = self._drains.get(worker_id), self._helped.get(worker_id)
+        if drain is not None and incarnation == drain.incarnation:
             self._handle(drain, Gone(reason))
+        if helped is not None and incarnation == helped.incarnation:
+            del self._helped[worker_id]
+
+    def told(self, word: DrainWord, worker_id: WorkerId, incarnation: int, *, requests: int, reason: str) -> None:
+        """The supervisor passes on what another router says of a drain."""
+        drain = self._drains.get(worker_id)
+        mine = drain is not None and drain.incarnation == incarnation
+        match word:
+            case DrainWord.DRAINING:
+                self._helped[worker_id] = _Helped(incarnation)
+                self._help(worker_id)
+            case DrainWord.TAKEN_BACK | DrainWord.LEFT:
+                if self._helped.pop(worker_id, None) is not None:
+                    left = word is DrainWord.LEFT
+                    self._registry.drained(worker_id, incarnation, left=left, reason=reason)
+            case DrainWord.ELSEWHERE:
+                if mine:
+                    self._elsewhere[worker_id] = requests
+            case DrainWord.GIVE_UP:
+                if drain is not None and mine:
+                    self._handle(drain, GiveUp(reason))
+            case DrainWord.PART:
+                raise AssertionError(f"{word} is for the supervisor")
+            case _:
+                assert_never(word)
+
+    def _help(self, worker_id: WorkerId) -> None:
+        """The worker gets nothing new from this router either; if it has not joined yet, as soon as it has."""
+        member, helped = self._registry.membership.members.get(worker_id), self._helped[worker_id]
+        if member is not None and member.incarnation == helped.incarnation:
+            self._registry.drain(member)
 
     def changed(self, change: StateChanged) -> None:
         """Membership's view of a worker changed."""
-        drain = self._drains.get(change.worker_id)
+        drain, helped = self._drains.get(change.worker_id), self._helped.get(change.worker_id)
+        if helped is not None and change.state is MemberState.READY and change.incarnation == helped.incarnation:
+            self._help(change.worker_id)
         if drain is None:
             return
         if change.state is MemberState.DEAD and change.incarnation == drain.incarnation:
@@ -162,17 +253,25 @@ class Operations:
         """One look. Costs nothing where nothing could be moved."""
         self._drains = {name: drain for name, drain in self._drains.items() if drain.state not in OVER}
         decoding = [each for each in self._registry.membership.alive() if each.info.role in DECODES]
-        if not self._drains and not (self._config.rebalance and len(decoding) > 1):
+        draining = bool(self._drains or self._helped)
+        if not draining and not (self._config.rebalance and len(decoding) > 1):
             return
-        snapshot = self._driver.status()
-        self._rebalance(snapshot)
-        now_ms = _now_ms()
+        snapshot, now_ms = self._driver.status(), _now_ms()
+        self._rebalance(snapshot, drains_only=not self._may_balance(now_ms))
         for drain in self._drains.values():
-            obstacle = self._obstacles.get(drain.worker_id, "")
-            self._handle(drain, left_on(snapshot, drain.worker_id, drain.incarnation, obstacle))
+            obstacle, elsewhere = self._obstacles.get(drain.worker_id, ""), self._elsewhere[drain.worker_id]
+            self._handle(drain, left_on(snapshot, drain.worker_id, drain.incarnation, obstacle, elsewhere))
             drain.tick(now_ms)
+        for worker_id, helped in self._helped.items():
+            num_requests = requests_on(snapshot, worker_id)
+            if num_requests != helped.told:
+                helped.told = num_requests
+                self._say(DrainWord.PART, id=worker_id, incarnation=helped.incarnation, requests=num_requests)
 
-    def _rebalance(self, snapshot: StatusSnapshot) -> None:
+    def _may_balance(self, now_ms: int) -> bool:
+        return self._config.rebalance and has_turn(now_ms, self._number, self._num_routers)
+
+    def _rebalance(self, snapshot: StatusSnapshot, *, drains_only: bool) -> None:
         view, ended = self._observer.look(snapshot)
         for move in ended:
             if move.outcome is MoveOutcome.FAILED:
@@ -180,7 +279,7 @@ class Operations:
                 self._obstacles[move.source] = f"{move.request_id} did not move to {move.target}: {move.error}"
             else:
                 self._obstacles.pop(move.source, None)
-        planned = self._rebalancer.plan(snapshot.now_ms, view, drains_only=not self._config.rebalance)
+        planned = self._rebalancer.plan(snapshot.now_ms, view, drains_only=drains_only)
         sources = {move.request_id: move.source for move in planned}
         wanted = [
             WantedMove(request_id=each.request_id, to=each.target, reason=each.reason, why=each.why) for each in planned
@@ -199,9 +298,10 @@ class Operations:
             match action:
                 case Leave(restart=restart):
                     self._registry.drained(drain.worker_id, drain.incarnation, left=True, reason="drained")
-                    self._leave(drain.worker_id, drain.incarnation, restart)
+                    self._say(DrainWord.LEFT, id=drain.worker_id, incarnation=drain.incarnation, restart=restart)
                 case TakeBack(reason=reason):
                     self._registry.drained(drain.worker_id, drain.incarnation, left=False, reason=reason)
+                    self._say(DrainWord.TAKEN_BACK, id=drain.worker_id, incarnation=drain.incarnation, reason=reason)
                 case _:
                     assert_never(action)
         if drain.state is not before:

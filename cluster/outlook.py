@@ -54,6 +54,8 @@ class WorkerView:
     incoming_blocks: int = 0  # of handoffs on their way that have no blocks granted yet
     num_incoming: int = 0
     room_blocks: int = 0  # that placement would give to a new request
+    num_strangers: int = 0  # requests of other routers
+    strange_tokens: int = 0  # of KV that those have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +94,12 @@ class Outlook:
     @property
     def num_tokens(self) -> int:
         """Tokens of KV that a step reads."""
-        return sum(each.num_tokens for each in self.requests)
+        return sum(each.num_tokens for each in self.requests) + self.worker.strange_tokens
+
+    @property
+    def num_rows(self) -> int:
+        """Requests in a step, those of other routers among them."""
+        return len(self.requests) + self.worker.num_strangers
 
     @property
     def virtual_blocks(self) -> int:
@@ -109,13 +116,13 @@ class Outlook:
         """Steps until memory is gone: F = (M - sum V) / B (Llumnix 3.2), in tokens of each request of the batch."""
         if self.worker.draining:
             return -math.inf
-        num = len(self.requests) + self.worker.num_incoming
+        num = self.num_rows + self.worker.num_incoming
         return self.free_blocks * self.worker.block_size / num if num else math.inf
 
     @property
     def weight(self) -> int:
-        """Its requests, each counted by its priority."""
-        return sum(weight_of(each.priority) for each in self.requests)
+        """Its requests, each counted by its priority; that of other routers' is not known."""
+        return sum(weight_of(each.priority) for each in self.requests) + self.worker.num_strangers
 
     @property
     def priority(self) -> int:
@@ -125,7 +132,7 @@ class Outlook:
     @property
     def step_ms(self) -> float:
         """Predicted time of its next step."""
-        return self.step.of(len(self.requests), self.num_tokens)
+        return self.step.of(self.num_rows, self.num_tokens)
 
     def blocks_of(self, request: RunningRequest) -> int:
         """Blocks that the request's tokens fill, and the one that it writes."""
@@ -134,15 +141,16 @@ class Outlook:
     def peak_blocks(self, steps: float, requests: Sequence[RunningRequest] | None = None, extra_blocks: int = 0) -> int:
         """The most blocks that are held within so many steps. `requests`: instead of those here.
 
-        `extra_blocks`: held beside the virtual usage; less than 0 for what has gone in thought.
+        `extra_blocks`: held beside the virtual usage; less than 0 for what has gone in thought. Requests of other
+        routers are taken to go on for longer than that.
         """
         chosen = self.requests if requests is None else requests
         ordered = sorted(chosen, key=lambda each: -each.left_tokens)
-        size, held = self.worker.block_size, self.virtual_blocks + extra_blocks
+        size, held, strangers = self.worker.block_size, self.virtual_blocks + extra_blocks, self.worker.num_strangers
         within = sum(self.blocks_of(each) for each in ordered if each.left_tokens < steps)
         ended = sum(self.blocks_of(each) for each in ordered)
-        peak = held
-        for num, each in enumerate(ordered, start=1):
+        peak = max(held, math.ceil(held - within + strangers * steps / size)) if strangers else held
+        for num, each in enumerate(ordered, start=strangers + 1):
             ended -= self.blocks_of(each)  # of those that end before this one
             grown = num * min(each.left_tokens, steps) / size
             gone = ended if each.left_tokens < steps else within

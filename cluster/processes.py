@@ -41,7 +41,7 @@ def bury_orphans(seen: set[int]) -> set[int]:
 
     Whoever started a child itself waits for it, well within the time between two looks. For an adopted one nobody does.
     """
-    zombies = {child.pid for child in psutil.Process().children() if not _lives(child)}
+    zombies = {child.pid for child in psutil.Process().children() if not lives(child)}
     for pid in zombies & seen:
         with suppress(ChildProcessError):  # it was waited for after all
             os.waitpid(pid, os.WNOHANG)
@@ -60,7 +60,7 @@ def wait_gone(processes: Iterable[psutil.Process], timeout_s: float) -> list[psu
     while True:
         # A zombie that is a child of ours is reaped by the way.
         _, left = psutil.wait_procs(left, timeout=0)
-        left = [process for process in left if _lives(process)]
+        left = [process for process in left if lives(process)]
         if not left or time.monotonic() >= until_s:
             return left
         time.sleep(POLL_S)
@@ -90,7 +90,24 @@ def pick_port(host: str, port: int, flag: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _lives(process: psutil.Process) -> bool:
+def hold_port(host: str, port: int) -> socket.socket:
+    """Keeps a port for servers that bind it with SO_REUSEPORT, while none of them runs; takes no connection itself.
+
+    Between two of them the kernel would else lend the port to any connection that goes out. Raises OSError.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    held = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind((host, port))
+    except OSError:
+        held.close()
+        raise
+    return held
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether the process runs, or could: a zombie does not."""
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

@@ -343,7 +343,7 @@ def _changes(case: _Case, source: Outlook, target: Outlook, movable: list[Runnin
     As long as the request runs, in bounds.
     """
     step, source_ms, target_ms = case.view.step, source.step_ms, target.step_ms
-    num_here, num_there = len(source.requests), len(target.requests)
+    num_here, num_there = source.num_rows, target.num_rows
     tokens_here, tokens_there = source.num_tokens, target.num_tokens
     weight_here, weight_there = source.weight, target.weight
     before = weight_here * source_ms + weight_there * target_ms

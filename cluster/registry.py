@@ -50,18 +50,16 @@ class Registry(worker_pb2_grpc.RegistryServicer):
     async def Register(
         self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext[pb.RegisterRequest, pb.RegisterReply]
     ) -> pb.RegisterReply:
-        """Takes a worker in under an incarnation, or says why not."""
+        """Takes a worker in under its incarnation, or says why not."""
         try:
             info = wire.decode_worker_info(request)
+            if request.incarnation < 1:
+                raise ValueError("incarnation: is missing; it counts the starts of a worker from 1")
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        reply = pb.RegisterReply(heartbeat_ms=self.membership.heartbeat_ms)
-        for action in self._take(Registered(info=info, incarnation=request.incarnation)):
-            if isinstance(action, Admitted):
-                reply.incarnation = action.incarnation
-            elif isinstance(action, RegistrationRefused):
-                reply.refused = action.reason
-        return reply
+        actions = self._take(Registered(info=info, incarnation=request.incarnation))
+        refused = next((each.reason for each in actions if isinstance(each, RegistrationRefused)), "")
+        return pb.RegisterReply(heartbeat_ms=self.membership.heartbeat_ms, refused=refused)
 
     async def Heartbeat(
         self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext[pb.HeartbeatRequest, pb.HeartbeatReply]
@@ -80,12 +78,9 @@ class Registry(worker_pb2_grpc.RegistryServicer):
             known=self.membership.current(beat) is not None, leave=self.membership.has_left(beat)
         )  # fmt: skip
 
-    def ended(self, worker_id: str, incarnation: int, reason: str) -> None:
-        """The supervisor saw the worker's process end. `incarnation` 0: whichever is the latest."""
-        member = self.membership.members.get(WorkerId(worker_id))
-        if member is not None:
-            latest = incarnation or member.incarnation
-            self._take(Ended(worker_id=WorkerId(worker_id), incarnation=latest, reason=reason))
+    def ended(self, worker_id: WorkerId, incarnation: int, reason: str) -> None:
+        """The supervisor saw the worker's process end."""
+        self._take(Ended(worker_id=worker_id, incarnation=incarnation, reason=reason))
 
     def drain(self, member: Member) -> None:
         """The worker gets nothing new from now on."""

@@ -1,4 +1,4 @@
-"""The router's process as its supervisor sees it: started, heard, told and stopped."""
+"""One router's process as its supervisor sees it: started, heard, told and stopped."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import ClusterConfig
-from tandem.request import WorkerId
-
-INCARNATIONS_PER_ROUTER = 1_000_000
+from cluster.router_settings import RouterSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSaid:
-    """A line of JSON from the router process: what happened, and the rest of it."""
+    """A line of JSON from a router process: what happened, and the rest of it. `generation`: which start of it."""
 
+    router: str
     generation: int
     event: str
     fields: dict[str, object]
@@ -28,8 +26,9 @@ class RouterSaid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterEnded:
-    """The router process is gone."""
+    """A router process is gone."""
 
+    router: str
     generation: int
     code: int
 
@@ -39,12 +38,13 @@ class RouterChild:
 
     def __init__(
         self,
-        config: ClusterConfig,
+        settings: RouterSettings,
         *,
         generation: int,
         log_file: Path,
         post: Callable[[RouterSaid | RouterEnded], None],
     ) -> None:
+        self.router = settings.router_id
         self.generation = generation
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with log_file.open("ab") as log:
@@ -52,39 +52,50 @@ class RouterChild:
                 [
                     sys.executable, "-m", "cluster.router_process",
                     "--parent-pid", str(os.getpid()),
-                    "--base-incarnation", str(generation * INCARNATIONS_PER_ROUTER),
-                    "--config-json", config.model_dump_json(),
+                    "--router-id", settings.router_id,
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 start_new_session=True,
+                pass_fds=[settings.listener],
             )  # fmt: skip
-        threading.Thread(target=self._listen, args=(post,), name="router", daemon=True).start()
+        self._write(settings.to_json())  # not as an argument, which everybody on the machine can read
+        threading.Thread(target=self._listen, args=(post,), name=self.router, daemon=True).start()
 
     def _listen(self, post: Callable[[RouterSaid | RouterEnded], None]) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             fields = json.loads(line)
-            post(RouterSaid(generation=self.generation, event=fields.pop("event"), fields=fields))
-        post(RouterEnded(generation=self.generation, code=self.process.wait()))
+            event = fields.pop("event")
+            post(RouterSaid(router=self.router, generation=self.generation, event=event, fields=fields))
+        post(RouterEnded(router=self.router, generation=self.generation, code=self.process.wait()))
 
-    def tell_ended(self, worker_id: WorkerId, incarnation: int, reason: str) -> None:
-        """Says that a worker's process is gone, so that nobody waits for its heartbeats."""
+    def tell(self, word: str, **fields: object) -> None:
+        """One command: a word and what belongs to it."""
+        self._write(json.dumps({"word": word, **fields}))
+
+    def _write(self, line: str) -> None:
         assert self.process.stdin is not None
-        line = {"ended": worker_id, "incarnation": incarnation, "reason": reason}
         try:
-            self.process.stdin.write(json.dumps(line) + "\n")
+            self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             return  # it is gone itself: RouterEnded follows
 
-    def stop(self, timeout_s: float) -> None:
-        """Asks it to end, and ends it when it does not."""
+    def ask_to_end(self) -> None:
+        """Begins an orderly stop."""
         self.process.terminate()
+
+    def end(self, timeout_s: float) -> None:
+        """Waits for the stop that was asked for, and ends what does not."""
         try:
             self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self.kill()
             self.process.wait()
+
+    def kill(self) -> None:
+        """Ends it at once, also when it is stopped or stuck."""
+        self.process.kill()

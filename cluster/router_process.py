@@ -1,7 +1,8 @@
 """The router process: `python -m cluster.router_process`. HTTP, gRPC, registry and driver on one event loop.
 
-It never imports Ray or torch. It reports to its supervisor as lines of JSON on stdout, takes commands as lines of JSON
-on stdin, and ends when stdin does. In a session of its own it gets no Ctrl-C; it still dies with its supervisor.
+It never imports Ray or torch. It reports to its supervisor as lines of JSON on stdout, one each second at least, takes
+its settings and then commands as lines of JSON on stdin, and ends when stdin does. In a session of its own it gets no
+Ctrl-C; it still dies with its supervisor.
 """
 
 from __future__ import annotations
@@ -14,37 +15,45 @@ import json
 import logging
 import os
 import resource
+import secrets
 import signal
+import socket
 import ssl
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import grpc.aio
 import uvloop
 
 from cluster.admin import Addresses, Admin
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, without_password
+from cluster.drain_relay import DrainWord
 from cluster.key_file import KeyFile
-from cluster.member_access import member_access, read_join_token
+from cluster.member_access import member_access
 from cluster.membership import Membership, MemberState, StateChanged
 from cluster.operations import Operations
+from cluster.peers import Peers
 from cluster.processes import die_with_parent
 from cluster.registry import LOOK_MS, Registry
+from cluster.router_settings import RouterSettings
 from cluster.run_file import reachable
-from cluster.secret_files import operator_key_path, read_secret
 from cluster.served_model import describe
-from router.api_keys import KeyEntry, KeyRing, digest_of
+from cluster.state import RedisStore, identity_of
+from router.api_keys import KeyEntry, KeyRing
 from router.config import RouterConfig
 from router.door import Door
 from router.driver import Driver
-from router.grpc_api import build_grpc_server
+from router.grpc_api import GrpcServer, build_grpc_server
 from router.http_connection import HttpLimits
-from router.http_server import serve_http
+from router.http_server import HttpServer, serve_http
+from router.journal import Journal, StoreDown
 from router.metrics import EdgeMetrics
 from router.openai_api import build_app
 from router.service import ServedModel, Service
+from router.transcripts import Transcripts
 from tandem.cluster_access import MembersOnly
 from tandem.messages import Role
 from tandem.request import WorkerId
@@ -54,6 +63,7 @@ from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
 log = logging.getLogger(__name__)
 
 OPEN_FILES = 16_384  # asked for; many a shell gives 1024
+BEAT_S = 1.0
 GRACE_S = 3.0  # for running replies, once every request has ended with a named error
 
 
@@ -66,41 +76,79 @@ class Supervisor:
             sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
             sys.stdout.flush()
 
-    async def listen(self, on_ended: Callable[[str, int, str], None]) -> None:
+    async def beat(self) -> None:
+        """Says each second, from the event loop, that this one gets round."""
+        while True:
+            self.say("beat")
+            await asyncio.sleep(BEAT_S)
+
+    async def listen(self, on_command: Callable[[dict[str, Any]], None]) -> None:
         """Takes commands until stdin ends."""
         reader = asyncio.StreamReader()
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         while line := await reader.readline():
-            command = json.loads(line)
-            on_ended(command["ended"], command["incarnation"], command["reason"])
+            on_command(json.loads(line))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """The store that this router shares with others. `born_us`: its time when this router came; None: it was away."""
+
+    store: RedisStore
+    born_us: int | None
+
+
+async def open_store(config: ClusterConfig, name: str) -> Shared | None:
+    """The store, if there is one. Raises StoreRefused. A store that is away is waited for while requests are served."""
+    if not config.redis:
+        return None
+    identity = identity_of(model=config.model, dtype=config.dtype, exact=config.exact)
+    holder = f"{name}-{secrets.token_hex(8)}"  # a router that is started again is another one
+    store = RedisStore(config.redis, prefix=config.redis_prefix, holder=holder, identity=identity)
+    try:
+        return Shared(store=store, born_us=await store.open())
+    except StoreDown as error:
+        log.warning("the shared store %s does not answer: %s", without_password(config.redis), error)
+        return Shared(store=store, born_us=None)
 
 
 class RouterProcess:
     """Everything of the router, from its sockets to its end."""
 
-    def __init__(self, config: ClusterConfig, *, base_incarnation: int) -> None:
-        self.config = config
+    def __init__(self, settings: RouterSettings, shared: Shared | None) -> None:
+        self.settings = settings
+        self.config = config = settings.config
+        self.store = None if shared is None else shared.store
         self.supervisor = Supervisor()
         self.stopping = asyncio.Event()
         edge = describe(config)
-        self.access = member_access(config, read_join_token(config))
-        self.keys = None if config.api_keys is None else KeyFile(config.api_keys, extra=(own_operator(config),))
+        self.access = member_access(config, settings.join_token)
+        self.keys = None if config.api_keys is None else KeyFile(config.api_keys, extra=(own_operator(settings),))
         self.door = Door(None if self.keys is None else self.keys.load())
         self.driver = Driver(
-            RouterConfig(local_prefill_tokens=config.local_prefill_tokens), access=self.access, account=self.door
+            RouterConfig(router_id=settings.router_id, local_prefill_tokens=config.local_prefill_tokens),
+            transcripts=Transcripts(shared=shared is not None),
+            born_us=None if shared is None else shared.born_us,
+            access=self.access,
+            account=self.door,
         )
+        self.journal = None if shared is None else Journal(self.driver, shared.store)
         self.membership = Membership(
             heartbeat_ms=config.heartbeat_ms,
             dead_after_misses=config.dead_after_misses,
             stall_ms=config.stall_ms,
-            base_incarnation=base_incarnation,
             look_ms=LOOK_MS,
             model=edge.name,
         )
         self.registry = Registry(membership=self.membership, driver=self.driver, on_change=self._changed)
         self.operations = Operations(
-            driver=self.driver, registry=self.registry, config=config, leave=self._leave
-        )  # fmt: skip
+            driver=self.driver,
+            registry=self.registry,
+            config=config,
+            say=self.supervisor.say,
+            number=settings.number,
+            num_routers=len(settings.internal),
+        )
         self.model = ServedModel(
             id=edge.name,
             context_tokens=edge.context_tokens,
@@ -112,11 +160,12 @@ class RouterProcess:
             driver=self.driver,
             tokenizer=edge.tokenizer,
             model=self.model,
-            metrics=EdgeMetrics(),
+            metrics=EdgeMetrics(settings.router_id),
+            journal=self.journal,
             not_ready=self.not_ready,
             door=self.door,
         )
-        self.addresses = Addresses(model=self.model.id, http="", grpc="")
+        self.addresses = Addresses(model=self.model.id, http="", grpc="", store=without_password(config.redis))
 
     def not_ready(self) -> str:
         """Why no request can be served now; empty when one can."""
@@ -125,63 +174,79 @@ class RouterProcess:
 
     async def run(self) -> None:
         """Serves until it is told to stop, then ends requests, streams and servers, each within a bound."""
-        http = await serve_http(
-            build_app(self.service),
-            host=self.config.host,
-            port=self.config.port,
-            grace_s=GRACE_S,
-            limits=limits_within(raise_open_files()),
-            tls=http_tls(self.config),
+        self.peers = Peers(self.settings.router_id, self.settings.internal, self.access)
+        self.service.metrics.others = self.peers.metrics
+        public = build_grpc_server(
+            self.service,
+            extra=(self._add_admin,),
+            cancel_elsewhere=self.peers.cancel,
+            shares_port=len(self.settings.internal) > 1,
         )
-        members = MembersOnly(self.access, services=("tandem.v1.Registry",), on_refused=self.service.metrics.stranger)
-        grpc_server = build_grpc_server(
-            self.service, extra=(self._add_registry, self._add_admin), interceptors=(members,)
+        # Its port is held by the supervisor, also while no router has it.
+        members = MembersOnly(self.access, on_refused=self.service.metrics.stranger)
+        internal = build_grpc_server(
+            self.service, extra=(self._add_registry, self._add_admin), members=members, shares_port=True
         )
-        tasks: list[asyncio.Task[None]] = []
-        try:
-            try:
-                grpc_port = await grpc_server.start(self.config.host, self.config.grpc_port, self._grpc_tls())
-            except OSError as error:
-                raise OSError(f"{error}; choose another port with --grpc-port") from None
-            host = reachable(self.config.host)
-            self.addresses = Addresses(
-                model=self.model.id, http=f"{self.config.scheme}://{host}:{http.port}", grpc=f"{host}:{grpc_port}"
+        with socket.socket(fileno=self.settings.listener) as listener:
+            http = await serve_http(
+                build_app(self.service),
+                listener=listener,
+                grace_s=GRACE_S,
+                limits=limits_within(raise_open_files()),
+                tls=http_tls(self.config),
             )
-            await self.driver.start()
-            tasks = [
-                asyncio.create_task(self.driver.crashed()),
-                asyncio.create_task(self.registry.tick()),
-                asyncio.create_task(self.operations.run()),
-                asyncio.create_task(self.supervisor.listen(self._ended)),
-                asyncio.create_task(self._until_stopped()),
-            ]
-            if self.keys is not None:
-                tasks.append(asyncio.create_task(self.keys.follow(self._take_keys)))
-            self.supervisor.say("listening", port=http.port, grpc_port=grpc_port, pid=os.getpid())
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await self.driver.stop()
-            await asyncio.gather(http.stop(), grpc_server.stop(GRACE_S))
+            tasks: list[asyncio.Task[None]] = []
+            try:
+                await self._listen(http, public, internal)
+                await self.driver.start()
+                tasks = [
+                    asyncio.create_task(self.driver.crashed()),
+                    asyncio.create_task(self.registry.tick()),
+                    asyncio.create_task(self.operations.run()),
+                    asyncio.create_task(self.supervisor.listen(self._command)),
+                    asyncio.create_task(self._until_stopped()),
+                ]
+                if self.journal is not None:
+                    tasks.append(asyncio.create_task(self.journal.run()))
+                if self.keys is not None:
+                    tasks.append(asyncio.create_task(self.keys.follow(self._take_keys)))
+                self.supervisor.say("listening", pid=os.getpid())
+                tasks.append(asyncio.create_task(self.supervisor.beat()))
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await self.driver.stop()
+                await self._hand_over()
+                await asyncio.gather(http.stop(), public.stop(GRACE_S), internal.stop(GRACE_S), self.peers.close())
+
+    async def _listen(self, http: HttpServer, public: GrpcServer, internal: GrpcServer) -> None:
+        """Binds both gRPC ports. Raises OSError with the flag that changes them."""
+        tls = self.access.tls
+        within = None if tls is None else tls.server_credentials(tls.ca)
+        await internal.start(self.config.host, self.settings.internal_port, within)
+        client_ca = b"" if self.config.tls_client_ca is None else self.config.tls_client_ca.read_bytes()
+        outside = None if tls is None else tls.server_credentials(client_ca)
+        try:
+            port = await public.start(self.config.host, self.config.grpc_port, outside)
+        except OSError as error:
+            raise OSError(f"{error}; choose another port with --grpc-port") from None
+        host = reachable(self.config.host)
+        self.addresses = dataclasses.replace(
+            self.addresses, http=f"{self.config.scheme}://{host}:{http.port}", grpc=f"{host}:{port}"
+        )  # fmt: skip
+
+    async def _hand_over(self) -> None:
+        """Writes what the store lacks: whoever comes after goes on from there."""
+        if self.journal is not None and self.store is not None:
+            with contextlib.suppress(StoreDown):  # tokens that it lacks are computed again
+                await self.journal.flush()
+            await self.store.leave()
 
     async def _until_stopped(self) -> None:
         await self.stopping.wait()
-
-    def _take_keys(self, ring: KeyRing | None) -> None:
-        """The keys may have changed, and time has passed: whoever is not welcome any more has to leave."""
-        if ring is not None:
-            self.door.ring = ring
-        self.service.end_unwelcome()
-
-    def _grpc_tls(self) -> grpc.ServerCredentials | None:
-        """Members use the same port as clients: where clients need certificates, theirs are as good."""
-        tls, client_ca = self.access.tls, self.config.tls_client_ca
-        if tls is None:
-            return None
-        return tls.server_credentials(b"" if client_ca is None else client_ca.read_bytes() + b"\n" + tls.ca)
 
     def _add_registry(self, server: grpc.aio.Server) -> str:
         worker_pb2_grpc.add_RegistryServicer_to_server(self.registry, server)  # type: ignore[no-untyped-call]
@@ -192,18 +257,29 @@ class RouterProcess:
             membership=self.membership,
             driver=self.driver,
             operations=self.operations,
+            peers=self.peers,
             addresses=lambda: self.addresses,
+            cancel=self.service.cancel,
+            metrics=self.service.metrics.page,
             stop=lambda reason: self.supervisor.say("stop_asked", reason=reason),
         )
         admin_pb2_grpc.add_AdminServicer_to_server(admin, server)  # type: ignore[no-untyped-call]
         return admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 
-    def _ended(self, worker_id: str, incarnation: int, reason: str) -> None:
-        self.registry.ended(worker_id, incarnation, reason)
-        self.operations.ended(worker_id, incarnation, reason)
+    def _take_keys(self, ring: KeyRing | None) -> None:
+        """The keys may have changed, and time has passed: whoever is not welcome any more has to leave."""
+        if ring is not None:
+            self.door.ring = ring
+        self.service.end_unwelcome()
 
-    def _leave(self, worker_id: WorkerId, incarnation: int, restart: bool) -> None:
-        self.supervisor.say("drained", id=worker_id, incarnation=incarnation, restart=restart)
+    def _command(self, command: dict[str, Any]) -> None:
+        worker_id, incarnation, reason = WorkerId(command["id"]), int(command["incarnation"]), str(command["reason"])
+        if command["word"] == "ended":
+            self.registry.ended(worker_id, incarnation, reason)
+            self.operations.ended(worker_id, incarnation, reason)
+            return
+        word = DrainWord(command["word"])
+        self.operations.told(word, worker_id, incarnation, requests=int(command["requests"]), reason=reason)
 
     def _changed(self, change: StateChanged) -> None:
         self.operations.changed(change)
@@ -221,10 +297,11 @@ class RouterProcess:
         self.service.model = dataclasses.replace(self.model, exact=exact)
 
 
-def own_operator(config: ClusterConfig) -> KeyEntry:
+def own_operator(settings: RouterSettings) -> KeyEntry:
     """The key in the run folder that the command line of this machine and user shows."""
-    key = read_secret(operator_key_path(config.run_dir, config.port))
-    return KeyEntry(name="operator-of-this-machine", digest=digest_of(key), operator=True)
+    return KeyEntry(
+        name="operator-of-this-machine", digest=bytes.fromhex(settings.operator_digest), operator=True
+    )  # fmt: skip
 
 
 def http_tls(config: ClusterConfig) -> ssl.SSLContext | None:
@@ -248,28 +325,38 @@ def limits_within(open_files: int) -> HttpLimits:
     return dataclasses.replace(usual, connections_max=min(usual.connections_max, open_files // 2))
 
 
-async def serve(config: ClusterConfig, base_incarnation: int) -> None:
+async def serve(settings: RouterSettings) -> None:
     """Runs the router until SIGTERM or the end of stdin."""
-    process = RouterProcess(config, base_incarnation=base_incarnation)
+    shared = await open_store(settings.config, settings.router_id)
+    process = RouterProcess(settings, shared)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, process.stopping.set)
     await process.run()
+
+
+def read_settings() -> RouterSettings:
+    """The first line of stdin; what follows it stays there."""
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # unbuffered: a line is all that is taken
+        return RouterSettings.from_json(stdin.readline())
 
 
 def main() -> int:
     """The process's entry: 0 after an orderly stop, 1 with a line that says why it could not start."""
     parser = argparse.ArgumentParser(prog="python -m cluster.router_process", description=__doc__)
-    parser.add_argument("--config-json", required=True)
     parser.add_argument("--parent-pid", type=int, required=True)
-    parser.add_argument("--base-incarnation", type=int, default=0)
+    parser.add_argument(
+        "--router-id", required=True, help="whose settings come on stdin; for people who list processes"
+    )
     flags = parser.parse_args()
     die_with_parent(flags.parent_pid)
-    config = ClusterConfig.model_validate_json(flags.config_json)
+    settings = read_settings()
     logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+        level=settings.config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
     )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(config, flags.base_incarnation))
+            runner.run(serve(settings))
     except (OSError, ValueError) as error:
         log.error("the router ends: %s", error, exc_info=True)
         Supervisor().say("failed", message=str(error))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
@@ -28,11 +29,11 @@ class RunFile:
     grpc_port: int
     model: str
     log_dir: str
-    router_pid: int = 0
     tls_ca: str = ""  # files, where the router speaks TLS; with them this machine's commands do
     tls_cert: str = ""
     tls_key: str = ""
     tls_name: str = ""
+    router_pids: Mapping[str, int] = field(default_factory=dict)  # of the routers that are up
 
     @property
     def grpc_address(self) -> str:

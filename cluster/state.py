@@ -10,9 +10,9 @@ import asyncio
 import json
 import secrets
 from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import redis.asyncio
 from redis.asyncio.retry import Retry
@@ -30,7 +30,6 @@ CONNECTIONS_MAX = 32
 RUNNING_MS = 1_800_000  # a record is forgotten so long after its last write
 ENDED_MS = 300_000
 LEASE_MS = round(3 * LEASE_S * 1000)
-SCHEMES = ("redis", "rediss", "unix")
 
 _NOW = """
 local time = redis.call('TIME')
@@ -179,7 +178,7 @@ class RedisStore:
             url,
             socket_timeout=CALL_TIMEOUT_S,
             socket_connect_timeout=CALL_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
+            retry=Retry(NoBackoff(), 1),  # of a connection that broke while it waited in the pool
             max_connections=CONNECTIONS_MAX,
         )
         scripts = (_OPEN, _RENEW, _CLAIM, _TAKE_OVER, _WRITE)
@@ -195,8 +194,11 @@ class RedisStore:
             )
         return int(now_us)
 
-    async def close(self) -> None:
-        """Hangs up."""
+    async def leave(self) -> None:
+        """This router serves nothing any more: what it had may be taken over, and its ids are free. Hangs up."""
+        with suppress(RedisError, OSError, TimeoutError):
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await self._redis.zrem(f"{self._prefix}routers", self._holder)
         await self._redis.aclose()
 
     async def renew(self) -> bool:
@@ -271,23 +273,6 @@ class RedisStore:
             return decode(content)
         except ValueError as error:
             raise StoreDown(f"what the store holds cannot be read: {error}") from None
-
-
-def check_url(url: str) -> str:
-    """The address, when it is one of Redis. Raises ValueError."""
-    parts = urlsplit(url)
-    if parts.scheme not in SCHEMES or not (parts.netloc or parts.path):
-        raise ValueError(f"must be redis://host:port/database, rediss:// or unix://, is {without_password(url)!r}")
-    return url
-
-
-def without_password(url: str) -> str:
-    """The address as it may be shown and logged."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    place = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{place}"))
 
 
 def identity_of(*, model: str, dtype: str, exact: bool) -> str:

@@ -1,4 +1,4 @@
-"""`tandem serve`: starts router, Ray and workers, watches them, starts again what dies, and leaves nothing behind.
+"""`tandem serve`: starts routers, Ray and workers, watches them, starts again what dies, and leaves nothing behind.
 
 One thread with one queue: whatever happens to a part arrives there. Signals only put a word into it; the second one
 ends everything by force.
@@ -11,40 +11,42 @@ import json
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from types import FrameType
+from typing import Any, assert_never
 
 import psutil
 
 from cluster import run_file
-from cluster.config import FAKE_MODEL, WILDCARDS, ClusterConfig
-from cluster.key_file import KeyFileError, ring_of
-from cluster.member_access import member_tls, read_join_token
+from cluster.config import FAKE_MODEL, WILDCARDS, ClusterConfig, ConfigError
+from cluster.drain_relay import DrainRelay, DrainWord
 from cluster.memory import shortage
-from cluster.pools import PoolError, Pools, WorkerDown, WorkerUp
+from cluster.own_secrets import OwnSecrets, check_security, curl_flags, remove_secrets, write_secrets
+from cluster.pool_events import PoolEvent, PoolsAlive, RayLost, RayMended, RayUp, WorkerDown, WorkerUp, WorkerWaits
+from cluster.pools_child import PoolsChild, PoolsEnded
 from cluster.processes import PortInUse, adopt_orphans, bury_orphans, descendants, kill_all, pick_port, wait_gone
-from cluster.reaper import Reaper
 from cluster.restarts import Restarts
-from cluster.router_child import RouterChild, RouterEnded, RouterSaid
+from cluster.router_child import RouterEnded, RouterSaid
+from cluster.routers import Routers
 from cluster.run_file import RunFile, reachable
-from cluster.secret_files import SecretError, fresh_secret, join_token_path, operator_key_path, write_secret
+from cluster.verdicts import KillWorker, RestartRouter, Verdicts
 from cluster.worker_settings import WorkerSettings, workers_of
 from engine.arch import ModelError
 from engine.kv_pool import available_bytes
 from engine.model_files import find_model, read_arch
 from kernels import build
-from router.api_keys import KEY_PREFIX
+from router.http_server import listen
 from tandem.messages import Role
 from tandem.request import WorkerId
-from tandem.tls import TlsError, server_context
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ROUTER = "router"
-REAPER_PERIOD_S = 1.0
+RAY = "ray"
+POOLS_SILENT_MAX_S = 30.0  # for the process that holds Ray; far longer than Ray's calls take
+POOLS_LOOK_MAX_S = 2.0  # of that, for one turn of our own: while we are stopped, nobody is silent
 BURIAL_PERIOD_S = 3.0  # far longer than those who wait for a child of their own take
 FORCED = 130  # the exit status after a second signal
 
@@ -75,7 +77,7 @@ class KernelsBuilt:
     missing_reason: str
 
 
-Event = RouterSaid | RouterEnded | WorkerUp | WorkerDown | KernelsBuilt | StopAsked
+Event = RouterSaid | RouterEnded | PoolEvent | PoolsEnded | KernelsBuilt | StopAsked
 
 
 class Supervisor:
@@ -89,21 +91,27 @@ class Supervisor:
         self._due: list[tuple[float, str]] = []  # restarts: when, and of whom
         self._restarts = Restarts(restarts_max=config.max_restarts)
         self._roles = dict(workers_of(config))
+        self._starts = dict.fromkeys(self._roles, 0)  # of each worker: its incarnation
         self._running: dict[WorkerId, int] = {}  # incarnation of each worker that is up
-        self._ready: set[WorkerId] = set()
         self._leaving: dict[WorkerId, _Leaving] = {}
+        self._given_up: set[WorkerId] = set()  # died too often
         self._warned: set[str] = set()
         self._is_ready = False
         self._num_signals = 0
-        self._router: RouterChild | None = None
-        self._pools: Pools | None = None
-        self._reaper: Reaper | None = None
-        self._reaped_s = 0.0
+        self._listener: socket.socket | None = None
+        self._routers: Routers | None = None
+        self._verdicts = Verdicts()
+        self._drains = DrainRelay()
+        self._pools: PoolsChild | None = None
+        self._has_ray = False
+        self._why_ray_lost = ""
+        self._pools_silent_s = 0.0
+        self._looked_s = time.monotonic()
         self._buried_s = 0.0
         self._zombies: set[int] = set()
         self._run: RunFile | None = None
         self._model = config.model  # the name that it is served under
-        self._join_token = ""  # known once it starts
+        self._secrets = OwnSecrets()  # until it starts
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -113,11 +121,9 @@ class Supervisor:
         self._catch_signals()
         try:
             self.config = self._check()
-            log_file = run_file.fresh_log_dir(self.config.run_dir, self.config.port) / "supervisor.log"
-            # What Ray prints is for a log; `say` has the terminal.
-            with log_file.open("a") as log, redirect_stdout(log), redirect_stderr(log):
-                return self._serve()
-        except (StartFailed, PoolError, OSError) as error:
+            run_file.fresh_log_dir(self.config.run_dir, self.config.port)
+            return self._serve()
+        except (StartFailed, ConfigError, OSError) as error:
             self._say(f"error: {error}")
             return 1
 
@@ -127,16 +133,18 @@ class Supervisor:
             reason = self._watch()
             self._say(f"stopping: {reason}")
             return 0
-        except SystemExit:  # Ray's own handler of SIGTERM, in the moments when it is in force
-            self._say("stopping: SIGTERM")
-            return 0
         finally:
             self._stop()
 
     @property
-    def _pools_here(self) -> Pools:
+    def _pools_here(self) -> PoolsChild:
         assert self._pools is not None, "Ray has not been started"
         return self._pools
+
+    @property
+    def _routers_here(self) -> Routers:
+        assert self._routers is not None, "no router has been started"
+        return self._routers
 
     def _start(self) -> None:
         config = self.config
@@ -154,31 +162,39 @@ class Supervisor:
             tls_key=str(config.tls_key or ""),
             tls_name=config.tls_name,
         )
-        self._write_secrets()
+        self._secrets = write_secrets(config)
         run_file.write(config.run_dir, self._run)
-        self._reaper = Reaper()
         self._say(f"starting {_described(config, self._threads)}; logs in {self._log_dir}")
-        self._start_router(generation=0)
+        assert self._listener is not None
+        self._routers = Routers(
+            config,
+            listener=self._listener,
+            log_dir=self._log_dir,
+            secrets=self._secrets,
+            post=self._events.put,
+        )
+        for name in self._routers.names:
+            self._routers.start(name)
         if config.model != FAKE_MODEL and not config.address:
             threading.Thread(target=self._build_kernels, name="kernels", daemon=True).start()
-        self._pools = Pools(config, threads=self._threads, post=self._events.put)
-        self._pools.open()
-        self._catch_signals()  # Ray has put its own handlers in their place
-        self._progress(f"Ray {'started' if self._pools.is_local else 'joined'}")
-        for worker_id in self._roles:
-            self._start_worker(worker_id)
+        self._start_pools(is_again=False)
 
     def _check(self) -> ClusterConfig:
         """What can be known before anything is started. Fixes the ports."""
         config = self.config
         try:
-            port = pick_port(config.host, config.port, "--port")
+            self._listener = listen(config.host, config.port)
+        except OSError as error:
+            where = f"port {config.port} at {config.host}"
+            raise StartFailed(f"{where}: {error.strerror}; choose another with --port") from None
+        port = self._listener.getsockname()[1]
+        try:
             grpc_port = pick_port(config.host, config.grpc_port, "--grpc-port")
         except PortInUse as error:
             raise StartFailed(str(error)) from None
         config = config.model_copy(update={"port": port, "grpc_port": grpc_port})
         self._log_dir = run_file.log_dir_of(config.run_dir, port)
-        _check_security(config)
+        check_security(config)
         if config.address and config.host in (*LOOPBACK, *WILDCARDS):
             raise StartFailed(f"host: workers on {config.address} cannot reach {config.host}; give --host an address")
         if config.model != FAKE_MODEL:
@@ -193,21 +209,11 @@ class Supervisor:
                 raise StartFailed(too_little)
         return config
 
-    def _write_secrets(self) -> None:
-        """Each start has secrets of its own, where none are given: those of an earlier one are worth nothing."""
-        config = self.config
-        if config.join_token_file is None:
-            write_secret(join_token_path(config.run_dir, config.port), fresh_secret())
-        if config.api_keys is not None:
-            write_secret(operator_key_path(config.run_dir, config.port), KEY_PREFIX + fresh_secret())
-        self._join_token = read_join_token(config)
-
     def _remove_files(self) -> None:
         if self._run is None:
             return
         run_file.remove(self.config.run_dir, self._run)
-        for path in (join_token_path, operator_key_path):
-            path(self.config.run_dir, self.config.port).unlink(missing_ok=True)
+        remove_secrets(self.config)
 
     def _watch(self) -> str:
         """Takes one event after another until one says stop; returns why."""
@@ -215,11 +221,13 @@ class Supervisor:
         while True:
             self._restart_due()
             self._kill_overdue()
-            self._tell_reaper()
+            self._judge()
+            self._watch_pools()
             self._bury_orphans()
             now_s = time.monotonic()
             if not self._is_ready and now_s > deadline_s:
-                missing = ", ".join(sorted(set(self._roles) - (self._ready & set(self._running))))
+                ready = self._routers_here.ready() & set(self._running)
+                missing = ", ".join(sorted(set(self._roles) - ready))
                 raise StartFailed(f"not ready within start_timeout_s, {self.config.start_timeout_s} s: {missing}")
             until_s = min(now_s + 1.0, self._due[0][0] if self._due else now_s + 1.0)
             try:
@@ -236,13 +244,18 @@ class Supervisor:
                 case RouterEnded():
                     self._router_ended(event)
                 case WorkerUp():
-                    self._pools_here.watch(event)
                     self._running[event.worker_id] = event.incarnation
                     parts = ", ".join(f"{part} {ms / 1000:.1f} s" for part, ms in event.timings_ms.items())
                     self._progress(f"{event.worker_id} up, pid {event.pid} ({parts})")
                     self._announce_once()
                 case WorkerDown():
                     self._worker_down(event)
+                case WorkerWaits(worker_id=worker_id, reason=reason):
+                    self._say(f"{worker_id} waits for a machine: {reason}")
+                case RayUp() | RayLost() | RayMended() | PoolsAlive():
+                    self._pools_said(event)
+                case PoolsEnded():
+                    self._pools_ended(event)
                 case KernelsBuilt(missing_reason=reason):
                     if reason:
                         self._say(f"warning: kernels run in torch, several times slower: {reason}")
@@ -250,13 +263,10 @@ class Supervisor:
     def _stop(self) -> None:
         """Ends every part in order, then whatever is left of them by force."""
         timeout_s = float(self.config.stop_timeout_s)
-        if self._router is not None:
-            self._router.stop(timeout_s)  # first: it ends requests with a named error
+        if self._routers is not None:
+            self._routers.stop(timeout_s)  # first: they end requests with a named error
         if self._pools is not None:
             self._pools.stop(timeout_s)
-            self._pools.close()
-        if self._reaper is not None:
-            self._reaper.dismiss()
         wait_gone(descendants(), 2.0)
         left = kill_all(descendants())
         if left:
@@ -272,90 +282,189 @@ class Supervisor:
         except ValueError:
             return  # a wrong variable: the workers will not start, and say why
 
-    def _tell_reaper(self) -> None:
-        if self._reaper is not None and time.monotonic() - self._reaped_s > REAPER_PERIOD_S:
-            self._reaped_s = time.monotonic()
-            self._reaper.update()
-
     def _bury_orphans(self) -> None:
         """Agents of workers that were killed, for example: each start anew would leave some."""
         if time.monotonic() - self._buried_s > BURIAL_PERIOD_S:
             self._buried_s = time.monotonic()
             self._zombies = bury_orphans(self._zombies)
 
-    # ---- the router ------------------------------------------------------------------------------------------------
-
-    def _start_router(self, *, generation: int) -> None:
-        self._router = RouterChild(
-            self.config, generation=generation, log_file=self._log_dir / "router.log", post=self._events.put
-        )
+    # ---- the routers -----------------------------------------------------------------------------------------------
 
     def _router_said(self, said: RouterSaid) -> None:
-        assert self._router is not None
-        if said.generation != self._router.generation:
+        routers, name = self._routers_here, said.router
+        if not routers.is_current(said):
             return
+        routers.heard(name)
         match said.event:
+            case "beat":
+                return
             case "listening":
-                assert self._run is not None
-                self._run = replace(self._run, router_pid=self._router.process.pid)
-                run_file.write(self.config.run_dir, self._run)
-                self._progress(f"router up, pid {said.fields['pid']}")
+                routers.listening(name)
+                self._verdicts.up(name)
+                routers.relay(self._drains.up(name))
+                self._write_pids()
+                self._progress(f"{name} up, pid {said.fields['pid']}")
             case "failed":
-                raise StartFailed(f"router: {said.fields['message']}")
+                self._router_failed(name, str(said.fields["message"]))
             case "worker":
-                self._worker_changed(said.fields)
-            case "drained":
-                self._drained(said.fields)
+                self._worker_changed(name, said.fields)
+            case _:
+                self._of_a_drain(name, DrainWord(said.event), said.fields)
+
+    def _router_failed(self, name: str, message: str) -> None:
+        if not self._is_ready:
+            raise StartFailed(f"{name}: {message}")
+        self._say(f"{name}: {message}")  # RouterEnded follows
+
+    def _of_a_drain(self, name: str, word: DrainWord, fields: dict[str, Any]) -> None:
+        worker_id, incarnation = WorkerId(fields["id"]), int(fields["incarnation"])
+        routers = self._routers_here
+        match word:
+            case DrainWord.DRAINING:
+                roles = {each: self._roles[each] for each in self._running if each not in self._leaving}
+                restart = bool(fields["restart"])
+                self._say(f"{worker_id} is draining{self._of(name)}")
+                routers.relay(self._drains.begun(name, worker_id, incarnation, restart=restart, roles=roles))
+            case DrainWord.PART:
+                routers.relay(self._drains.part(name, worker_id, incarnation, int(fields["requests"])))
+            case DrainWord.TAKEN_BACK:
+                routers.relay(self._drains.taken_back(name, worker_id, incarnation, str(fields["reason"])))
+            case DrainWord.LEFT:
+                routers.relay(self._drains.left(name, worker_id, incarnation))
+                self._drained(worker_id, restart=bool(fields["restart"]))
+            case DrainWord.ELSEWHERE | DrainWord.GIVE_UP:
+                raise AssertionError(f"{word} is for routers")
+            case _:
+                assert_never(word)
 
     def _router_ended(self, ended: RouterEnded) -> None:
-        assert self._router is not None
-        if ended.generation != self._router.generation:
+        routers, name = self._routers_here, ended.router
+        if not routers.is_current(ended):
             return
         if not self._is_ready:
-            raise StartFailed(f"the router ended with status {ended.code}; see {self._log_dir / 'router.log'}")
-        self._ready.clear()
-        self._again(ROUTER, f"the router ended with status {ended.code}")
+            raise StartFailed(f"{name} ended with status {ended.code}; see {routers.log_file(name)}")
+        routers.ended(name)
+        self._verdicts.down(name)
+        routers.relay(self._drains.down(name))
+        self._write_pids()
+        self._again(name, f"{name} ended with status {ended.code}")
+
+    def _write_pids(self) -> None:
+        if self._run is not None:
+            self._run = replace(self._run, router_pids=self._routers_here.pids)
+            run_file.write(self.config.run_dir, self._run)
+
+    def _judge(self) -> None:
+        """Ends workers that routers hold for dead, and routers that are stuck or cut off."""
+        routers = self._routers_here
+        for name, silent_s in routers.kill_stuck():
+            self._say(f"{name} is stuck: not a word for {silent_s:.0f} s")
+        for action in self._verdicts.judge(int(time.monotonic() * 1000), self._running):
+            match action:
+                case KillWorker(worker_id=worker_id, reason=reason):
+                    self._say(f"{worker_id} is dead: {reason}")
+                    self._pools_here.kill(worker_id)  # it may only be stopped or stuck: WorkerDown follows
+                case RestartRouter(router=name, reason=reason):
+                    self._say(f"{name} is cut off: {reason}")
+                    routers.kill(name)
+                case _:
+                    assert_never(action)
+
+    # ---- Ray -------------------------------------------------------------------------------------------------------
+
+    def _start_pools(self, *, is_again: bool) -> None:
+        self._pools_silent_s = 0.0
+        self._why_ray_lost = ""
+        self._pools = PoolsChild(
+            self.config,
+            threads=self._threads,
+            is_again=is_again,
+            log_file=self._log_dir / "ray.log",
+            post=self._events.put,
+        )
+
+    def _pools_said(self, event: RayUp | RayLost | RayMended | PoolsAlive) -> None:
+        self._pools_silent_s = 0.0
+        match event:
+            case RayUp():
+                self._has_ray = True
+                self._progress(f"Ray {'joined' if self.config.address else 'started'}")
+                for worker_id in self._roles.keys() - self._given_up:
+                    self._start_worker(worker_id)
+            case RayLost(reason=reason):
+                self._why_ray_lost = reason
+            case RayMended(what=what):
+                self._say(f"Ray: {what}")
+
+    def _pools_ended(self, ended: PoolsEnded) -> None:
+        """All workers went with Ray: another Ray gets all of them anew."""
+        why = self._why_ray_lost or f"the process that holds it ended with status {ended.code}; see ray.log"
+        if not self._is_ready:
+            raise StartFailed(why)
+        self._has_ray = False
+        for worker_id, incarnation in self._running.items():
+            self._lost(worker_id, incarnation, f"Ray is gone: {why}")
+        self._running.clear()
+        self._due = [each for each in self._due if each[1] in self._routers_here.names]
+        for worker_id in list(self._leaving):
+            self._has_left(worker_id)
+        self._again(RAY, f"Ray is gone: {why}")
+
+    def _watch_pools(self) -> None:
+        """A process that holds Ray and hangs harms nobody until a worker has to be started."""
+        now_s = time.monotonic()
+        self._pools_silent_s += min(now_s - self._looked_s, POOLS_LOOK_MAX_S)
+        self._looked_s = now_s
+        is_whole = self._roles.keys() - self._given_up == self._running.keys()
+        patience_s = POOLS_SILENT_MAX_S + (0 if self._has_ray else self.config.start_timeout_s)
+        if self._is_ready and not is_whole and self._pools_silent_s > patience_s:
+            self._why_ray_lost = f"the process that holds it hung for {self._pools_silent_s:.0f} s"
+            self._pools_silent_s = 0.0
+            self._pools_here.end_now()
 
     # ---- the workers -----------------------------------------------------------------------------------------------
 
     def _start_worker(self, worker_id: WorkerId) -> None:
-        assert self._pools is not None
+        if not self._has_ray:
+            return  # the next Ray gets every worker
         config = self.config
-        bind_host = config.worker_host or ("127.0.0.1" if self._pools.is_local else "")
-        self._pools.start(
+        self._starts[worker_id] += 1
+        bind_host = config.worker_host or ("" if config.address else "127.0.0.1")
+        self._pools_here.start(
             WorkerSettings(
                 worker_id=worker_id,
+                incarnation=self._starts[worker_id],
                 role=self._roles[worker_id],
-                config=config,
+                config=config.without_store(),
                 threads=self._threads,
-                registry=f"{reachable(config.host)}:{config.grpc_port}",
+                registries=self._routers_here.internal,
                 bind_host=bind_host,
                 log_file=str(self._log_dir / f"{worker_id}.log"),
-                join_token=self._join_token,
+                join_token=self._secrets.join_token,
             )
         )
 
-    def _worker_changed(self, fields: dict[str, object]) -> None:
-        """Membership's view of a worker changed."""
-        assert self._pools is not None
-        worker_id, state = WorkerId(str(fields["id"])), fields["state"]
+    def _worker_changed(self, router: str, fields: dict[str, object]) -> None:
+        """One router's view of a worker changed."""
+        routers = self._routers_here
+        worker_id, state, reason = WorkerId(str(fields["id"])), fields["state"], str(fields["reason"])
+        incarnation = int(str(fields["incarnation"]))
+        if incarnation != self._starts.get(worker_id):
+            return  # of one that is over
+        routers.holds(router, worker_id, ready=state == "ready")
         if state == "ready":
-            self._ready.add(worker_id)
             self._warn_of_inexactness(fields)
         elif state == "dead":
-            self._ready.discard(worker_id)
-            if self._running.get(worker_id) == fields["incarnation"]:
-                self._say(f"{worker_id} is dead: {fields['reason']}")
-                self._pools.kill(worker_id)  # it may only be stopped or stuck: WorkerDown follows
-        elif state == "left":
-            self._ready.discard(worker_id)  # `_drained` follows
-        else:
-            self._say(f"{worker_id} is {state}: {fields['reason']}")
+            self._verdicts.dead(int(time.monotonic() * 1000), router, worker_id, incarnation, reason)
+        elif state == "suspect":
+            self._say(f"{worker_id} is suspect{self._of(router)}: {reason}")
         self._announce_once()
 
-    def _drained(self, fields: dict[str, object]) -> None:
+    def _of(self, router: str) -> str:
+        return f" for {router}" if self.config.routers > 1 else ""
+
+    def _drained(self, worker_id: WorkerId, *, restart: bool) -> None:
         """Nothing of the worker is needed any more: it ends, and that is no crash."""
-        worker_id, restart = WorkerId(str(fields["id"])), bool(fields["restart"])
         if worker_id not in self._roles:
             return
         self._leaving[worker_id] = _Leaving(time.monotonic() + self.config.stop_timeout_s, restart)
@@ -380,17 +489,20 @@ class Supervisor:
                 self._pools_here.kill(worker_id)
 
     def _worker_down(self, down: WorkerDown) -> None:
-        assert self._router is not None
-        self._pools_here.bury(down)
         if not down.started and not self._is_ready:
             raise StartFailed(f"{down.worker_id} did not start: {down.reason}")
         self._running.pop(down.worker_id, None)
-        self._ready.discard(down.worker_id)
-        self._router.tell_ended(down.worker_id, down.incarnation, down.reason)
+        self._lost(down.worker_id, down.incarnation, down.reason)
         if down.worker_id in self._leaving:
             self._has_left(down.worker_id)
             return
         self._again(down.worker_id, f"{down.worker_id} ended: {down.reason}")
+
+    def _lost(self, worker_id: WorkerId, incarnation: int, reason: str) -> None:
+        """No router shall wait for its heartbeats, nor a drain for its end."""
+        self._routers_here.lost(worker_id)
+        self._drains.ended(worker_id, incarnation)
+        self._routers_here.tell_ended(worker_id, incarnation, reason)
 
     # ---- restarts ----------------------------------------------------------------------------------------------------
 
@@ -402,19 +514,25 @@ class Supervisor:
             heapq.heappush(self._due, (time.monotonic() + delay_ms / 1000, name))
             return
         gone = f"{what}; it has died too often and stays down"
-        if name == ROUTER:
+        if name == RAY:
             raise StartFailed(gone)
         self._say(f"error: {gone}")
-        left = set(self._running) | {WorkerId(due) for _, due in self._due}
-        if not any(self._roles.get(worker_id) in (Role.DECODE, Role.MIXED) for worker_id in left):
+        if name in self._routers_here.names:
+            if not self._routers_here.num_running and not {due for _, due in self._due} & set(self._routers_here.names):
+                raise StartFailed("no router is left")
+            return
+        self._given_up.add(WorkerId(name))
+        left = self._roles.keys() - self._given_up
+        if not any(self._roles[worker_id] in (Role.DECODE, Role.MIXED) for worker_id in left):
             raise StartFailed("no worker that decodes is left")
 
     def _restart_due(self) -> None:
         while self._due and self._due[0][0] <= time.monotonic():
             _, name = heapq.heappop(self._due)
-            if name == ROUTER:
-                assert self._router is not None
-                self._start_router(generation=self._router.generation + 1)
+            if name in self._routers_here.names:
+                self._routers_here.start(name)
+            elif name == RAY:
+                self._start_pools(is_again=True)
             else:
                 self._start_worker(WorkerId(name))
 
@@ -430,11 +548,11 @@ class Supervisor:
             self._say(f"warning: exact mode does not hold on this machine: {reason}")
 
     def _announce_once(self) -> None:
-        """Tells that the cluster is ready, once Ray says of all workers that they run, and the router that it has them.
+        """Tells that the cluster is ready: Ray says of all workers that they run, and every router that it has them.
 
         A worker's heartbeat to the router may be heard before Ray's word that it has started.
         """
-        if self._is_ready or not self._ready == set(self._roles) == set(self._running):
+        if self._is_ready or not self._routers_here.ready() == set(self._roles) == set(self._running):
             return
         self._is_ready = True
         config = self.config
@@ -447,7 +565,7 @@ class Supervisor:
         question = {"role": "user", "content": "What is the capital of France?"}
         body = json.dumps({"model": self._model, "messages": [question], "max_tokens": 32, "temperature": 0})
         self._say(
-            f"  curl -s{_curl_flags(config)} {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+            f"  curl -s{curl_flags(config)} {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
         )
 
     # ---- signals -----------------------------------------------------------------------------------------------------
@@ -472,28 +590,3 @@ def _described(config: ClusterConfig, threads: int) -> str:
     workers = " + ".join(f"{count} {role}" for count, role in counts if count)
     exact = "exact" if config.exact else "fast"
     return f"{config.model} ({config.dtype}, {exact}) on {workers} workers of {threads} thread{'s' * (threads > 1)}"
-
-
-def _check_security(config: ClusterConfig) -> None:
-    """Certificates, keys and token that are given must be usable. Raises StartFailed, naming the setting."""
-    try:
-        member_tls(config)
-        if config.tls_cert is not None and config.tls_key is not None:
-            server_context(cert=config.tls_cert, key=config.tls_key, client_ca=config.tls_client_ca)
-        if config.api_keys is not None:
-            ring_of(config.api_keys)
-        if config.join_token_file is not None:
-            read_join_token(config)
-    except TlsError as error:
-        raise StartFailed(f"tls_cert, tls_key, tls_ca, tls_client_ca: {error}") from None
-    except KeyFileError as error:
-        raise StartFailed(f"api_keys: {error}") from None
-    except SecretError as error:
-        raise StartFailed(f"join_token_file: {error}") from None
-
-
-def _curl_flags(config: ClusterConfig) -> str:
-    """What curl needs besides, to ask this cluster."""
-    flags = f" --cacert {config.tls_ca}" if config.tls_ca else ""
-    flags += " --cert FILE --key FILE" if config.tls_client_ca else ""
-    return flags + (' -H "Authorization: Bearer $TANDEM_API_KEY"' if config.api_keys else "")

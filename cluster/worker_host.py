@@ -26,7 +26,7 @@ from cluster.member_access import member_access
 from cluster.run_file import reachable
 from cluster.worker_core import WorkerCore, WorkerCoreConfig
 from cluster.worker_model import WorkerModel, load_model
-from cluster.worker_registration import Pulse, Registration, RegistrationOver
+from cluster.worker_registration import Pulse, RegistrationOver, Registrations
 from cluster.worker_reports import ReportBuilder
 from cluster.worker_service import WorkerService
 from cluster.worker_settings import WorkerSettings
@@ -81,7 +81,6 @@ class Started:
     """A worker that runs."""
 
     info: WorkerInfo
-    incarnation: int
     timings_ms: dict[str, int]  # of the parts of its start
 
 
@@ -94,7 +93,6 @@ class WorkerHost:
         self._ending = threading.Lock()
         self._cleanup = ExitStack()  # what was started, ended in reverse
         self._loop = asyncio.new_event_loop()
-        self._connected = asyncio.Event()
         self._router_sessions: set[int] = set()  # those whose stream is open
         self._engine: EngineLoop | None = None  # None: not yet
         self._stuck = False
@@ -113,7 +111,9 @@ class WorkerHost:
             self.end(f"did not start: {error}")
             self.stop()
             raise StartFailed(str(error) or type(error).__name__) from error
-        log.info("worker=%s incarnation=%d runs: %s", started.info.worker_id, started.incarnation, self._timings_ms)
+        log.info(
+            "worker=%s incarnation=%d runs: %s", started.info.worker_id, self.settings.incarnation, self._timings_ms
+        )
         return started
 
     def _start(self) -> Started:
@@ -126,9 +126,12 @@ class WorkerHost:
         self._start_loop()
         control = self._call(self._bind())
         info = self._describe(model, agent, control)
-        incarnation = self._call(self._register(info))
+        self._call(self._register(info))
         self._me = WorkerAddress(
-            worker_id=info.worker_id, incarnation=incarnation, control=control, endpoint=agent.endpoint
+            worker_id=info.worker_id,
+            incarnation=self.settings.incarnation,
+            control=control,
+            endpoint=agent.endpoint,
         )
         self._start_engine(model)
         self._call(self._serve())
@@ -136,7 +139,7 @@ class WorkerHost:
         self._lap("join")
         if self._ended.done():
             raise Unavailable(self._ended.result())
-        return Started(info=info, incarnation=incarnation, timings_ms=dict(self._timings_ms))
+        return Started(info=info, timings_ms=dict(self._timings_ms))
 
     def wait(self, timeout_s: float | None = None) -> str:
         """Why it ended, once it has. TimeoutError when it has not within `timeout_s`."""
@@ -318,20 +321,23 @@ class WorkerHost:
         port = self._access.listen(self._server, f"{reachable(self.settings.bind_host)}:0")
         return f"{reachable(self.settings.reachable_host)}:{port}"
 
-    async def _register(self, info: WorkerInfo) -> int:
-        self._registration = Registration(
-            registry=self.settings.registry, info=info, gone_s=self.settings.router_gone_s, access=self._access
-        )  # fmt: skip
+    async def _register(self, info: WorkerInfo) -> None:
+        self._registrations = Registrations(
+            registries=self.settings.registries,
+            info=info,
+            incarnation=self.settings.incarnation,
+            gone_s=self.settings.router_gone_s,
+            access=self._access,
+        )
         try:
-            await self._registration.register()
+            await self._registrations.register()
         except RegistrationOver:
-            await self._registration.close()
+            await self._registrations.close()
             raise
-        return self._registration.incarnation
 
     async def _serve(self) -> None:
-        """Begins to take calls: only now, since each goes to the engine. Heartbeats follow the router's first call."""
-        self._service = WorkerService(post=self._from_router, on_session=self._connected.set)
+        """Begins to take calls: only now, since each goes to the engine. Heartbeats follow each router's first call."""
+        self._service = WorkerService(post=self._from_router, on_session=self._registrations.dialled)
         self._sessions = TransferSessions(
             worker_id=self._me.worker_id,
             incarnation=self._me.incarnation,
@@ -360,10 +366,7 @@ class WorkerHost:
 
     async def _beat(self) -> None:
         try:
-            await asyncio.wait_for(self._connected.wait(), self.settings.router_gone_s)
-            await self._registration.beat(self._pulse)
-        except TimeoutError:
-            self.end(f"no router connected within {self.settings.router_gone_s} s")
+            await self._registrations.beat(self._pulse)
         except RegistrationOver as error:
             self.end(str(error))
         except Exception as error:
@@ -384,7 +387,7 @@ class WorkerHost:
 
     async def _hang_up(self) -> None:
         self._beating.cancel()
-        await asyncio.gather(self._beating, self._registration.close(), return_exceptions=True)
+        await asyncio.gather(self._beating, self._registrations.close(), return_exceptions=True)
         await self._sessions.close()
         self._service.close()
         await self._server.stop(grace=0.2)

@@ -25,9 +25,12 @@ LAST_WRITE_S = 5.0  # for the report under way when a stream ends; a router that
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
-    """One stream a router session. All methods run on the worker's event loop; `post` hands events to the engine."""
+    """One stream a router session. All methods run on the worker's event loop; `post` hands events to the engine.
 
-    def __init__(self, *, post: Callable[[object], None], on_session: Callable[[], None]) -> None:
+    `on_session` hears the name of each router whose stream begins.
+    """
+
+    def __init__(self, *, post: Callable[[object], None], on_session: Callable[[str], None]) -> None:
         self._post = post
         self._on_session = on_session
         self._queues: dict[int, asyncio.Queue[WorkerReport | None]] = {}
@@ -73,7 +76,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._queues[session] = queue
         log.info("router=%s session=%d connected", hello.hello.router_id, session)
         self._post(RouterJoined(session=session))
-        self._on_session()
+        self._on_session(hello.hello.router_id)
         reader = asyncio.create_task(self._read(session, request_iterator))
         writer = asyncio.create_task(_write(queue, context))
         try:

@@ -12,18 +12,19 @@ from tandem.request import WorkerId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """One worker: who it is, what it runs, where its router is."""
+    """One start of a worker: who it is, what it runs, where its routers are."""
 
     worker_id: WorkerId
+    incarnation: int  # which start of this worker it is, from 1
     role: Role
     config: ClusterConfig
     threads: int
-    registry: str  # host:port of the router's gRPC services
+    registries: dict[str, str]  # host:port of each router's registry, by the router's name
     bind_host: str  # that its own services listen on
     log_file: str
     advertised_host: str = ""  # that its router and peers reach it at; empty: bind_host
     join_token: str = field(default="", repr=False)  # that it shows to router and peers, and asks of them
-    router_gone_s: int = 60  # without a word from the registry the worker ends
+    router_gone_s: int = 60  # without a word from any registry the worker ends
 
     @property
     def reachable_host(self) -> str:

@@ -54,6 +54,11 @@ class Caller:
         """Whether it may see and end what belongs to others."""
         return self.entry is None or self.entry.operator
 
+    @property
+    def only(self) -> str | None:
+        """Whose requests alone are there for this caller; None: everybody's."""
+        return None if self.is_operator else self.name
+
     def may_touch(self, owner: str) -> bool:
         """Whether a request of this owner is there at all, for this caller."""
         return self.is_operator or owner == self.name

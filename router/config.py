@@ -19,7 +19,7 @@ class RouterConfig:
     requests_max: int = 1024  # in flight at once
     queued_tokens_max: int = 2_000_000  # prompt tokens admitted and without a first token yet
     queue_wait_ms: int = 120_000  # for memory on a decode worker
-    workers_wait_ms: int = 10_000  # for any worker at all
+    workers_wait_ms: int = 30_000  # for any worker at all; a Ray that died and its workers are back sooner
     # Stages of a request.
     request_deadline_ms: int = 900_000
     handoff_deadline_ms: int = 30_000  # placement to commit, beside the predicted prefill

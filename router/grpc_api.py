@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import grpc
@@ -20,6 +20,7 @@ from router.metrics import Api
 from router.service import Ask, Service
 from router.tokenizer import Tokenizer
 from router.validation import BODY_BYTES_MAX, SamplingFields
+from tandem.cluster_access import MembersOnly
 from tandem.errors import InvalidRequest, Overloaded, TandemError
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
@@ -32,7 +33,6 @@ _HANDSHAKE_TIMEOUT_S = 10.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", BODY_BYTES_MAX),
     ("grpc.max_send_message_length", BODY_BYTES_MAX),
-    ("grpc.so_reuseport", 0),  # two servers on one port is a mistake, not a feature
     ("grpc.keepalive_permit_without_calls", 1),  # of both ends
     ("grpc.http2.max_pings_without_data", 0),  # a request may wait long for its first token
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # sooner, a client's pings are an attack
@@ -46,13 +46,16 @@ if TYPE_CHECKING:
 
 # Adds a service to the server and returns its full name.
 AddService = Callable[[grpc.aio.Server], str]
+# Ends a request that another router may have; whether one had it.
+CancelElsewhere = Callable[[str, str | None], Awaitable[bool]]
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     """tandem.v1.Inference over the service that both APIs share."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, cancel_elsewhere: CancelElsewhere | None = None) -> None:
         self._service = service
+        self._cancel_elsewhere = cancel_elsewhere
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: _Context) -> None:
         """Streams one answer; when the client goes away it ends everywhere, or waits for the client to come back."""
@@ -86,8 +89,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             answers.close("the client disconnected")
 
     async def Cancel(self, request: inference_pb2.CancelRequest, context: _Context) -> inference_pb2.CancelResponse:
-        """Ends a request and all its answers."""
-        found = self._service.cancel(request.request_id, "cancelled by a client", CALLER.get())
+        """Ends a request and all its answers, whichever router has it."""
+        only = CALLER.get().only
+        found = self._service.cancel(request.request_id, "cancelled by a client", only)
+        if not found and self._cancel_elsewhere is not None:
+            found = await self._cancel_elsewhere(request.request_id, only)
         return inference_pb2.CancelResponse(found=found)
 
     async def Tokenize(
@@ -224,14 +230,16 @@ def build_grpc_server(
     service: Service,
     *,
     extra: Sequence[AddService] = (),
-    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),  # type: ignore[type-arg]  # it is none at run time
+    members: MembersOnly | None = None,
+    cancel_elsewhere: CancelElsewhere | None = None,
+    shares_port: bool = False,
     keepalive_s: float = _KEEPALIVE_S,
     handshake_timeout_s: float = _HANDSHAKE_TIMEOUT_S,
 ) -> GrpcServer:
     """The server, not started yet. `extra` add their services to it and are seen by reflection.
 
-    The service's door judges every call, after `interceptors`.
-
+    Every call is judged: by the service's door, which asks for API keys, or with `members` as a member's.
+    `shares_port`: other processes may serve at the same port; without it, that is a mistake and an error.
     A client is pinged every `keepalive_s` and is gone when it does not answer within as long; a connection that has
     not said within `handshake_timeout_s` that it speaks HTTP/2 is closed.
     """
@@ -241,9 +249,11 @@ def build_grpc_server(
         ("grpc.http2.ping_timeout_ms", round(keepalive_s * 1000)),  # else a ping has a minute
         ("grpc.server_handshake_timeout_ms", round(handshake_timeout_s * 1000)),
     ]
-    door = GrpcDoor(service.door, on_refused=service.metrics.refused)
-    server = grpc.aio.server(options=[*_OPTIONS, *times], interceptors=[*interceptors, door])
-    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), server)  # type: ignore[no-untyped-call]
+    guard = members or GrpcDoor(service.door, on_refused=service.metrics.refused)
+    server = grpc.aio.server(options=[*_OPTIONS, ("grpc.so_reuseport", int(shares_port)), *times], interceptors=[guard])
+    inference_pb2_grpc.add_InferenceServicer_to_server(  # type: ignore[no-untyped-call]
+        InferenceServicer(service, cancel_elsewhere), server
+    )
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     names = [INFERENCE, "grpc.health.v1.Health", *(add(server) for add in extra), reflection.SERVICE_NAME]

@@ -1,4 +1,4 @@
-"""The door of the gRPC services: Inference needs a good API key, Admin an operator's, health and reflection none."""
+"""The door of the public gRPC: Inference needs a good API key, Admin an operator's, health and reflection none."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     _Handler = grpc.RpcMethodHandler[Any, Any]
 
 ADMIN = "/tandem.v1.Admin/"
-# By the beginning of the method's name; whatever is added is closed. The registry has a door of its own.
-OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.", "/tandem.v1.Registry/")
+# By the beginning of the method's name; whatever is added is closed.
+OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 
 
 class GrpcDoor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is none at run time

@@ -73,22 +73,10 @@ class HttpServer:
         await self._task
 
 
-async def serve_http(
-    app: FastAPI,
-    *,
-    host: str,
-    port: int,
-    grace_s: float = 5.0,
-    limits: HttpLimits | None = None,
-    tls: ssl.SSLContext | None = None,
-) -> HttpServer:
-    """Starts serving `app`, over TLS with `tls`; port 0 takes a free one.
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections for `serve_http`, of one process or of several; port 0 takes a free one.
 
-    `grace_s` bounds how long a stop waits for running replies.
-
-    Raises:
-        OSError: the address cannot be bound.
-        TimeoutError: the server did not start.
+    Raises OSError when the address cannot be bound.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
@@ -101,6 +89,24 @@ async def serve_http(
     except OSError:
         bound.close()
         raise
+    return bound
+
+
+async def serve_http(
+    app: FastAPI,
+    *,
+    listener: socket.socket,
+    grace_s: float = 5.0,
+    limits: HttpLimits | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> HttpServer:
+    """Starts serving `app` to who comes to `listener`, over TLS with `tls`.
+
+    `grace_s` bounds how long a stop waits for running replies.
+
+    Raises TimeoutError when the server did not start.
+    """
+    host, port = listener.getsockname()[:2]
     limits = limits or HttpLimits()
     config = uvicorn.Config(
         app,
@@ -114,7 +120,7 @@ async def serve_http(
         ssl_context_factory=None if tls is None else lambda config, default: tls,
     )
     server = _Server(config)
-    task = asyncio.create_task(server.serve(sockets=[bound]))
+    task = asyncio.create_task(server.serve(sockets=[listener]))
     deadline = asyncio.get_running_loop().time() + _START_TIMEOUT_S
     while not server.started:
         if task.done():
@@ -124,4 +130,4 @@ async def serve_http(
             task.cancel()
             raise TimeoutError(f"the HTTP server did not start within {_START_TIMEOUT_S} s")
         await asyncio.sleep(0.005)
-    return HttpServer(server, task, host, bound.getsockname()[1])
+    return HttpServer(server, task, host, port)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from enum import StrEnum
 from typing import TypeVar
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from tandem import metrics as table
 from tandem.errors import TandemError
@@ -27,9 +30,15 @@ class Api(StrEnum):
 
 
 class EdgeMetrics:
-    """The edge's metrics, in a registry of their own; others may add theirs to `registry`."""
+    """The edge's metrics, in a registry of their own; others may add theirs to `registry`.
 
-    def __init__(self) -> None:
+    On the page each carries the name of its router. Several may answer at one address: `others` are the pages of those
+    that do not answer this time.
+    """
+
+    def __init__(self, router_id: str = "router-0") -> None:
+        self._router_id = router_id
+        self.others: Callable[[], Awaitable[list[str]]] | None = None
         self.registry = CollectorRegistry()
         self._requests = self._plain(Counter, table.REQUESTS_TOTAL)
         self._refusals = self._plain(Counter, table.REFUSALS_TOTAL)
@@ -81,11 +90,49 @@ class EdgeMetrics:
         self._e2e.observe(after_s)
 
     def page(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        return prometheus_client.generate_latest(self.registry)
+        """This router's metrics in Prometheus' text format."""
+        return prometheus_client.generate_latest(_Labelled(self.registry, self._router_id))
+
+    async def whole_page(self) -> bytes:
+        """The metrics of all routers, of this one alone when there is no other."""
+        others = [] if self.others is None else await self.others()
+        return prometheus_client.generate_latest(_Merged([self.page().decode(), *others])) if others else self.page()
 
     def _plain(self, kind: type[_Kind], metric: Metric) -> _Kind:
         return kind(metric.name, metric.help, metric.labels, registry=self.registry)
 
     def _histogram(self, metric: Metric) -> Histogram:
         return Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self.registry)
+
+
+class _Labelled(Collector):
+    """A registry whose samples all have one more label: `router`."""
+
+    def __init__(self, registry: CollectorRegistry, router_id: str) -> None:
+        self._registry = registry
+        self._router_id = router_id
+
+    def collect(self) -> Iterator[prometheus_client.Metric]:
+        """The registry's metrics, labelled."""
+        for metric in self._registry.collect():
+            metric.samples = [
+                each._replace(labels={"router": self._router_id, **each.labels}) for each in metric.samples
+            ]  # fmt: skip
+            yield metric
+
+
+class _Merged(Collector):
+    """The metrics of several pages as those of one: each metric once, with the samples of all."""
+
+    def __init__(self, pages: Sequence[str]) -> None:
+        self._pages = pages
+
+    def collect(self) -> Iterator[prometheus_client.Metric]:
+        """The metrics, in the order of the first page."""
+        merged: dict[str, prometheus_client.Metric] = {}
+        for page in self._pages:
+            for metric in text_string_to_metric_families(page):
+                known = merged.setdefault(metric.name, metric)
+                if known is not metric:
+                    known.samples.extend(metric.samples)
+        yield from merged.values()

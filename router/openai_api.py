@@ -165,7 +165,9 @@ async def _open(
         form=asdict(form),
         names=names,
     )
-    return _Reply(service, await service.open(ask), form)
+    answers = await service.open(ask)
+    # Of a repeated idempotency key: as it was answered before.
+    return _Reply(service, answers, form if answers.form is None else ReplyForm.kept(answers.form))
 
 
 async def _resume(service: Service, api: Api, request: Request) -> Response:
@@ -387,5 +389,5 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", tags=["health"])
     async def metrics() -> Response:
-        """The metrics for Prometheus."""
-        return Response(service.metrics.page(), headers={"content-type": CONTENT_TYPE})
+        """The metrics of all routers for Prometheus."""
+        return Response(await service.metrics.whole_page(), headers={"content-type": CONTENT_TYPE})

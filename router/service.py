@@ -326,10 +326,12 @@ class Service:
             resume_ms=ask.resume_ms,
         )
 
-    def cancel(self, request_id: str, reason: str, caller: Caller = ANYBODY) -> bool:
-        """Ends a request and all its answers; False when it is not known, or not this caller's."""
-        owner = self.owner_of(request_id)
-        if not caller.is_operator and (owner is None or not caller.may_touch(owner)):
+    def cancel(self, request_id: str, reason: str, only: str | None = None) -> bool:
+        """Ends a request and all its answers; False when it is not known here.
+
+        `only`: if it is this owner's, else it is not known either; None: whosesoever it is.
+        """
+        if only is not None and self.owner_of(request_id) != only:
             return False
         group = self._in_flight.get(RequestId(request_id))
         if group is None:

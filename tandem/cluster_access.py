@@ -74,16 +74,13 @@ class ClusterAccess:
 
 
 class MembersOnly(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is none at run time
-    """Lets only members of the cluster call; with `services` (full names), only theirs are guarded.
+    """Lets only members of the cluster call, whatever they call.
 
     `on_refused` hears of each call that is refused.
     """
 
-    def __init__(
-        self, access: ClusterAccess, *, services: Sequence[str] = (), on_refused: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, access: ClusterAccess, *, on_refused: Callable[[], None] = lambda: None) -> None:
         self._access = access
-        self._prefixes = tuple(f"/{name}/" for name in services) or ("/",)
         self._on_refused = on_refused
         self._logged_s = float("-inf")
         self._num_silent = 0
@@ -94,11 +91,10 @@ class MembersOnly(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it i
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler:
         """Hands the call on, or puts a handler in its place that refuses it."""
-        if handler_call_details.method.startswith(self._prefixes):
-            objection = self._access.objection(handler_call_details.invocation_metadata or ())
-            if objection is not None:
-                self._note(handler_call_details.method, objection[1])
-                return refusing(*objection)
+        objection = self._access.objection(handler_call_details.invocation_metadata or ())
+        if objection is not None:
+            self._note(handler_call_details.method, objection[1])
+            return refusing(*objection)
         return await continuation(handler_call_details)
 
     def _note(self, method: str, reason: str) -> None:

@@ -42,6 +42,7 @@ LABEL_VALUES: dict[str, str] = {
     "api": "chat, completions, grpc, or http for its other pages",
     "code": "a code of tandem.errors",
     "outcome": "stop, length, or a code of tandem.errors",
+    "router": "the name of the router that counted; every metric has it",
 }
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)

@@ -95,9 +95,17 @@ PURE = {
     "cluster/memory.py",
     "cluster/membership.py",
     "cluster/draining.py",
+    "cluster/drain_relay.py",
+    "cluster/silence.py",
+    "cluster/standing.py",
+    "cluster/turns.py",
+    "cluster/verdicts.py",
     "cluster/observer.py",
     "cluster/outlook.py",
+    "cluster/pool_events.py",
+    "cluster/ray_watch.py",
     "cluster/rebalancer.py",
+    "cluster/restarts.py",
     "cluster/worker_core.py",
 }
 IMPURE_MODULES = {
@@ -105,7 +113,7 @@ IMPURE_MODULES = {
     "secrets", "select", "signal", "socket", "subprocess", "threading", "time", "torch", "uuid",
 }  # fmt: skip
 
-RAY_ONLY_IN = {"cluster/actors.py", "cluster/pools.py"}
+RAY_ONLY_IN = {"cluster/actors.py", "cluster/pools.py", "cluster/ray_session.py"}
 LINES_MAX = 600
 FUNCTION_LINES_MAX = 70
 GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")

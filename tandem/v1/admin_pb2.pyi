@@ -7,10 +7,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class StatusRequest(_message.Message):
-    __slots__ = ("include_finished",)
+    __slots__ = ("include_finished", "local")
     INCLUDE_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
     include_finished: bool
-    def __init__(self, include_finished: _Optional[bool] = ...) -> None: ...
+    local: bool
+    def __init__(self, include_finished: _Optional[bool] = ..., local: _Optional[bool] = ...) -> None: ...
 
 class BlockCountsStatus(_message.Message):
     __slots__ = ("total", "free", "cached", "owned", "exported", "granted", "quarantined")
@@ -71,7 +73,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., agent_pid: _Optional[int] = ..., incarnation: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., exact: _Optional[bool] = ..., kv_blocks: _Optional[_Union[BlockCountsStatus, _Mapping]] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., audit: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ..., exact_reason: _Optional[str] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ..., refused: _Optional[int] = ...) -> None: ...
 
 class RequestStatus(_message.Message):
-    __slots__ = ("id", "state", "prefill_worker", "decode_worker", "tokens", "blocks_moved", "tokens_recomputed", "blocks_granted", "blocks_reused", "error", "reason", "first_frame_ms", "last_chunk_start_ms", "committed_ms", "tokens_cached", "prompt_tokens", "ttft_ms", "num_replacements", "mode", "num_moves", "moving_to", "first_step_ms", "priority")
+    __slots__ = ("id", "state", "prefill_worker", "decode_worker", "tokens", "blocks_moved", "tokens_recomputed", "blocks_granted", "blocks_reused", "error", "reason", "first_frame_ms", "last_chunk_start_ms", "committed_ms", "tokens_cached", "prompt_tokens", "ttft_ms", "num_replacements", "mode", "num_moves", "moving_to", "first_step_ms", "priority", "router")
     ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +97,7 @@ class RequestStatus(_message.Message):
     MOVING_TO_FIELD_NUMBER: _ClassVar[int]
     FIRST_STEP_MS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
     id: str
     state: str
     prefill_worker: str
@@ -118,7 +121,24 @@ class RequestStatus(_message.Message):
     moving_to: str
     first_step_ms: float
     priority: int
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokens: _Optional[int] = ..., blocks_moved: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., blocks_granted: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., first_frame_ms: _Optional[int] = ..., last_chunk_start_ms: _Optional[int] = ..., committed_ms: _Optional[int] = ..., tokens_cached: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., ttft_ms: _Optional[int] = ..., num_replacements: _Optional[int] = ..., mode: _Optional[str] = ..., num_moves: _Optional[int] = ..., moving_to: _Optional[str] = ..., first_step_ms: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
+    router: str
+    def __init__(self, id: _Optional[str] = ..., state: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokens: _Optional[int] = ..., blocks_moved: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., blocks_granted: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., first_frame_ms: _Optional[int] = ..., last_chunk_start_ms: _Optional[int] = ..., committed_ms: _Optional[int] = ..., tokens_cached: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., ttft_ms: _Optional[int] = ..., num_replacements: _Optional[int] = ..., mode: _Optional[str] = ..., num_moves: _Optional[int] = ..., moving_to: _Optional[str] = ..., first_step_ms: _Optional[float] = ..., priority: _Optional[int] = ..., router: _Optional[str] = ...) -> None: ...
+
+class RouterStatus(_message.Message):
+    __slots__ = ("id", "pid", "address", "up", "workers_ready", "num_requests")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    UP_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_READY_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    pid: int
+    address: str
+    up: bool
+    workers_ready: _containers.RepeatedScalarFieldContainer[str]
+    num_requests: int
+    def __init__(self, id: _Optional[str] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., up: _Optional[bool] = ..., workers_ready: _Optional[_Iterable[str]] = ..., num_requests: _Optional[int] = ...) -> None: ...
 
 class MoveStatus(_message.Message):
     __slots__ = ("request", "to", "reason", "why", "outcome", "error", "rounds", "blocks", "bytes", "precopy_ms", "pause_ms", "at_ms", "blocks_reused", "fence_ms")
@@ -154,7 +174,7 @@ class MoveStatus(_message.Message):
     def __init__(self, request: _Optional[str] = ..., to: _Optional[str] = ..., reason: _Optional[str] = ..., why: _Optional[str] = ..., outcome: _Optional[str] = ..., error: _Optional[str] = ..., rounds: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., precopy_ms: _Optional[int] = ..., pause_ms: _Optional[int] = ..., at_ms: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., fence_ms: _Optional[int] = ..., **kwargs) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("workers", "requests", "model", "http_address", "grpc_address", "router_pid", "moves")
+    __slots__ = ("workers", "requests", "model", "http_address", "grpc_address", "router_pid", "moves", "routers", "store")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +182,8 @@ class StatusResponse(_message.Message):
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ROUTER_PID_FIELD_NUMBER: _ClassVar[int]
     MOVES_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     requests: _containers.RepeatedCompositeFieldContainer[RequestStatus]
     model: str
@@ -169,15 +191,19 @@ class StatusResponse(_message.Message):
     grpc_address: str
     router_pid: int
     moves: _containers.RepeatedCompositeFieldContainer[MoveStatus]
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[RequestStatus, _Mapping]]] = ..., model: _Optional[str] = ..., http_address: _Optional[str] = ..., grpc_address: _Optional[str] = ..., router_pid: _Optional[int] = ..., moves: _Optional[_Iterable[_Union[MoveStatus, _Mapping]]] = ...) -> None: ...
+    routers: _containers.RepeatedCompositeFieldContainer[RouterStatus]
+    store: str
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[RequestStatus, _Mapping]]] = ..., model: _Optional[str] = ..., http_address: _Optional[str] = ..., grpc_address: _Optional[str] = ..., router_pid: _Optional[int] = ..., moves: _Optional[_Iterable[_Union[MoveStatus, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RouterStatus, _Mapping]]] = ..., store: _Optional[str] = ...) -> None: ...
 
 class MigrateRequest(_message.Message):
-    __slots__ = ("request_id", "to")
+    __slots__ = ("request_id", "to", "local")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TO_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     to: str
-    def __init__(self, request_id: _Optional[str] = ..., to: _Optional[str] = ...) -> None: ...
+    local: bool
+    def __init__(self, request_id: _Optional[str] = ..., to: _Optional[str] = ..., local: _Optional[bool] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("worker", "deadline_ms", "restart")
@@ -204,6 +230,30 @@ class DrainProgress(_message.Message):
     blocks: int
     elapsed_ms: int
     def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., state: _Optional[str] = ..., requests: _Optional[int] = ..., blocks: _Optional[int] = ..., elapsed_ms: _Optional[int] = ...) -> None: ...
+
+class CancelHereRequest(_message.Message):
+    __slots__ = ("request_id", "owner")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    owner: str
+    def __init__(self, request_id: _Optional[str] = ..., owner: _Optional[str] = ...) -> None: ...
+
+class CancelHereResponse(_message.Message):
+    __slots__ = ("found",)
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    found: bool
+    def __init__(self, found: _Optional[bool] = ...) -> None: ...
+
+class MetricsHereRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class MetricsHereResponse(_message.Message):
+    __slots__ = ("page",)
+    PAGE_FIELD_NUMBER: _ClassVar[int]
+    page: str
+    def __init__(self, page: _Optional[str] = ...) -> None: ...
 
 class StopRequest(_message.Message):
     __slots__ = ("reason",)

@@ -54,6 +54,16 @@ class AdminStub:
                 request_serializer=tandem_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_admin__pb2.DrainProgress.FromString,
                 _registered_method=True)
+        self.CancelHere = channel.unary_unary(
+                '/tandem.v1.Admin/CancelHere',
+                request_serializer=tandem_dot_v1_dot_admin__pb2.CancelHereRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_admin__pb2.CancelHereResponse.FromString,
+                _registered_method=True)
+        self.MetricsHere = channel.unary_unary(
+                '/tandem.v1.Admin/MetricsHere',
+                request_serializer=tandem_dot_v1_dot_admin__pb2.MetricsHereRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_admin__pb2.MetricsHereResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -86,6 +96,20 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CancelHere(self, request, context):
+        """Between routers: ends a request that the answering router has, and no other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MetricsHere(self, request, context):
+        """Between routers: what the answering router has counted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -108,6 +132,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=tandem_dot_v1_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_admin__pb2.DrainProgress.SerializeToString,
+            ),
+            'CancelHere': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelHere,
+                    request_deserializer=tandem_dot_v1_dot_admin__pb2.CancelHereRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_admin__pb2.CancelHereResponse.SerializeToString,
+            ),
+            'MetricsHere': grpc.unary_unary_rpc_method_handler(
+                    servicer.MetricsHere,
+                    request_deserializer=tandem_dot_v1_dot_admin__pb2.MetricsHereRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_admin__pb2.MetricsHereResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -218,6 +252,60 @@ class Admin:
             '/tandem.v1.Admin/Drain',
             tandem_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
             tandem_dot_v1_dot_admin__pb2.DrainProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelHere(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Admin/CancelHere',
+            tandem_dot_v1_dot_admin__pb2.CancelHereRequest.SerializeToString,
+            tandem_dot_v1_dot_admin__pb2.CancelHereResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MetricsHere(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Admin/MetricsHere',
+            tandem_dot_v1_dot_admin__pb2.MetricsHereRequest.SerializeToString,
+            tandem_dot_v1_dot_admin__pb2.MetricsHereResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -411,14 +411,12 @@ class Label(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
-    __slots__ = ("incarnation", "heartbeat_ms", "refused")
-    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("heartbeat_ms", "refused")
     HEARTBEAT_MS_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
-    incarnation: int
     heartbeat_ms: int
     refused: str
-    def __init__(self, incarnation: _Optional[int] = ..., heartbeat_ms: _Optional[int] = ..., refused: _Optional[str] = ...) -> None: ...
+    def __init__(self, heartbeat_ms: _Optional[int] = ..., refused: _Optional[str] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("worker_id", "incarnation", "steps", "runnable", "agent_pid", "refused")

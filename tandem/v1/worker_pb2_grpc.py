@@ -178,7 +178,7 @@ class Transfer:
 
 
 class RegistryStub:
-    """Served by the router for workers: who is there.
+    """Served by each router for workers, on its internal port: who is there.
     """
 
     def __init__(self, channel):
@@ -200,7 +200,7 @@ class RegistryStub:
 
 
 class RegistryServicer:
-    """Served by the router for workers: who is there.
+    """Served by each router for workers, on its internal port: who is there.
     """
 
     def Register(self, request, context):
@@ -237,7 +237,7 @@ def add_RegistryServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Registry:
-    """Served by the router for workers: who is there.
+    """Served by each router for workers, on its internal port: who is there.
     """
 
     @staticmethod

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.membership import Membership, MemberState, StateChanged
 from cluster.registry import Registry
-from cluster.worker_registration import Pulse, Registration, RegistrationOver
+from cluster.worker_registration import Pulse, RegistrationOver, Registrations
 from router.driver import Driver
 from tandem.messages import Role, WorkerInfo
 from tandem.request import WorkerId
@@ -34,9 +34,9 @@ class Place:
 
 
 @asynccontextmanager
-async def registry(*, port: int = 0, base_incarnation: int = 0, heartbeat_ms: int = 100) -> AsyncIterator[Place]:
+async def registry(*, port: int = 0, heartbeat_ms: int = 100) -> AsyncIterator[Place]:
     changes: asyncio.Queue[StateChanged] = asyncio.Queue()
-    membership = Membership(heartbeat_ms=heartbeat_ms, base_incarnation=base_incarnation)
+    membership = Membership(heartbeat_ms=heartbeat_ms)
     async with Driver() as driver:
         servicer = Registry(membership=membership, driver=driver, on_change=changes.put_nowait)
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
@@ -59,22 +59,49 @@ async def next_change(place: Place) -> StateChanged:
     return await asyncio.wait_for(place.changes.get(), 20)
 
 
+def at(*places: Place | str, info: WorkerInfo = INFO, incarnation: int = 1, gone_s: float = 20) -> Registrations:
+    """A worker that all the routers there have dialled."""
+    addresses = [each if isinstance(each, str) else each.address for each in places]
+    names = [f"router-{number}" for number in range(len(addresses))]
+    made = Registrations(
+        registries=dict(zip(names, addresses, strict=True)), info=info, incarnation=incarnation, gone_s=gone_s
+    )
+    for name in names:
+        made.dialled(name)
+    return made
+
+
+@asynccontextmanager
+async def beating(worker: Registrations) -> AsyncIterator[asyncio.Task[None]]:
+    task = asyncio.create_task(worker.beat(pulse))
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await worker.close()
+
+
+async def ended(task: asyncio.Task[None]) -> str:
+    with pytest.raises(RegistrationOver) as over:
+        await asyncio.wait_for(task, 30)
+    return str(over.value)
+
+
 def test_joining_living_and_falling_silent() -> None:
     async def body() -> None:
         async with registry() as place:
-            registration = Registration(registry=place.address, info=INFO, gone_s=10)
-            await registration.register()
-            assert (registration.incarnation, registration.heartbeat_ms) == (1, 100)
+            worker = at(place)
+            await worker.register()
             assert place.membership.members[D0].state is MemberState.JOINING
-            beating = asyncio.create_task(registration.beat(pulse))
-            assert (await next_change(place)).state is MemberState.READY
-            assert place.membership.members[D0].agent_pid == 7
-            beating.cancel()
-            await asyncio.gather(beating, return_exceptions=True)
+            async with beating(worker):
+                assert (await next_change(place)).state is MemberState.READY
+                assert place.membership.members[D0].agent_pid == 7
             assert [(await next_change(place)).state for _ in range(2)] == [MemberState.SUSPECT, MemberState.DEAD]
-            with pytest.raises(RegistrationOver, match="incarnation 1 of decode-0 is over"):
-                await registration.beat(pulse)
-            await registration.close()
+            async with beating(at(place)) as task:
+                assert await ended(task) == (
+                    "router-0 refused: incarnation 1 of decode-0 is over; the latest is 1"
+                )  # fmt: skip
 
     asyncio.run(body())
 
@@ -82,70 +109,107 @@ def test_joining_living_and_falling_silent() -> None:
 def test_a_refused_worker_hears_why() -> None:
     async def body() -> None:
         async with registry() as place:
-            first = Registration(registry=place.address, info=INFO, gone_s=10)
-            await first.register()
+            await at(place).register()
             stranger = replace(INFO, worker_id=WorkerId("decode-1"), namespace="other")
-            second = Registration(registry=place.address, info=stranger, gone_s=10)
             with pytest.raises(RegistrationOver, match="one cluster serves one model"):
-                await second.register()
-            broken = Registration(registry=place.address, info=replace(INFO, block_size=0), gone_s=10)
+                await at(place, info=stranger).register()
             with pytest.raises(RegistrationOver, match="block_size"):
-                await broken.register()
-            for registration in (first, second, broken):
-                await registration.close()
+                await at(place, info=replace(INFO, block_size=0)).register()
+            with pytest.raises(RegistrationOver, match="incarnation: is missing"):
+                await at(place, incarnation=0).register()
 
     asyncio.run(body())
 
 
 def test_a_worker_keeps_its_incarnation_over_a_new_router() -> None:
     async def body() -> None:
+        worker = None
         async with registry() as place:
-            registration = Registration(registry=place.address, info=INFO, gone_s=20)
-            await registration.register()
-            beating = asyncio.create_task(registration.beat(pulse))
+            worker = at(place, incarnation=4)
+            await worker.register()
+            task = asyncio.create_task(worker.beat(pulse))
             await next_change(place)
-        async with registry(port=place.port, base_incarnation=1000) as again:
+        async with registry(port=place.port) as again:
             change = await next_change(again)
-            assert (change.state, change.incarnation) == (MemberState.READY, 1)
-            other = Registration(
-                registry=again.address, info=replace(INFO, worker_id=WorkerId("decode-1")), gone_s=10
-            )  # fmt: skip
-            await other.register()
-            assert other.incarnation == 1001
-            again.registry.ended("decode-0", 1, "its process is gone")
+            assert (change.state, change.incarnation) == (MemberState.READY, 4)
+            again.registry.ended(D0, 4, "its process is gone")
             assert (await next_change(again)).state is MemberState.DEAD
-            beating.cancel()
-            await asyncio.gather(beating, return_exceptions=True)
-            await registration.close()
-            await other.close()
+            assert "incarnation 4 of decode-0 is over" in await ended(task)
+            await worker.close()
 
     asyncio.run(body())
 
 
 def test_no_registry_at_all() -> None:
     async def body() -> None:
-        registration = Registration(registry="127.0.0.1:1", info=INFO, gone_s=0.5)
+        worker = at("127.0.0.1:1", "127.0.0.1:2", gone_s=0.5)
         with pytest.raises(RegistrationOver, match="no registry for"):
-            await asyncio.wait_for(registration.register(), 20)
-        await registration.close()
+            await asyncio.wait_for(worker.register(), 20)
+        await worker.close()
 
     asyncio.run(body())
 
 
 def test_a_drained_worker_is_asked_to_leave() -> None:
     async def body() -> None:
-        async with registry() as place:
-            registration = Registration(registry=place.address, info=INFO, gone_s=10)
-            await registration.register()
-            beating = asyncio.create_task(registration.beat(pulse))
-            assert (await next_change(place)).state is MemberState.READY
+        async with registry() as place, registry() as other, beating(at(place, other)) as task:
+            for each in (place, other):
+                assert (await next_change(each)).state is MemberState.READY
             place.registry.drain(place.membership.members[D0])
             place.registry.drained(D0, 1, left=False, reason="late")
             assert [(await next_change(place)).state for _ in range(2)] == [MemberState.DRAINING, MemberState.READY]
             place.registry.drain(place.membership.members[D0])
             place.registry.drained(D0, 1, left=True, reason="drained")
-            with pytest.raises(RegistrationOver, match="the registry asked the worker to leave"):
-                await asyncio.wait_for(beating, 20)
-            await registration.close()
+            assert await ended(task) == "router-0 asked the worker to leave"
+
+    asyncio.run(body())
+
+
+def test_a_worker_lives_while_one_of_its_registries_wants_it() -> None:
+    async def body() -> None:
+        async with registry() as place, registry() as other, beating(at(place, other)) as task:
+            for each in (place, other):
+                assert (await next_change(each)).state is MemberState.READY
+            other.registry.ended(D0, 1, "it is cut off")
+            assert (await next_change(other)).state is MemberState.DEAD
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(task), 2)
+            assert place.membership.members[D0].state is MemberState.READY
+            place.registry.ended(D0, 1, "so it is here")
+            assert "router-1 refused: incarnation 1 of decode-0 is over" in await ended(task)
+
+    asyncio.run(body())
+
+
+def test_one_router_away_or_new_leaves_the_worker_at_the_other() -> None:
+    async def body() -> None:
+        async with registry() as place:
+            async with registry() as other:
+                worker = at(place, other)
+                await worker.register()
+                task = asyncio.create_task(worker.beat(pulse))
+                assert (await next_change(place)).state is MemberState.READY
+                assert (await next_change(other)).state is MemberState.READY
+            async with registry(port=other.port) as again:
+                change = await next_change(again)
+                assert (change.state, change.incarnation) == (MemberState.READY, 1)
+                assert place.changes.empty(), "nothing happened at the other one"
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await worker.close()
+
+    asyncio.run(body())
+
+
+def test_a_router_that_does_not_dial_takes_the_worker_for_dead_and_a_new_one_hears_of_it() -> None:
+    async def body() -> None:
+        async with registry() as place:
+            worker = Registrations(registries={"router-0": place.address}, info=INFO, incarnation=1, gone_s=20)
+            await worker.register()
+            task = asyncio.create_task(worker.beat(pulse))
+            place.membership.join_ms = 300
+            assert (await next_change(place)).state is MemberState.DEAD
+            assert "incarnation 1 of decode-0 is over" in await ended(task)
+            await worker.close()
 
     asyncio.run(body())

@@ -129,7 +129,7 @@ def test_a_killed_worker_comes_back_under_a_new_incarnation(cluster: Served) -> 
 def test_a_killed_router_comes_back_and_keeps_the_workers(cluster: Served) -> None:
     before = cluster.status()
     os.kill(before["router_pid"], signal.SIGKILL)
-    cluster.wait_for(lambda line: line.startswith("the router ended"), 30)
+    cluster.wait_for(lambda line: line.startswith("router-0 ended"), 30)
 
     def answers() -> bool:
         try:

@@ -35,8 +35,8 @@ pytestmark = pytest.mark.usefixtures("no_process_left")
 def settings_of(address: str, log_file: Path, **flags: object) -> WorkerSettings:
     config = load({"model": "fake", "kv_memory": "1MiB", "transport": "shm", **flags}, {}).config
     return WorkerSettings(
-        worker_id=D0, role=Role.DECODE, config=config, threads=1, registry=address, bind_host="127.0.0.1",
-        log_file=str(log_file), router_gone_s=10,
+        worker_id=D0, incarnation=1, role=Role.DECODE, config=config, threads=1, registries={"router-0": address},
+        bind_host="127.0.0.1", log_file=str(log_file), router_gone_s=10,
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ async def _end_streams() -> int:
             for delay_s in DELAYS_S:
                 loop.call_later(delay_s, service.report, [(event.session, report)])
 
-    service = WorkerService(post=post, on_session=lambda: None)
+    service = WorkerService(post=post, on_session=lambda router: None)
     missed = 0
     async with _serving(service) as stub:
         for session in range(1, ROUNDS + 1):
@@ -69,7 +69,7 @@ def test_a_stream_without_a_hello_is_ended(monkeypatch: pytest.MonkeyPatch) -> N
     posted: list[object] = []
 
     async def say_nothing() -> None:
-        async with _serving(WorkerService(post=posted.append, on_session=lambda: None)) as stub:
+        async with _serving(WorkerService(post=posted.append, on_session=lambda router: None)) as stub:
             call = stub.Connect()
             assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             assert await call.details() == "no hello came within 0.2 s"

@@ -10,7 +10,7 @@ from scripted_driver import ScriptedDriver
 
 from engine.model_files import DEFAULT_MODEL, find_model
 from router.http_connection import HttpLimits
-from router.http_server import serve_http
+from router.http_server import listen, serve_http
 from router.metrics import EdgeMetrics
 from router.openai_api import build_app
 from router.service import ServedModel, Service
@@ -43,7 +43,7 @@ def service_over(driver: ScriptedDriver, *, not_ready: str = "") -> Service:
 @asynccontextmanager
 async def http_server(service: Service, limits: HttpLimits | None = None) -> AsyncIterator[str]:
     """A real server on a free port; gives its address."""
-    server = await serve_http(build_app(service), host="127.0.0.1", port=0, grace_s=1, limits=limits)
+    server = await serve_http(build_app(service), listener=listen("127.0.0.1", 0), grace_s=1, limits=limits)
     try:
         yield f"http://127.0.0.1:{server.port}"
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -15,15 +15,18 @@ from cluster.admin import Addresses, Admin
 from cluster.config import load
 from cluster.membership import Heartbeat, Membership, MemberState, StateChanged
 from cluster.operations import Operations
+from cluster.peers import Peers
 from cluster.registry import Registry
 from router.driver import Driver
+from router.metrics import EdgeMetrics
 from tandem.messages import Role, WorkerInfo
-from tandem.request import WorkerId
+from tandem.request import RequestId, WorkerId
 from tandem.v1 import admin_pb2 as pb
 from tandem.v1 import admin_pb2_grpc, worker_pb2_grpc
 from tandem.wire import encode_worker_info
 
 WORKERS = ("prefill-0", "decode-0", "decode-1")
+ALONE = {"router-0": "127.0.0.1:0"}
 
 
 @dataclass
@@ -31,16 +34,22 @@ class Place:
     """One router process without its edge: the stub of its operators' service, and what lies behind."""
 
     stub: admin_pb2_grpc.AdminStub
+    driver: Driver
     registry: Registry
     operations: Operations
-    left: list[tuple[str, int, bool]]
+    peers: Peers
+    said: list[tuple[str, dict[str, object]]]
     address: str
+
+    def left(self) -> list[object]:
+        """Workers that were told to end."""
+        return [fields["id"] for event, fields in self.said if event == "drained"]
 
     def state(self, worker: str) -> MemberState:
         return self.registry.membership.members[WorkerId(worker)].state
 
-    async def join(self, worker: str) -> int:
-        """Registers a worker that answers no call and says nothing but that it lives; returns its incarnation."""
+    async def join(self, worker: str, incarnation: int = 1) -> None:
+        """Registers a worker that answers no call and says nothing but that it lives."""
         info = WorkerInfo(
             worker_id=WorkerId(worker), role=Role(worker.split("-")[0]), control="127.0.0.1:1", endpoint="e", pid=1,
             agent_pid=2, model="m", namespace="n", fingerprint="f", exact=True, dtype="float32", block_size=16,
@@ -48,18 +57,23 @@ class Place:
         )  # fmt: skip
         async with grpc.aio.insecure_channel(self.address) as channel:
             registry = worker_pb2_grpc.RegistryStub(channel)  # type: ignore[no-untyped-call]
-            reply = await registry.Register(encode_worker_info(info), timeout=10)
+            asked = encode_worker_info(info)
+            asked.incarnation = incarnation
+            reply = await registry.Register(asked, timeout=10)
+            assert reply.refused == ""
         beat = Heartbeat(
-            worker_id=info.worker_id, incarnation=reply.incarnation, steps=0, runnable=False, agent_pid=2
+            worker_id=info.worker_id, incarnation=incarnation, steps=0, runnable=False, agent_pid=2
         )  # fmt: skip
         self.registry._take(beat)
-        return int(reply.incarnation)
 
 
 @asynccontextmanager
-async def place() -> AsyncIterator[Place]:
+async def place(me: str = "router-0", internal: Mapping[str, str] = ALONE) -> AsyncIterator[Place]:
     membership = Membership(heartbeat_ms=60_000)  # nobody is missed
-    left: list[tuple[str, int, bool]] = []
+    said: list[tuple[str, dict[str, object]]] = []
+
+    def say(event: str, **fields: object) -> None:
+        said.append((event, fields))
 
     def changed(change: StateChanged) -> None:
         operations.changed(change)
@@ -68,24 +82,33 @@ async def place() -> AsyncIterator[Place]:
         registry = Registry(membership=membership, driver=driver, on_change=changed)
         config = load({"model": "fake", "stop_timeout_s": 1, "start_timeout_s": 1}, {}).config
         operations = Operations(
-            driver=driver, registry=registry, config=config, leave=lambda *asked: left.append(asked)
-        )  # fmt: skip
+            driver=driver,
+            registry=registry,
+            config=config,
+            say=say,
+            number=list(internal).index(me),
+            num_routers=len(internal),
+        )
+        peers = Peers(me, internal)
         admin = Admin(
             membership=membership,
             driver=driver,
             operations=operations,
-            addresses=lambda: Addresses(model="m", http="h", grpc="g"),
+            peers=peers,
+            addresses=lambda: Addresses(model="m", http="h", grpc="g", store="redis://h"),
+            cancel=lambda request_id, reason, only: only is None and driver.cancel(RequestId(request_id), reason),
+            metrics=EdgeMetrics(me).page,
             stop=lambda reason: None,
         )
         server = grpc.aio.server()
         admin_pb2_grpc.add_AdminServicer_to_server(admin, server)  # type: ignore[no-untyped-call]
         worker_pb2_grpc.add_RegistryServicer_to_server(registry, server)  # type: ignore[no-untyped-call]
-        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        address = f"127.0.0.1:{server.add_insecure_port(internal[me])}"
         await server.start()
         looking = asyncio.create_task(operations.run())
         async with grpc.aio.insecure_channel(address) as channel:
             stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
-            here = Place(stub, registry, operations, left, address)
+            here = Place(stub, driver, registry, operations, peers, said, address)
             for worker in WORKERS:
                 await here.join(worker)
             try:
@@ -94,6 +117,7 @@ async def place() -> AsyncIterator[Place]:
                 looking.cancel()
                 await asyncio.gather(looking, return_exceptions=True)
                 await server.stop(None)
+                await peers.close()
 
 
 def run(case: Callable[[Place], Awaitable[None]]) -> None:
@@ -165,7 +189,7 @@ def test_a_worker_that_tells_nothing_is_not_taken_for_empty() -> None:
         assert (status, code) == (grpc.StatusCode.FAILED_PRECONDITION, "drain_refused")
         assert "it has not reported its load; it takes work again" in sentence
         assert here.state("decode-0") is MemberState.READY
-        assert here.left == []
+        assert here.left() == []
 
     run(case)
 
@@ -189,11 +213,11 @@ def test_a_worker_that_dies_meanwhile_was_not_drained() -> None:
         draining = asyncio.create_task(refused(drained(here, "decode-0", restart=True)))
         while here.state("decode-0") is not MemberState.DRAINING:
             await asyncio.sleep(0.01)
-        here.registry.ended("decode-0", 1, "exit code 1")
-        here.operations.ended("decode-0", 1, "exit code 1")
+        here.registry.ended(WorkerId("decode-0"), 1, "exit code 1")
+        here.operations.ended(WorkerId("decode-0"), 1, "exit code 1")
         assert (await draining)[2] == "decode-0 died while it drained: exit code 1"
-        assert here.left == []
-        assert await here.join("decode-0") == 2
+        assert here.left() == []
+        await here.join("decode-0", 2)
         assert here.state("decode-0") is MemberState.READY
 
     run(case)

@@ -16,8 +16,9 @@ import pytest
 
 from cluster import run_file
 from cluster.config import load
-from cluster.processes import PortInUse, pick_port
+from cluster.processes import PortInUse, hold_port, pick_port
 from cluster.restarts import Restarts
+from cluster.router_settings import RouterSettings
 from cluster.run_file import NoCluster, RunFile, reachable
 from cluster.served_model import describe
 from cluster.worker_reports import ReportBuilder
@@ -98,7 +99,7 @@ def test_logs_of_the_last_few_clusters_are_kept(tmp_path: Path) -> None:
 
 
 def test_folders_of_killed_supervisors_are_removed(tmp_path: Path) -> None:
-    from cluster import pools  # brings Ray
+    from cluster import ray_session  # brings Ray
 
     mine, left = tmp_path / "tandem-ray-a", tmp_path / "tandem-ray-b"
     for folder in (mine, left, tmp_path / "other"):
@@ -109,10 +110,10 @@ def test_folders_of_killed_supervisors_are_removed(tmp_path: Path) -> None:
     ) as owner:
         assert owner.stdout is not None
         owner.stdout.readline()
-        pools.sweep(tmp_path)
+        ray_session.sweep(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "tandem-ray-a"]
         owner.kill()
-    pools.sweep(tmp_path)
+    ray_session.sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
@@ -204,10 +205,11 @@ def test_workers_are_named_by_role_and_number() -> None:
 def test_settings_of_a_worker_travel_as_text() -> None:
     settings = WorkerSettings(
         worker_id=WorkerId("mixed-0"),
+        incarnation=2,
         role=Role.MIXED,
         config=load({"kv_memory": "64MiB", "exact": False}, {}).config,
         threads=3,
-        registry="127.0.0.1:1",
+        registries={"router-0": "127.0.0.1:1", "router-1": "127.0.0.1:2"},
         bind_host="0.0.0.0",
         advertised_host="10.0.0.9",
         log_file="/tmp/x.log",
@@ -215,6 +217,17 @@ def test_settings_of_a_worker_travel_as_text() -> None:
     assert WorkerSettings.from_json(settings.to_json()) == settings
     assert settings.reachable_host == "10.0.0.9"
     assert replace(settings, advertised_host="").reachable_host == "0.0.0.0"
+
+
+def test_settings_of_a_router_travel_as_one_line() -> None:
+    config = load({"routers": 2, "redis": "redis://:secret@h", "model": "fake"}, {}).config
+    internal = {"router-0": "127.0.0.1:71", "router-1": "[::1]:72"}
+    settings = RouterSettings(
+        router_id="router-1", config=config, listener=5, join_token="t", operator_digest="", internal=internal
+    )
+    assert "\n" not in settings.to_json()
+    assert RouterSettings.from_json(settings.to_json()) == settings
+    assert (settings.number, settings.internal_port) == (1, 72)
 
 
 def test_workers_threads_do_not_spin() -> None:
@@ -234,18 +247,18 @@ def test_the_fake_model_speaks_bytes() -> None:
 
 def test_a_ray_that_does_not_start_is_told_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that is much too busy Ray gives up on its own node with a bare Exception."""
-    from cluster.pools import PoolError, Pools  # brings Ray
+    from cluster.ray_session import RayError, RaySession  # brings Ray
 
     def gives_up(**_: object) -> None:
         raise Exception("The current node timed out during startup.")
 
-    monkeypatch.setattr("cluster.pools.ray.init", gives_up)
-    monkeypatch.setattr("cluster.pools.TEMP_ROOT", tmp_path)
+    monkeypatch.setattr("cluster.ray_session.ray.init", gives_up)
+    monkeypatch.setattr("cluster.ray_session.TEMP_ROOT", tmp_path)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    pools = Pools(load({"model": "fake"}, {}).config, threads=1, post=lambda event: None)
-    with pytest.raises(PoolError, match=r"^Ray did not start: The current node timed out during startup\.$"):
-        pools.open()
-    pools.close()
+    session = RaySession(load({"model": "fake"}, {}).config, threads=1, log_file=tmp_path / "ray.log")
+    with pytest.raises(RayError, match=r"^Ray did not start: The current node timed out during startup\.$"):
+        session.open(is_again=False)
+    session.close()
     assert not list(tmp_path.iterdir())
 
 
@@ -275,3 +288,18 @@ print("well")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.stderr) == ("well\n", "")
+
+
+def test_a_port_that_is_held_is_free_for_servers_that_share_it_and_for_nobody_else() -> None:
+    port = pick_port("127.0.0.1", 0, "--host")
+    with hold_port("127.0.0.1", port):
+        with pytest.raises(PortInUse):
+            pick_port("127.0.0.1", port, "--grpc-port")
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            server.bind(("127.0.0.1", port))
+            server.listen()
+            for _ in range(20):  # the one that holds takes none of them
+                with socket.create_connection(("127.0.0.1", port), timeout=5):
+                    server.settimeout(5)
+                    server.accept()[0].close()

@@ -13,12 +13,14 @@ from cluster.draining import (
     Drain,
     DrainState,
     Event,
+    GiveUp,
     Gone,
     Leave,
     Looked,
     TakeBack,
     drainable,
     left_on,
+    requests_on,
 )
 from cluster.membership import DrainAsked, DrainEnded, Ended, Heartbeat, Membership, Registered
 from router.request import RequestSnapshot, RequestState, StatusSnapshot, Transferred, WorkerSnapshot
@@ -50,7 +52,9 @@ def leaving(*, restart: bool = False) -> Drain:
 
 
 @pytest.mark.parametrize("state", DrainState)
-@pytest.mark.parametrize("event", [EMPTY, BUSY, Gone("exit"), Back(4)], ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize(
+    "event", [EMPTY, BUSY, Gone("exit"), Back(4), GiveUp("no")], ids=lambda each: type(each).__name__
+)
 def test_whole_square(state: DrainState, event: Event) -> None:
     """A pair that is not in the table changes nothing and asks for nothing."""
     begun = drain()
@@ -133,6 +137,12 @@ def test_each_state_has_a_bound(restart: bool) -> None:
     assert begun.state is DrainState.FAILED
 
 
+def test_a_drain_that_another_router_was_first_with_is_given_up() -> None:
+    begun = drain()
+    assert begun.handle(5, GiveUp("decode-0 is draining already")) == [TakeBack("decode-0 is draining already")]
+    assert (begun.state, begun.reason) == (DrainState.FAILED, "decode-0 is draining already")
+
+
 # ---- who may be drained ----------------------------------------------------------------------------------------------
 
 
@@ -148,7 +158,7 @@ def members(*names: str) -> Membership:
     """All of them ready."""
     membership = Membership()
     for name in names:
-        membership.handle(0, Registered(info=info(name)))
+        membership.handle(0, Registered(info=info(name), incarnation=1))
         membership.handle(
             0, Heartbeat(worker_id=WorkerId(name), incarnation=1, steps=0, runnable=False, agent_pid=2)
         )  # fmt: skip
@@ -194,7 +204,7 @@ def test_unknown_dead_joining_left_and_restarting_workers_are_named() -> None:
     assert refusal(membership, "").startswith("worker: is missing")
     membership.handle(1, Ended(worker_id=D0, incarnation=1, reason="exit code 1"))
     assert refusal(membership, "decode-0") == "decode-0 is dead: exit code 1"
-    membership.handle(2, Registered(info=info("decode-0")))
+    membership.handle(2, Registered(info=info("decode-0"), incarnation=2))
     assert refusal(membership, "decode-0") == "decode-0 is joining; wait until it is ready"
     name = WorkerId("decode-1")
     membership.handle(3, DrainAsked(worker_id=name, incarnation=1))
@@ -265,6 +275,15 @@ def test_who_has_a_part_in_a_request(state: RequestState, prefill: str, decode: 
 def test_the_workers_own_count_and_the_routers_count_both_hold_it() -> None:
     assert left_on(snapshot_of(load(), num_requests=2), D0, 3, "").num_requests == 2
     assert left_on(snapshot_of(load(), request(RequestState.DECODING, decode="decode-0")), D0, 3, "").num_requests == 1
+
+
+def test_what_other_routers_have_there_holds_it_too() -> None:
+    """A request that is on its way from another router is in no report of the worker yet."""
+    assert left_on(snapshot_of(load()), D0, 3, "", 2).num_requests == 2
+    here = request(RequestState.DECODING, decode="decode-0")
+    assert left_on(snapshot_of(load(), here, num_requests=3), D0, 3, "", 2).num_requests == 3, "the worker counts all"
+    assert left_on(snapshot_of(load(), here, num_requests=1), D0, 3, "", 2).num_requests == 3
+    assert requests_on(snapshot_of(load(), here), D0) == 1
 
 
 def test_a_worker_of_which_nothing_is_known_is_not_empty() -> None:

@@ -205,7 +205,7 @@ def test_client_that_leaves_cancels_and_cancel_by_id() -> None:
             [each async for each in stream]
         assert not await client.cancel("ended")
         assert not await client.cancel("nobody")
-        await until(lambda: b"tandem_router_running_requests 0.0" in service.metrics.page())
+        await until(lambda: b'tandem_router_running_requests{router="router-0"} 0.0' in service.metrics.page())
 
     with_client(service, use, resume_s=0)
 

@@ -41,7 +41,7 @@ def beat(incarnation: int = 1, steps: int = 0, runnable: bool = False) -> Heartb
 
 def joined(now_ms: int = 0) -> Membership:
     membership = Membership()
-    assert membership.handle(now_ms, Registered(info=INFO)) == [Admitted(info=INFO, incarnation=1)]
+    assert membership.handle(now_ms, Registered(info=INFO, incarnation=1)) == [Admitted(info=INFO, incarnation=1)]
     return membership
 
 
@@ -155,7 +155,7 @@ def test_joining_has_its_own_deadline() -> None:
 
 def test_a_new_incarnation_ends_the_old_one_first() -> None:
     membership = ready()
-    actions = membership.handle(10, Registered(info=replace(INFO, pid=9)))
+    actions = membership.handle(10, Registered(info=replace(INFO, pid=9), incarnation=2))
     assert actions == [
         StateChanged(
             worker_id=D0, incarnation=1, state=MemberState.DEAD, reason="a new incarnation registered"
@@ -168,19 +168,34 @@ def test_a_new_incarnation_ends_the_old_one_first() -> None:
 
 
 def test_an_incarnation_survives_the_router_but_not_its_own_death() -> None:
-    membership = Membership(base_incarnation=1000)
+    membership = Membership()
     assert membership.handle(0, Registered(info=INFO, incarnation=3)) == [Admitted(info=INFO, incarnation=3)]
     membership.handle(1, Ended(worker_id=D0, incarnation=3, reason="exit"))
     [refused] = membership.handle(2, Registered(info=INFO, incarnation=3))
     assert isinstance(refused, RegistrationRefused)
     assert "incarnation 3 of decode-0 is over" in refused.reason
-    assert membership.handle(3, Registered(info=INFO)) == [Admitted(info=INFO, incarnation=1001)]
+    assert membership.handle(3, Registered(info=INFO, incarnation=4)) == [Admitted(info=INFO, incarnation=4)]
+
+
+def test_who_registers_twice_because_an_answer_was_lost_is_taken_in_once() -> None:
+    membership = ready()
+    again = Registered(info=replace(INFO, agent_pid=9), incarnation=1)
+    assert membership.handle(5, again) == [Admitted(info=INFO, incarnation=1)]
+    assert state_of(membership) is MemberState.READY
+    [refused] = membership.handle(6, Registered(info=replace(INFO, pid=9), incarnation=1))
+    assert isinstance(refused, RegistrationRefused), "another process says that it is the same one"
+
+
+def test_registering_again_is_no_heartbeat() -> None:
+    membership = joined()
+    membership.handle(14_000, Registered(info=INFO, incarnation=1))
+    assert states(membership.handle(15_000, Passed())) == [MemberState.DEAD]
 
 
 def test_one_cluster_serves_one_model() -> None:
     membership = ready()
     other = replace(INFO, worker_id=WorkerId("decode-1"), namespace="other")
-    [refused] = membership.handle(1, Registered(info=other))
+    [refused] = membership.handle(1, Registered(info=other, incarnation=1))
     assert isinstance(refused, RegistrationRefused)
     assert "'other'" in refused.reason
     assert "'n'" in refused.reason
@@ -214,7 +229,7 @@ def test_a_drained_worker_is_told_to_leave_and_does_not_come_back() -> None:
     assert list(membership.alive()) == []
     [refused] = membership.handle(4, Registered(info=INFO, incarnation=1))
     assert isinstance(refused, RegistrationRefused)
-    assert membership.handle(5, Registered(info=INFO)) == [Admitted(info=INFO, incarnation=2)]
+    assert membership.handle(5, Registered(info=INFO, incarnation=2)) == [Admitted(info=INFO, incarnation=2)]
 
 
 def test_a_drain_that_is_given_up_leaves_a_worker_that_works() -> None:
@@ -226,7 +241,7 @@ def test_a_drain_that_is_given_up_leaves_a_worker_that_works() -> None:
 
 
 EVENTS = st.one_of(
-    st.builds(Registered, info=st.just(INFO), incarnation=st.integers(0, 4)),
+    st.builds(Registered, info=st.just(INFO), incarnation=st.integers(1, 4)),
     st.builds(beat, incarnation=st.integers(1, 4), steps=st.integers(0, 3), runnable=st.booleans()),
     st.builds(Ended, worker_id=st.just(D0), incarnation=st.integers(1, 4), reason=st.just("x")),
     st.builds(DrainAsked, worker_id=st.just(D0), incarnation=st.integers(1, 4)),
@@ -245,7 +260,8 @@ def test_incarnations_only_rise_and_the_dead_stay_dead(steps: list[tuple[int, Ev
         now_ms += passed_ms
         for action in membership.handle(now_ms, event):
             if isinstance(action, Admitted):
-                assert action.incarnation > highest
+                assert action.incarnation >= highest
+                assert action.incarnation not in dead
                 highest = action.incarnation
             elif isinstance(action, StateChanged):
                 assert action.incarnation not in dead

@@ -183,3 +183,30 @@ def test_a_disturbed_batch_is_no_sample() -> None:
     watching.look(status(1400, [worker("d0", running=1, steps=510)], alone))
     watching.look(status(1600, [worker("d0", running=1, steps=520)], alone))
     assert watching.step() != before
+
+
+# ---- several routers -------------------------------------------------------------------------------------------------
+
+
+def test_requests_of_other_routers_are_what_the_worker_reports_beyond_ones_own() -> None:
+    shared = Observer(reserve_tokens=256, bytes_per_ms=1000.0, alone=False)
+    here = [request("a", "d0"), request("c", "d0", RequestState.HANDING_OFF), request("f", "d0", RequestState.FINISHED)]
+    seen, _ = shared.look(status(1000, [worker("d0", running=5, waiting=1), worker("d1")], here))
+    mixed, other = seen.workers
+    assert (mixed.num_strangers, mixed.strange_tokens) == (4, (40 - 8) * 16), "a has 8 blocks of the 40"
+    assert (other.num_strangers, other.strange_tokens) == (0, 0)
+    alone = view_of(status(1000, [worker("d0", running=5, waiting=1)], here))
+    assert (alone.workers[0].num_strangers, alone.workers[0].strange_tokens) == (0, 0), "it knows its own"
+
+
+def test_what_a_step_costs_is_learnt_from_batches_with_requests_of_others() -> None:
+    def learnt(*, alone: bool) -> StepTime:
+        shared = Observer(reserve_tokens=256, bytes_per_ms=1000.0, alone=alone)
+        for step, running in enumerate((1, 1, 9, 9, 1, 1, 9, 9)):
+            at_ms = 20 * sum(5 + each for each in (1, 1, 9, 9, 1, 1, 9, 9)[: step + 1])
+            batch = [worker("d0", steps=20 * (step + 1), running=running)]
+            shared.look(status(at_ms, batch, [request("a", "d0")]))
+        return shared.step()
+
+    assert learnt(alone=False).of(9, 640) > learnt(alone=False).of(1, 640)
+    assert learnt(alone=True).of(9, 640) == pytest.approx(learnt(alone=True).of(1, 640), rel=0.05)

@@ -250,7 +250,7 @@ def test_client_that_disconnects_cancels_everywhere(stream: bool) -> None:
             writer.transport.abort()
             await until(lambda: all(running.cancelled for running in driver.requests.values()))
             assert {r.cancelled for r in driver.requests.values()} == {"the client disconnected"}
-            await until(lambda: b"tandem_router_running_requests 0.0" in service.metrics.page())
+            await until(lambda: b'tandem_router_running_requests{router="router-0"} 0.0' in service.metrics.page())
 
     asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
 
@@ -371,7 +371,7 @@ def test_refusals_have_their_status(stream: bool, late: bool) -> None:
             assert reply.headers.get("retry-after") == ("3" if status == 429 else None)
         if not late:
             page = (await client.get("/metrics")).text
-            assert 'tandem_router_refused_requests_total{api="chat",code="overloaded"} 1.0' in page
+            assert 'tandem_router_refused_requests_total{api="chat",code="overloaded",router="router-0"} 1.0' in page
 
     with_server(service, use)
 
@@ -412,15 +412,15 @@ def test_health_models_metrics_and_unknown_pages() -> None:
         assert "ChatRequest" in (await client.get("/openapi.json")).text
         await client.post(CHAT, json={"messages": HI})
         page = (await client.get("/metrics")).text
-        assert 'tandem_router_requests_total{api="chat",outcome="length"} 1.0' in page
-        assert "tandem_router_ttft_seconds_count 1.0" in page
+        assert 'tandem_router_requests_total{api="chat",outcome="length",router="router-0"} 1.0' in page
+        assert 'tandem_router_ttft_seconds_count{router="router-0"} 1.0' in page
         for metric in METRICS:
             assert f"# HELP {metric.name} {metric.help}" in page
             suffix = "_total" if metric.kind is MetricKind.COUNTER else ""
             assert metric.name.endswith(f"_{metric.unit}{suffix}")
         num_tokens = len(smol().encode(TEXT))
-        assert f"tandem_router_generated_tokens_total {num_tokens}.0" in page
-        assert f"tandem_router_itl_seconds_count {num_tokens - 1}.0" in page
+        assert f'tandem_router_generated_tokens_total{{router="router-0"}} {num_tokens}.0' in page
+        assert f'tandem_router_itl_seconds_count{{router="router-0"}} {num_tokens - 1}.0' in page
 
     with_server(service_over(saying(TEXT), not_ready="no decode worker"), use)
 

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 from redis_server import RedisServer, redis_server
 
-from cluster.state import RedisStore, StoreRefused, check_url, without_password
+from cluster.config import check_url, without_password
+from cluster.state import RedisStore, StoreRefused
 from router.events import NewRequest, Usage
 from router.journal import StoreDown
 from router.transcripts import Ended, Keep, Kept, Verdict, Write
@@ -33,8 +34,8 @@ def run(case: Case) -> None:
                 await each.open()
                 await each.renew()
             await case(server, first, second)
-            await first.close()
-            await second.close()
+            await first.leave()
+            await second.leave()
 
     asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
 
@@ -148,7 +149,7 @@ def test_a_dead_routers_id_is_free_but_not_a_living_ones() -> None:
         await dead.open()  # never renews: it has no lease
         assert await dead.claim(write(5, 0, 0, entry=True), "") is None
         assert await second.claim(write(6, 0, 0, entry=True), "") is None
-        await dead.close()
+        await dead.leave()
 
     run(case)
 
@@ -166,7 +167,7 @@ def test_a_restart_that_forgets_is_noticed_and_another_cluster_refused() -> None
         assert not await first.renew()
         assert await first.renew()
         assert await second.take_over(RequestId("r")) is None
-        await stranger.close()
+        await stranger.leave()
 
     run(case)
 

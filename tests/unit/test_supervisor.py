@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import time
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.config import load
-from cluster.pools import Pools, WorkerDown, WorkerUp
-from cluster.router_child import RouterSaid
+from cluster.config import ClusterConfig, load
+from cluster.drain_relay import Tell
+from cluster.own_secrets import OwnSecrets
+from cluster.pool_events import RayLost, RayMended, RayUp, WorkerDown, WorkerUp, WorkerWaits, from_line, to_line
+from cluster.pools_child import PoolsChild, PoolsEnded
+from cluster.router_child import RouterEnded, RouterSaid
+from cluster.routers import Routers
 from cluster.supervisor import StartFailed, StopAsked, Supervisor
 from cluster.worker_settings import WorkerSettings
 from tandem.request import WorkerId
@@ -20,16 +27,11 @@ from tandem.request import WorkerId
 WORKERS = ("prefill-0", "decode-0")
 
 
-class NoPools(Pools):
-    """Pools over no Ray: nobody is watched, and what is asked for is noted."""
+class NoPools(PoolsChild):
+    """No process: what is asked for is noted."""
 
-    asked: list[str]
-
-    def watch(self, up: WorkerUp) -> None:
-        pass
-
-    def bury(self, down: WorkerDown) -> None:
-        self.asked.append(f"bury {down.worker_id}")
+    def __init__(self) -> None:
+        self.asked: list[str] = []
 
     def start(self, settings: WorkerSettings) -> None:
         self.asked.append(f"start {settings.worker_id}")
@@ -40,30 +42,57 @@ class NoPools(Pools):
     def kill(self, worker_id: WorkerId) -> None:
         self.asked.append(f"kill {worker_id}")
 
+    def end_now(self) -> None:
+        self.asked.append("end")
 
-class NoRouter:
-    """A router's process that only listens."""
 
-    generation = 0
+class NoRouters(Routers):
+    """Routers without a process; what is asked for is noted."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: ClusterConfig, **given: Any) -> None:
+        super().__init__(config, **given)
         self.told: list[str] = []
+        self.killed: list[str] = []
+
+    def is_current(self, event: RouterSaid | RouterEnded) -> bool:
+        return event.generation == 1
+
+    def start(self, name: str) -> None:
+        self.told.append(f"start {name}")
+
+    @property
+    def pids(self) -> dict[str, int]:
+        return dict.fromkeys(self._ready, 7)
+
+    def kill(self, name: str) -> None:
+        self.killed.append(name)
 
     def tell_ended(self, worker_id: WorkerId, incarnation: int, reason: str) -> None:
         self.told.append(f"{worker_id}/{incarnation} ended: {reason}")
+
+    def relay(self, told: Iterable[Tell]) -> None:
+        self.told += [f"{each.router}: {each.word} {each.worker_id} {each.requests}" for each in told]
 
 
 def up(name: str) -> WorkerUp:
     return WorkerUp(worker_id=WorkerId(name), pid=7, incarnation=1, timings_ms={"model": 1200})
 
 
-def ready(name: str) -> RouterSaid:
-    fields: dict[str, object] = {"id": name, "state": "ready", "incarnation": 1, "exact": True, "exact_reason": ""}
-    return RouterSaid(generation=0, event="worker", fields=fields)
+def said(event: str, *, router: str = "router-0", **fields: object) -> RouterSaid:
+    return RouterSaid(router=router, generation=1, event=event, fields=fields)
+
+
+def state(name: str, what: str, *, router: str = "router-0", incarnation: int = 1) -> RouterSaid:
+    fields: dict[str, object] = {"id": name, "state": what, "incarnation": incarnation, "reason": "silence"}
+    return said("worker", router=router, **fields, exact=True, exact_reason="")
+
+
+def ready(name: str, router: str = "router-0") -> RouterSaid:
+    return state(name, "ready", router=router)
 
 
 def drained(name: str, *, restart: bool = False) -> RouterSaid:
-    return RouterSaid(generation=0, event="drained", fields={"id": name, "incarnation": 1, "restart": restart})
+    return said("drained", id=name, incarnation=1, restart=restart)
 
 
 def down(name: str, reason: str = "stopped") -> WorkerDown:
@@ -75,14 +104,28 @@ class Watched:
 
     def __init__(self, **flags: object) -> None:
         self.said: list[str] = []
-        config = load({"model": "fake", "prefill": 1, "decode": 1, **flags}, {}).config
+        config = load({"model": "fake", "prefill": 1, "decode": 1, "grpc_port": 0, **flags}, {}).config
         self.supervisor = Supervisor(config, say=self.said.append)
-        self.pools = NoPools(config, threads=1, post=self.supervisor._events.put)
-        self.pools.asked = []
-        self.router = NoRouter()
+        self.pools = NoPools()
+        self.routers = NoRouters(
+            config,
+            listener=socket.socket(),
+            log_dir=Path("logs"),
+            secrets=OwnSecrets(),
+            post=self.supervisor._events.put,
+        )
         self.supervisor._pools, self.supervisor._threads = self.pools, 1
+        self.supervisor._has_ray = True
+        self.supervisor._start_pools = self._start_pools  # type: ignore[method-assign]
         self.supervisor._log_dir = Path("logs")
-        self.supervisor._router = self.router  # type: ignore[assignment]
+        self.routers.stop(0)  # its ports are not needed
+        self.supervisor._routers = self.routers
+        self.supervisor._starts = dict.fromkeys(self.supervisor._starts, 1)
+        for name in self.routers.names:
+            self.supervisor._router_said(said("listening", router=name, pid=7))
+
+    def _start_pools(self, *, is_again: bool) -> None:
+        self.pools.asked.append(f"ray again={is_again}")
 
     def take(self, *events: Any) -> list[str]:
         """What is asked of the pools while these events are taken."""
@@ -105,8 +148,9 @@ def watched(events: list[Any], **flags: object) -> list[str]:
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_ready_is_said_once_and_after_all_workers_are_up(order: tuple[int, ...]) -> None:
     events = [each(name) for name in WORKERS for each in (up, ready)]
-    said = watched([*(events[index] for index in order), StopAsked(reason="the end")])
-    kinds = ["up" if " up, pid 7" in line else "ready" for line in said if "Tandem is ready" in line or " up, " in line]
+    lines = watched([*(events[index] for index in order), StopAsked(reason="the end")])
+    told = [line for line in lines if "Tandem is ready" in line or " up, pid 7 (" in line]
+    kinds = ["ready" if "Tandem" in line else "up" for line in told]
     assert kinds == ["up", "up", "ready"]
 
 
@@ -129,8 +173,8 @@ def three_up() -> Watched:
 def test_a_drained_worker_is_retired_and_not_started_again() -> None:
     watching = three_up()
     assert watching.take(drained("decode-1")) == ["retire decode-1"]
-    assert watching.take(down("decode-1")) == ["bury decode-1"]
-    assert watching.router.told == ["decode-1/1 ended: stopped"]
+    assert watching.take(down("decode-1")) == []
+    assert watching.routers.told == ["decode-1/1 ended: stopped"]
     assert watching.said[-1] == "decode-1 is drained and has left"
     assert watching.take() == []
 
@@ -138,9 +182,9 @@ def test_a_drained_worker_is_retired_and_not_started_again() -> None:
 def test_a_drained_worker_is_replaced_at_once_when_that_is_wanted() -> None:
     watching = three_up()
     assert watching.take(drained("decode-1", restart=True)) == ["retire decode-1"]
-    assert watching.take(down("decode-1")) == ["bury decode-1", "start decode-1"]
+    assert watching.take(down("decode-1")) == ["start decode-1"]
     assert watching.said[-1] == "decode-1 is drained and has left; another one takes its place"
-    assert watching.take(down("decode-1", "exit code 1")) == ["bury decode-1", "start decode-1"], "that was a crash"
+    assert watching.take(down("decode-1", "exit code 1")) == ["start decode-1"], "that was a crash"
     assert any("decode-1 ended: exit code 1; it is started again" in line for line in watching.said)
 
 
@@ -169,3 +213,175 @@ def test_a_worker_that_left_is_not_drained_twice() -> None:
     watching = three_up()
     watching.take(drained("decode-1"), down("decode-1"))
     assert watching.take(drained("decode-1")) == []
+
+
+# ---- several routers -------------------------------------------------------------------------------------------------
+
+
+def two_routers() -> Watched:
+    """A cluster of two routers that is ready."""
+    watching = Watched(decode=2, routers=2, redis="redis://h")
+    names = ("prefill-0", "decode-0", "decode-1")
+    watching.take(*(up(name) for name in names), *(ready(name) for name in names))
+    assert not any("is ready at" in line for line in watching.said), "one router has no worker yet"
+    watching.take(*(ready(name, "router-1") for name in names))
+    assert any("is ready at" in line for line in watching.said)
+    return watching
+
+
+def test_one_of_two_routers_ends_no_worker_and_both_do() -> None:
+    watching = two_routers()
+    assert watching.take(state("decode-0", "dead", router="router-1")) == []
+    assert watching.take(state("decode-0", "dead", router="router-1")) == [], "it says so again"
+    assert watching.take(state("decode-0", "dead")) == ["kill decode-0"]
+    assert watching.said[-1] == "decode-0 is dead: silence"
+
+
+def test_what_is_said_of_an_earlier_start_is_no_verdict() -> None:
+    watching = two_routers()
+    words = [state("decode-0", "dead", router=name, incarnation=7) for name in ("router-0", "router-1")]
+    assert watching.take(*words) == []
+
+
+def test_the_last_router_decides_alone_while_the_other_is_away() -> None:
+    watching = two_routers()
+    watching.take(RouterEnded(router="router-1", generation=1, code=-9))
+    assert "router-1 ended with status -9; it is started again" in watching.said
+    assert "start router-1" in watching.routers.told
+    assert watching.take(state("decode-0", "dead")) == ["kill decode-0"]
+
+
+def test_a_router_that_is_cut_off_is_ended_and_no_worker() -> None:
+    watching = two_routers()
+    watching.supervisor._verdicts.minority_ms = 1
+    watching.take(*(state(name, "dead", router="router-1") for name in ("prefill-0", "decode-0", "decode-1")))
+    while not watching.routers.killed:
+        assert watching.take() == []
+    assert watching.routers.killed == ["router-1"]
+    assert any(line.startswith("router-1 is cut off: it alone holds most workers for dead") for line in watching.said)
+
+
+def test_a_router_that_says_nothing_is_ended() -> None:
+    watching = two_routers()
+    watching.routers._silence.expect(0, "router-1", 15_000)
+    watching.take(said("beat"))
+    assert watching.routers.killed == ["router-1"]
+    assert any(line.startswith("router-1 is stuck: not a word for") for line in watching.said)
+
+
+def test_a_drain_is_passed_on_and_its_end_too() -> None:
+    watching = two_routers()
+    begun = said("draining", id="decode-1", incarnation=1, restart=False)
+    watching.take(begun, said("drain_part", router="router-1", id="decode-1", incarnation=1, requests=3))
+    assert watching.routers.told == [
+        "router-0: drain_elsewhere decode-1 1",
+        "router-1: draining decode-1 0",
+        "router-0: drain_elsewhere decode-1 3",
+    ]
+    assert watching.take(drained("decode-1")) == ["retire decode-1"]
+    assert watching.routers.told[-1] == "router-1: drained decode-1 0"
+
+
+def test_the_last_router_that_dies_too_often_ends_the_cluster() -> None:
+    watching = Watched(max_restarts=0)
+    watching.take(*(each(name) for name in WORKERS for each in (up, ready)))
+    with pytest.raises(StartFailed, match="no router is left"):
+        watching.take(RouterEnded(router="router-0", generation=1, code=1))
+    assert watching.said[-1].startswith("error: router-0 ended with status 1; it has died too often")
+
+
+def test_a_ray_that_is_lost_is_replaced_and_every_worker_started_anew() -> None:
+    watching = three_up()
+    lost = [RayLost(reason="its raylet ended"), PoolsEnded(code=1)]
+    assert watching.take(*lost) == ["ray again=True"]
+    assert {line.split("/")[0] for line in watching.routers.told} == {"prefill-0", "decode-0", "decode-1"}
+    assert any("Ray is gone: its raylet ended; it is started again" in line for line in watching.said)
+    assert sorted(watching.take(RayUp())) == ["start decode-0", "start decode-1", "start prefill-0"]
+
+
+def test_a_worker_that_waits_for_its_restart_when_ray_goes_is_started_once() -> None:
+    watching = three_up()
+    watching.supervisor._restarts.times["decode-1"] = deque([int(time.monotonic() * 1000)])  # so that it waits
+    assert watching.take(down("decode-1", "exit code 1"), PoolsEnded(code=-9)) == ["ray again=True"]
+    assert watching.take(RayUp()).count("start decode-1") == 1
+    assert watching.supervisor._due == []
+
+
+def test_a_worker_that_was_drained_does_not_come_back_with_ray() -> None:
+    watching = three_up()
+    watching.take(drained("decode-1"), PoolsEnded(code=-9))
+    assert sorted(watching.take(RayUp())) == ["start decode-0", "start prefill-0"]
+
+
+def test_a_ray_that_is_lost_before_all_is_ready_is_told_and_not_tried_again() -> None:
+    with pytest.raises(StartFailed, match=r"^Ray did not start: no room$"):
+        watched([RayLost(reason="Ray did not start: no room"), PoolsEnded(code=1)])
+
+
+def test_a_ray_that_is_lost_again_and_again_ends_the_cluster() -> None:
+    watching = Watched(decode=1, max_restarts=1)
+    watching.take(*(each(name) for name in WORKERS for each in (up, ready)))
+    assert watching.take(PoolsEnded(code=-9)) == ["ray again=True"]
+    with pytest.raises(StartFailed, match="has died too often and stays down"):
+        watching.take(PoolsEnded(code=-9))
+
+
+def test_a_worker_that_dies_at_every_start_is_given_up_and_the_others_serve_on() -> None:
+    watching = Watched(decode=2, max_restarts=1)
+    names = ("prefill-0", "decode-0", "decode-1")
+    watching.take(*(each(name) for name in names for each in (up, ready)))
+    assert watching.take(down("decode-1", "a")) == ["start decode-1"]
+    assert watching.take(down("decode-1", "b")) == []
+    assert any("decode-1 ended: b; it has died too often and stays down" in line for line in watching.said)
+    assert sorted(watching.take(PoolsEnded(code=-9), RayUp())) == [
+        "ray again=True",
+        "start decode-0",
+        "start prefill-0",
+    ]
+
+
+def test_the_last_decoder_may_be_starting_when_another_one_is_given_up() -> None:
+    watching = Watched(decode=2, max_restarts=1)
+    names = ("prefill-0", "decode-0", "decode-1")
+    watching.take(*(each(name) for name in names for each in (up, ready)))
+    assert watching.take(down("decode-1"), down("decode-0")) == ["start decode-1", "start decode-0"]
+    assert watching.take(down("decode-1")) == [], "decode-0 is on its way"
+    with pytest.raises(StartFailed, match="no worker that decodes is left"):
+        watching.take(down("decode-0"))
+
+
+def test_what_ray_says_of_its_parts_and_of_room_is_passed_on() -> None:
+    watching = three_up()
+    waits = WorkerWaits(worker_id=WorkerId("decode-1"), reason="all 2 CPUs of the Ray cluster are taken")
+    watching.take(RayMended(what="its gcs_server is started again"), waits)
+    assert watching.said[-2:] == [
+        "Ray: its gcs_server is started again",
+        "decode-1 waits for a machine: all 2 CPUs of the Ray cluster are taken",
+    ]
+
+
+def test_a_holder_of_ray_that_hangs_is_ended_only_when_a_worker_is_missing() -> None:
+    watching = three_up()
+    watching.supervisor._pools_silent_s = 1e6
+    assert watching.take() == [], "everybody works: it may hang"
+    assert watching.take(down("decode-1", "exit code 1")) == ["start decode-1", "end"]
+
+
+def test_time_in_which_the_supervisor_stood_still_is_no_silence() -> None:
+    watching = three_up()
+    watching.take(down("decode-1", "exit code 1"))
+    watching.supervisor._looked_s -= 3600
+    assert watching.take() == []
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        RayUp(), RayLost(reason="r"), up("decode-0"), down("decode-0"),
+        WorkerWaits(worker_id=WorkerId("decode-0"), reason="r"),
+    ],
+)  # fmt: skip
+def test_what_the_holder_of_ray_says_travels_as_a_line(event: Any) -> None:
+    line = to_line(event)
+    assert "\n" not in line
+    assert from_line(line) == event

@@ -13,7 +13,7 @@ from certificates import Authority, Certificate
 from edge import saying, service_over
 
 from router.grpc_api import build_grpc_server
-from router.http_server import serve_http
+from router.http_server import listen, serve_http
 from router.openai_api import build_app
 from tandem.client import AsyncClient, Client
 from tandem.errors import Unavailable
@@ -55,7 +55,7 @@ def run(member: Certificate, client_ca: Path | None, case: Case) -> None:
         grpc_server = build_grpc_server(service)
         grpc_port = await grpc_server.start("127.0.0.1", 0, tls.server_credentials(tls.ca))
         context = server_context(cert=member.cert, key=member.key, client_ca=client_ca)
-        server = await serve_http(build_app(service), host="127.0.0.1", port=0, grace_s=1, tls=context)
+        server = await serve_http(build_app(service), listener=listen("127.0.0.1", 0), grace_s=1, tls=context)
         try:
             await case(f"https://127.0.0.1:{server.port}", f"127.0.0.1:{grpc_port}")
         finally:
