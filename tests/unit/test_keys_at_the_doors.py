@@ -130,8 +130,8 @@ def test_wrong_expired_and_revoked_keys_are_refused_by_name_and_counted(key: str
             with pytest.raises(Unauthenticated, match=words.split("'")[-1]):
                 await client.generate(PROMPT, max_tokens=1)
         page = router.service.metrics.page().decode()
-        assert 'refused_requests_total{api="completions",code="invalid_api_key"} 1.0' in page
-        assert 'refused_requests_total{api="grpc",code="invalid_api_key"} 1.0' in page
+        assert 'refused_requests_total{api="completions",code="invalid_api_key",router="router-0"} 1.0' in page
+        assert 'refused_requests_total{api="grpc",code="invalid_api_key",router="router-0"} 1.0' in page
         assert not [each for each in router.worker.heard if isinstance(each, Assign)]
 
     run(case)
