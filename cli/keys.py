@@ -23,6 +23,7 @@ from router.api_keys import KEY_PREFIX, digest_of
 keys = typer.Typer(name="keys", help="API keys: make, list, revoke.", no_args_is_help=True)
 
 FILE = typer.Option("--file", help="YAML file of keys (or TANDEM_API_KEYS)", show_default=False)
+WIDTH = 240  # where no terminal cuts names off
 _UNITS = {"h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -82,7 +83,10 @@ def listing(
         limits = (spec.requests_per_minute, spec.tokens_per_minute, spec.concurrent)
         shown = ("" if limit is None else str(limit) for limit in limits)
         table.add_row(spec.name, spec.tenant, "yes" if spec.operator else "", state(spec), *shown)
-    Console(soft_wrap=True).print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    console.print(table)
 
 
 @keys.command("revoke")
