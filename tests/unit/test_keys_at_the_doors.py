@@ -24,9 +24,9 @@ from router.metrics import Api, EdgeMetrics
 from router.service import Ask, ServedModel, Service
 from router.validation import SamplingFields
 from tandem.client import AsyncClient
-from tandem.errors import Cancelled, RateLimited, Unauthenticated, UnknownRequest
+from tandem.errors import Cancelled, RateLimited, TakenOver, Unauthenticated, UnknownRequest
 from tandem.messages import Assign
-from tandem.v1 import admin_pb2, admin_pb2_grpc
+from tandem.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 DEADLINE_S = 20
 PROMPT = (11, 12, 13)
@@ -75,8 +75,8 @@ class Router:
             body = {"prompt": PROMPT, "max_tokens": 3, "ignore_eos": True, **fields}
             return await client.post("/v1/completions", json=body, headers=headers)
 
-    def client(self, key: str) -> AsyncClient:
-        return AsyncClient(self.target, timeout_s=DEADLINE_S, resume_s=0, api_key=key)
+    def client(self, key: str, resume_s: float = 0) -> AsyncClient:
+        return AsyncClient(self.target, timeout_s=DEADLINE_S, resume_s=resume_s, api_key=key)
 
 
 Case = Callable[[Router], Awaitable[None]]
@@ -246,7 +246,7 @@ def test_requests_at_once_are_bounded_and_given_back_however_they_end() -> None:
 def test_a_request_of_somebody_else_is_unknown_to_cancel_and_to_attach() -> None:
     async def case(router: Router) -> None:
         router.worker.num_tokens_max = 5
-        async with router.client(ALICE) as alice, router.client(BOB) as bob, router.client(OPS) as ops:
+        async with router.client(ALICE, 30) as alice, router.client(BOB) as bob, router.client(OPS) as ops:
             stream = alice.stream(PROMPT, request_id="mine", max_tokens=400, ignore_eos=True)
             await anext(stream)
             assert router.service.owner_of("mine") == "alice"
@@ -257,8 +257,15 @@ def test_a_request_of_somebody_else_is_unknown_to_cancel_and_to_attach() -> None
             with pytest.raises(UnknownRequest) as missing:
                 await router.service.resume("none", 0, RING.caller(BOB, 0))
             assert str(caught.value).replace("mine", "none") == str(missing.value), "the words tell them apart"
+            async with grpc.aio.insecure_channel(router.target) as channel:
+                stub = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+                asked = inference_pb2.AttachRequest(request_id="mine")
+                stolen = stub.Attach(asked, metadata=(("authorization", f"Bearer {BOB}"),), timeout=DEADLINE_S)
+                assert await stolen.code() is grpc.StatusCode.NOT_FOUND
+                own = stub.Attach(asked, metadata=(("authorization", f"Bearer {ALICE}"),), timeout=DEADLINE_S)
+                assert (await own.read()).request_id == "mine"
             assert await ops.cancel("mine")
-            with pytest.raises(Cancelled):
+            with pytest.raises(TakenOver):  # by its own key, above
                 async for _ in stream:
                     pass
 
