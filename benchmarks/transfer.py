@@ -107,7 +107,10 @@ def target_main(control_fd: int, source_pool_fd: int) -> None:
         "gloo": gloo.target_end(verified, pool, copy_frame=load_copy_frame(), timeout_s=TIMEOUT_S)
     }
     ends["shm"] = shm.open_target(
-        source_pool_fd, source_num_blocks=NUM_BLOCKS, target=pool, copy_frame=load_copy_frame(), corrupt_every=0
+        source_pool_fd,
+        source_num_blocks=NUM_BLOCKS,
+        target=pool,
+        copy_frame=load_copy_frame(),
     )
     control.sendall(b"r")
     while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pydantic import ByteSize
 from rich.console import Console
 from rich.table import Table
 
@@ -12,8 +13,9 @@ def show_config(effective: Effective) -> None:
     """Print the effective settings with their origins: flags, TANDEM_* variables, --config file, defaults."""
     table = Table("setting", "value", "from", box=None, pad_edge=False)
     for key, value in effective.config.model_dump(mode="json").items():
-        shown = (
-            effective.config.kv_memory.human_readable() if key == "kv_memory" else str("" if value is None else value)
-        )
+        shown = "" if value is None else str(value)
+        if key in ("kv_memory", "swap_memory"):
+            config = effective.config
+            shown = ByteSize(config.swap_bytes if key == "swap_memory" else config.kv_memory).human_readable()
         table.add_row(key, shown, effective.origins[key])
     Console(soft_wrap=True).print(table)

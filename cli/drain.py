@@ -9,12 +9,11 @@ from typing import Annotated
 import typer
 from google.protobuf.json_format import MessageToDict
 
-from cli.connection import connection_to
 from cli.down import run_dir_of
+from cli.reach import admin
 from cluster.draining import DEADLINE_MS, DEADLINE_MS_MAX
 from cluster.run_file import find
 from tandem.v1 import admin_pb2 as pb
-from tandem.v1 import admin_pb2_grpc
 
 
 def drain(
@@ -28,12 +27,10 @@ def drain(
     run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
 ) -> None:
     """Move everything away from a worker, then end it. The drain goes on when this command is stopped."""
-    folder = run_dir_of(run_dir)
-    connection = connection_to(find(folder, port), folder)
+    run = find(run_dir_of(run_dir), port)
     asked = pb.DrainRequest(worker=worker, deadline_ms=max(1, round(deadline * 1000)), restart=restart)
-    with connection.channel() as channel:
-        stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
-        for progress in stub.Drain(asked, metadata=connection.metadata):  # the router bounds each of its states
+    with admin(run) as stub:
+        for progress in stub.Drain(asked):  # the router bounds each of its states
             print(json.dumps(document(progress)) if as_json else sentence(progress), flush=True)
 
 

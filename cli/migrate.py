@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from cli.connection import connection_to
 from cli.down import run_dir_of
+from cli.reach import admin
 from cli.status import move_document
 from cluster.run_file import find
 from tandem.v1 import admin_pb2 as pb
-from tandem.v1 import admin_pb2_grpc
 
 TIMEOUT_S = 120.0  # the router bounds the move itself
 
@@ -30,13 +29,9 @@ def migrate(
     run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
 ) -> None:
     """Move a running request to another worker while it is answered; its tokens stay the same."""
-    folder = run_dir_of(run_dir)
-    connection = connection_to(find(folder, port), folder)
-    with connection.channel() as channel:
-        stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
-        move = stub.Migrate(
-            pb.MigrateRequest(request_id=request, to=to), timeout=TIMEOUT_S, metadata=connection.metadata
-        )
+    run = find(run_dir_of(run_dir), port)
+    with admin(run) as stub:
+        move = stub.Migrate(pb.MigrateRequest(request_id=request, to=to), timeout=TIMEOUT_S)
     if as_json:
         print(json.dumps(move_document(move), indent=2))
     elif move.outcome == "moved":

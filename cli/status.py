@@ -11,11 +11,10 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.table import Table
 
-from cli.connection import connection_to
 from cli.down import run_dir_of
+from cli.reach import admin
 from cluster.run_file import find
 from tandem.v1 import admin_pb2 as pb
-from tandem.v1 import admin_pb2_grpc
 
 TIMEOUT_S = 10.0
 NEWEST = 20  # requests shown
@@ -28,11 +27,9 @@ def status(
     run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
 ) -> None:
     """Show the workers of a running cluster and its requests, also those of the last minutes."""
-    folder = run_dir_of(run_dir)
-    connection = connection_to(find(folder, port), folder)
-    with connection.channel() as channel:
-        stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
-        answer = stub.Status(pb.StatusRequest(include_finished=True), timeout=TIMEOUT_S, metadata=connection.metadata)
+    run = find(run_dir_of(run_dir), port)
+    with admin(run) as stub:
+        answer = stub.Status(pb.StatusRequest(include_finished=True), timeout=TIMEOUT_S)
     if as_json:
         print(json.dumps(to_document(answer), indent=2))
         return
@@ -41,6 +38,8 @@ def status(
         f"{answer.model} at {answer.http_address}, gRPC {answer.grpc_address}, router pid {answer.router_pid}"
         + (f", state in {answer.store}" if answer.store else "")
     )
+    if answer.not_ready:
+        console.print(f"not ready: {answer.not_ready}")
     if len(answer.routers) > 1:
         console.print(router_table(answer))
         console.print()

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 import grpc.aio
 
+from cluster.canary import Canaries
 from cluster.draining import Drain, DrainState
 from cluster.membership import Member, Membership, MemberState
 from cluster.operations import Operations, find_request
-from cluster.peers import Peers
+from cluster.peers import Peers, check_all_answered
+from cluster.readiness import PairStatus
 from router.driver import Driver
 from router.move import MoveRecord
 from router.request import ENDED, RequestSnapshot, WorkerSnapshot
-from tandem.errors import TandemError
+from tandem.errors import TandemError, UnknownRequest
 from tandem.messages import BlockCounts
 from tandem.v1 import admin_pb2 as pb
 from tandem.v1 import admin_pb2_grpc
@@ -27,6 +29,9 @@ from tandem.v1 import admin_pb2_grpc
 if TYPE_CHECKING:
     # The stubs are generic, the classes are not.
     _Context = grpc.aio.ServicerContext[Any, Any]
+
+
+PAIRS_MAX = 256  # told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +60,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         membership: Membership,
         driver: Driver,
         operations: Operations,
+        canaries: Canaries,
         peers: Peers,
         addresses: Callable[[], Addresses],
         cancel: Callable[[str, str, str | None], bool],
@@ -64,6 +70,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         self._membership = membership
         self._driver = driver
         self._operations = operations
+        self._canaries = canaries
         self._peers = peers
         self._addresses = addresses
         self._cancel = cancel
@@ -104,6 +111,8 @@ class Admin(admin_pb2_grpc.AdminServicer):
             grpc_address=addresses.grpc,
             router_pid=os.getpid(),
             moves=[move_status(each, snapshot.now_ms) for each in snapshot.moves],
+            not_ready=self._canaries.not_ready(),
+            pairs=[pair_status(each, snapshot.now_ms) for each in self._canaries.status()[:PAIRS_MAX]],
             routers=[router],
             store=addresses.store,
         )  # fmt: skip
@@ -113,12 +122,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         name = request.request_id
         try:
             if not request.local:
-                everywhere = merged(
-                    self._local(include_finished=True),
-                    await self._peers.statuses(include_finished=True),
-                    self._peers.internal,
-                )
-                found = find_request(request.request_id, everywhere.requests)
+                found = await self._found(name)
                 if found.router != self._peers.me:
                     there = pb.MigrateRequest(request_id=found.id, to=request.to, local=True)
                     answer: pb.MoveStatus = await self._peers.stub(found.router).Migrate(
@@ -133,6 +137,16 @@ class Admin(admin_pb2_grpc.AdminServicer):
             metadata: Any = error.trailing_metadata() or ()
             await context.abort(error.code(), error.details() or "", tuple(metadata))
         return move_status(record, self._driver.status().now_ms)
+
+    async def _found(self, name: str) -> pb.RequestStatus:
+        """The request that is named so, at whichever router. Raises as find_request, or Unavailable."""
+        others = await self._peers.statuses(include_finished=True)
+        everywhere = merged(self._local(include_finished=True), others, self._peers.internal)
+        try:
+            return find_request(name, everywhere.requests)
+        except UnknownRequest:
+            check_all_answered(others)
+            raise
 
     async def CancelHere(self, request: pb.CancelHereRequest, context: _Context) -> pb.CancelHereResponse:
         """Ends a request of this router, for a client that came to another one."""
@@ -190,10 +204,21 @@ def worker_status(member: Member, worker: WorkerSnapshot | None) -> pb.WorkerSta
         exact_reason=dict(info.labels).get("exact_reason", ""),
         steps=member.steps,
         refused=min(member.refused, (1 << 32) - 1),
+        control=info.control,
     )
     if load is not None:
         status.running, status.waiting = load.running, load.waiting
         status.last_step_ms = load.last_step_ms
+        status.swap.CopyFrom(
+            pb.SwapStatus(
+                total=load.swap.total,
+                used=load.swap.used,
+                requests=load.swap.requests,
+                swapped_out=load.swap.swapped_out,
+                brought_back=load.swap.brought_back,
+                recomputed=load.swap.recomputed,
+            )
+        )
         status.audit.extend(load.audit)
     return status
 
@@ -275,6 +300,15 @@ def move_status(move: MoveRecord, now_ms: int) -> pb.MoveStatus:
         at_ms=time.time_ns() // 1_000_000 - (now_ms - move.at_ms),
     )
     setattr(status, "from", move.source)  # no name for an argument
+    return status
+
+
+def pair_status(known: PairStatus, now_ms: int) -> pb.PairStatus:
+    """A pair of workers, as requests and canaries went through it."""
+    (source, _), (target, _) = known.pair
+    status = pb.PairStatus(prefill_worker=source, decode_worker=target, error=known.error)
+    if known.served_ms is not None:
+        status.served_ms = max(0, now_ms - known.served_ms)
     return status
 
 

@@ -5,226 +5,312 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc
 import psutil
 
-from cluster.chaos_plan import Fault, FaultKind, Victim
+from cluster.chaos_audit import Footprint, IdleWatch, exact_and_here, grown, held, unbalanced
+from cluster.chaos_load import STATUS_TIMEOUT_S, CheckingLoad, Load
+from cluster.chaos_plan import LINKS, Fault, FaultKind, Ground, Victim
+from cluster.chaos_processes import (
+    command_of,
+    footprints,
+    restart_store,
+    send,
+    stay_stopped,
+    store_process,
+    until_struck,
+)
 from cluster.chaos_tally import Tally
-from tandem.client import AsyncClient, SamplingOptions
-from tandem.errors import Overloaded, TandemError, Unavailable
-from tandem.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from cluster.member_access import access_here
+from cluster.run_file import RunFile
+from tandem.cluster_access import ClusterAccess
+from tandem.v1 import admin_pb2, admin_pb2_grpc, faults_pb2, faults_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-STATUS_TIMEOUT_S = 10.0
-STREAM_TIMEOUT_S = 120.0
 SETTLE_TIMEOUT_S = 60.0
 WATCH_S = 0.5
-VICTIM_WAIT_S = 30.0  # for one that is there to be struck
-ROLES = {
-    Victim.PREFILL: "prefill",
-    Victim.PREFILL_AGENT: "prefill",
-    Victim.DECODE: "decode",
-    Victim.DECODE_AGENT: "decode",
+WARM_UP_S = 3.0  # of load before the first fault: links among all are there
+VICTIM_WAIT_S = 45.0  # for one that is there to be struck
+STATE_WAIT_S = 20.0  # for a transfer that enters the state
+ROUTER_WAIT_S = 30.0  # for a router that is stopped, or started again
+FAULTS_TIMEOUT_S = 5.0
+ROLES: dict[Victim, tuple[str, ...]] = {
+    Victim.PREFILL: ("prefill",),
+    Victim.PREFILL_AGENT: ("prefill",),
+    Victim.DECODE: ("decode",),
+    Victim.DECODE_AGENT: ("decode",),
+    Victim.PAIR: ("prefill", "decode"),
 }
+ANY_ROLE = ("prefill", "decode", "mixed")
 AGENTS = (Victim.PREFILL_AGENT, Victim.DECODE_AGENT)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """The streams that check: so many clients at once, each asking one of so many questions over and over."""
-
-    num_clients: int = 8
-    num_questions: int = 12
-    prompt_tokens_max: int = 200
-    output_tokens_max: int = 96
-
-
-@dataclass(slots=True)
-class _Question:
-    prompt: list[int]
-    sampling: SamplingOptions
-    answer: list[int] = field(default_factory=list)
+GATES = {
+    Victim.ROUTER_LINK: faults_pb2.LINK_ROUTERS,
+    Victim.WORKER_LINK: faults_pb2.LINK_WORKERS,
+    Victim.AGENT_LINK: faults_pb2.LINK_AGENTS,
+}
 
 
 class NotReady(RuntimeError):
     """The cluster cannot be shot at; the message says why."""
 
 
-class ChaosRun:
-    """One run against the cluster at a gRPC address. `say` is told what happens, a line each."""
+class NoVictim(RuntimeError):
+    """There is nobody whom this fault could strike now; the message says why."""
 
-    def __init__(self, address: str, *, load: Load, seed: int, say: Callable[[str], None]) -> None:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where the cluster is: its gRPC address, its supervisor's process, and what its members ask to be shown."""
+
+    address: str
+    supervisor_pid: int
+    access: ClusterAccess
+
+    @classmethod
+    def of(cls, run: RunFile) -> Place:
+        """Of a cluster that runs here. Raises SecretError, TlsError."""
+        return cls(address=run.grpc_address, supervisor_pid=run.pid, access=access_here(run))
+
+
+class ChaosRun:
+    """One run against a cluster of this machine. `say` is told what happens, a line each.
+
+    All streams pause after each `audit_every` faults, so that everything must be back.
+    """
+
+    def __init__(
+        self, place: Place, *, load: Load, seed: int, say: Callable[[str], None], audit_every: int = 10
+    ) -> None:
         self.tally = Tally()
-        self._address = address
-        self._load = load
-        self._draw = random.Random(seed)
+        self._place = place
         self._say = say
-        self._begin_s = 0.0
-        self._num_streams = 0
-        self._reading: set[asyncio.Task[None]] = set()
+        self._audit_every = audit_every
+        self._begin_s = time.monotonic()
+        self._paused_ms = 0  # in which no fault is due
+        self._baseline: Mapping[str, Footprint] = {}
+        self._stores: list[subprocess.Popen[bytes]] = []  # started in place of a Redis that was killed
+        self._load = CheckingLoad(
+            place.address, load=load, draw=random.Random(seed), tally=self.tally, now_ms=self._now_ms
+        )
 
     def _now_ms(self) -> int:
         return round((time.monotonic() - self._begin_s) * 1000)
 
+    async def ground(self) -> Ground:
+        """What the cluster allows. Raises NotReady and grpc.RpcError."""
+        async with grpc.aio.insecure_channel(self._place.address) as channel:
+            status = await self._status(admin_pb2_grpc.AdminStub(channel))  # type: ignore[no-untyped-call]
+        problem = exact_and_here(status, psutil.pids())
+        if problem:
+            raise NotReady(problem)
+        allowed = [
+            await _allows_faults(each.control, self._place.access) for each in status.workers if each.state == "ready"
+        ]
+        return Ground(faults_allowed=bool(allowed) and all(allowed), has_store=bool(status.store))
+
     async def run(self, faults: Sequence[Fault], duration_ms: int) -> Tally:
         """All faults in their time; returns what they did. Raises NotReady and grpc.RpcError."""
-        async with grpc.aio.insecure_channel(self._address) as channel:
+        async with grpc.aio.insecure_channel(self._place.address) as channel:
             admin = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
             inference = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
-            status = await self._status(admin)
-            self._check(status)
             (model, *_) = (
                 await inference.ListModels(inference_pb2.ListModelsRequest(), timeout=STATUS_TIMEOUT_S)
             ).models
-            questions = await self._ask_first(model.vocab_size, model.context_tokens)
-            self._say(f"{len(questions)} questions answered undisturbed; {len(faults)} faults follow")
+            num = await self._load.ask_first(model.vocab_size, model.context_tokens)
+            self._say(f"{num} questions answered undisturbed; {len(faults)} faults follow")
             self._begin_s = time.monotonic()
-            clients = [asyncio.create_task(self._client(questions, duration_ms)) for _ in range(self._load.num_clients)]
-            watcher = asyncio.create_task(self._watch(admin))
-            for fault in faults:
-                await asyncio.sleep(max(0.0, (fault.at_ms - self._now_ms()) / 1000))
-                await self._strike(admin, fault)
-            await asyncio.gather(*clients)
-            watcher.cancel()
-            await asyncio.gather(watcher, return_exceptions=True)
-            await self._settle(admin)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    beside = [group.create_task(self._load.run(admin)), group.create_task(self._watch(admin))]
+                    await asyncio.sleep(WARM_UP_S)
+                    await self._audit(admin)
+                    await self._strike_all(admin, faults, duration_ms)
+                    for task in beside:
+                        task.cancel()
+            except ExceptionGroup as several:
+                raise _first(several) from several
         return self.tally
+
+    async def _strike_all(self, admin: admin_pb2_grpc.AdminStub, faults: Sequence[Fault], duration_ms: int) -> None:
+        for number, fault in enumerate(faults, start=1):
+            await asyncio.sleep(max(0.0, (fault.at_ms + self._paused_ms - self._now_ms()) / 1000))
+            await self._strike(admin, fault)
+            if number % self._audit_every == 0:
+                await self._audit(admin)
+        await asyncio.sleep(max(0.0, (duration_ms + self._paused_ms - self._now_ms()) / 1000))
+        await self._audit(admin)
 
     # ---- the cluster -------------------------------------------------------------------------------------------------
 
     async def _status(self, admin: admin_pb2_grpc.AdminStub) -> admin_pb2.StatusResponse:
-        answer: admin_pb2.StatusResponse = await admin.Status(
-            admin_pb2.StatusRequest(include_finished=False), timeout=STATUS_TIMEOUT_S
-        )
-        return answer
+        """Waits for a router that is stopped, or was killed. Raises grpc.RpcError when there is none for long."""
+        until_s = time.monotonic() + ROUTER_WAIT_S
+        while True:
+            try:
+                answer: admin_pb2.StatusResponse = await admin.Status(
+                    admin_pb2.StatusRequest(include_finished=False), timeout=STATUS_TIMEOUT_S
+                )
+                return answer
+            except grpc.aio.AioRpcError:
+                if time.monotonic() > until_s:
+                    raise
+                await asyncio.sleep(WATCH_S)
 
-    def _check(self, status: admin_pb2.StatusResponse) -> None:
-        inexact = [each.id for each in status.workers if each.state == "ready" and not each.exact]
-        if inexact:
-            raise NotReady(f"{', '.join(inexact)}: not in exact mode, so tokens cannot be compared")
-        strange = [each.id for each in status.workers if each.state == "ready" and not psutil.pid_exists(each.pid)]
-        if strange:
-            raise NotReady(f"{', '.join(strange)}: runs on another machine, where no fault can be made from here")
-
-    async def _settle(self, admin: admin_pb2_grpc.AdminStub) -> None:
-        """Waits until every worker is back and holds nothing; what stays is a leak."""
+    async def _audit(self, admin: admin_pb2_grpc.AdminStub) -> None:
+        """Lets all streams end, and waits until every worker is back and holds nothing; what stays is a leak."""
+        began_ms = self._now_ms()
+        await self._load.pause()
+        still_ms = self._now_ms()
         until_s = time.monotonic() + SETTLE_TIMEOUT_S
         while True:
-            problems = _held(await self._status(admin))
+            problems = held(await self._status(admin))
+            footprint = await asyncio.to_thread(footprints, self._place.supervisor_pid)
+            problems += grown(self._baseline, footprint) if self._baseline else []
             if not problems:
-                return
+                self._baseline = self._baseline or footprint
+                processes = ", ".join(f"{each.num_processes} {name}" for name, each in sorted(footprint.items()))
+                self.tally.audited(
+                    self._now_ms(), f"everything is back after {self._now_ms() - still_ms} ms; {processes}"
+                )
+                break
             if time.monotonic() > until_s:
                 for problem in problems:
-                    self.tally.leaked(f"{problem}, {SETTLE_TIMEOUT_S:.0f} s after the last stream")
-                return
+                    told = f"{problem}, {SETTLE_TIMEOUT_S:.0f} s after the last stream"
+                    self._say(f"leak: {told}")
+                    self.tally.leaked(self._now_ms(), told)
+                break
             await asyncio.sleep(WATCH_S)
+        self._paused_ms += self._now_ms() - began_ms
+        self._load.resume()
 
     async def _watch(self, admin: admin_pb2_grpc.AdminStub) -> None:
-        """Looks at every worker's audit all the time."""
+        """Looks at every worker's blocks all the time."""
         seen: set[str] = set()
+        idle = IdleWatch()
         while True:
             await asyncio.sleep(WATCH_S)
             with suppress(grpc.aio.AioRpcError):  # the router may be stopped
-                for worker in (await self._status(admin)).workers:
-                    for problem in worker.audit:
-                        told = f"{worker.id}: {problem}"
-                        if told not in seen:
-                            seen.add(told)
-                            self.tally.leaked(told)
-
-    # ---- the load ----------------------------------------------------------------------------------------------------
-
-    async def _ask_first(self, vocab_size: int, context_tokens: int) -> list[_Question]:
-        """Draws the questions and has each answered before anything happens."""
-        load, draw = self._load, self._draw
-        questions = []
-        longest = min(load.prompt_tokens_max, context_tokens // 2)
-        most = min(load.output_tokens_max, context_tokens // 2)
-        for number in range(load.num_questions):
-            prompt = [draw.randrange(vocab_size) for _ in range(draw.randint(1, longest))]
-            sampling = SamplingOptions(
-                temperature=float(number % 2),
-                seed=number,
-                max_tokens=draw.randint(min(16, most), most),
-                ignore_eos=True,
-            )
-            questions.append(_Question(prompt, sampling))
-        async with AsyncClient(self._address, timeout_s=STREAM_TIMEOUT_S) as client:
-            for question in questions:
-                answer = await client.generate(question.prompt, **question.sampling)
-                question.answer = list(answer.token_ids)
-        return questions
-
-    async def _client(self, questions: Sequence[_Question], duration_ms: int) -> None:
-        async with AsyncClient(self._address, timeout_s=STREAM_TIMEOUT_S) as client:
-            while self._now_ms() < duration_ms:
-                reading = asyncio.create_task(self._read(client, self._draw.choice(questions)))
-                self._reading.add(reading)
-                reading.add_done_callback(self._reading.discard)
-                await asyncio.gather(reading, return_exceptions=True)
-                if not reading.cancelled():
-                    reading.result()
-
-    async def _read(self, client: AsyncClient, question: _Question) -> None:
-        """One stream to its end."""
-        self._num_streams += 1
-        stream = self._num_streams
-        self.tally.opened(self._now_ms(), stream, question.answer)
-        try:
-            async for chunk in client.stream(question.prompt, **question.sampling):
-                if chunk.token_ids:
-                    self.tally.came(self._now_ms(), stream, chunk.index, chunk.token_ids)
-        except asyncio.CancelledError:
-            self.tally.ended(self._now_ms(), stream, cancelled=True)
-            raise
-        except TandemError as error:
-            refused = isinstance(error, Overloaded | Unavailable)
-            self.tally.ended(self._now_ms(), stream, f"{error.code}: {error.message}", refused=refused)
-            await asyncio.sleep(WATCH_S if refused else 0)
-        else:
-            self.tally.ended(self._now_ms(), stream)
+                status = await self._status(admin)
+                problems = [problem for worker in status.workers for problem in unbalanced(worker)]
+                for problem in [*problems, *idle.look(status)]:
+                    if problem not in seen:
+                        seen.add(problem)
+                        self._say(f"leak: {problem}")
+                        self.tally.leaked(self._now_ms(), problem)
 
     # ---- faults ------------------------------------------------------------------------------------------------------
 
     async def _strike(self, admin: admin_pb2_grpc.AdminStub, fault: Fault) -> None:
-        if fault.kind is FaultKind.CANCEL:
-            reading = list(self._reading)[: (len(self._reading) + 1) // 2]
-            self._struck(fault, f"{len(reading)} of {len(self._reading)} streams")
-            for each in reading:
-                each.cancel()
-            return
-        name, process = await self._victim(admin, fault)
-        self._struck(fault, name)
-        with suppress(psutil.NoSuchProcess):  # it has just ended by itself
-            if fault.kind is FaultKind.KILL:
-                process.send_signal(signal.SIGKILL)
-                return
-            process.send_signal(signal.SIGSTOP)
-            try:
-                await asyncio.sleep(fault.for_ms / 1000)
-            finally:  # also when the run is interrupted: nobody else would wake it
-                process.send_signal(signal.SIGCONT)
+        try:
+            match fault.kind:
+                case FaultKind.CANCEL:
+                    self._struck(fault, self._load.leave())
+                case FaultKind.REDIS_DOWN:
+                    await self._strike_store(admin, fault)
+                case _ if fault.victim in LINKS:
+                    await self._strike_link(admin, fault)
+                case _ if fault.state:
+                    await self._strike_in_state(admin, fault)
+                case _:
+                    await self._strike_processes(admin, fault)
+        except (NoVictim, grpc.aio.AioRpcError, psutil.NoSuchProcess) as error:
+            reason = str(error) if isinstance(error, NoVictim) else f"it ended just now: {type(error).__name__}"
+            self._say(f"{self._now_ms() / 1000:7.1f} s  {fault}: {reason}")
+            self.tally.not_met(self._now_ms(), fault, reason)
 
-    async def _victim(self, admin: admin_pb2_grpc.AdminStub, fault: Fault) -> tuple[str, psutil.Process]:
-        """The process that is struck, by its name; waits until there is one. Raises NotReady when there is none."""
+    async def _strike_processes(self, admin: admin_pb2_grpc.AdminStub, fault: Fault) -> None:
+        names, processes = [], []
+        if fault.victim is Victim.ROUTER:
+            status = await self._status(admin)
+            routers = [(each.id, each.pid) for each in status.routers if each.up and each.pid]
+            name, pid = routers[fault.pick % len(routers)] if routers else ("router", status.router_pid)
+            names, processes = [name], [psutil.Process(pid)]
+        for role in ROLES.get(fault.victim, ()):
+            worker = await self._worker(admin, (role,), fault)
+            on_agent = fault.victim in AGENTS
+            names.append(f"{worker.id}'s agent" if on_agent else worker.id)
+            processes.append(psutil.Process(worker.agent_pid if on_agent else worker.pid))
+        self._struck(fault, " and ".join(names))
+        stops = fault.kind is FaultKind.STOP
+        for process in processes:
+            send(process, signal.SIGSTOP if stops else signal.SIGKILL)
+        if stops:
+            await stay_stopped(processes, fault.for_ms)
+
+    async def _strike_in_state(self, admin: admin_pb2_grpc.AdminStub, fault: Fault) -> None:
+        """Lays an ambush in one worker, and waits until a transfer has walked into it."""
+        worker = await self._worker(admin, ROLES[fault.victim], fault)
+        on_agent = fault.victim in AGENTS
+        process = psutil.Process(worker.agent_pid if on_agent else worker.pid)
+        stops = fault.kind is FaultKind.STOP
+        async with self._place.access.dial(worker.control) as channel:
+            await faults_pb2_grpc.FaultsStub(channel).Ambush(  # type: ignore[no-untyped-call]
+                faults_pb2.AmbushRequest(
+                    state=fault.state,
+                    signal=faults_pb2.SIGNAL_STOP if stops else faults_pb2.SIGNAL_KILL,
+                    agent=on_agent,
+                    after_ms=fault.after_ms,
+                    within_ms=round(STATE_WAIT_S * 1000),
+                ),
+                timeout=FAULTS_TIMEOUT_S,
+                metadata=self._place.access.metadata,
+            )
+        if not await until_struck(process, STATE_WAIT_S + 1):
+            raise NoVictim(f"no transfer of {worker.id} was in {fault.state} within {STATE_WAIT_S:.0f} s")
+        self._struck(fault, f"{worker.id}'s agent" if on_agent else worker.id)
+        if stops:
+            await stay_stopped([process], fault.for_ms)
+
+    async def _strike_link(self, admin: admin_pb2_grpc.AdminStub, fault: Fault) -> None:
+        worker = await self._worker(admin, ANY_ROLE, fault)
+        async with self._place.access.dial(worker.control) as channel:
+            self._struck(fault, worker.id)
+            await faults_pb2_grpc.FaultsStub(channel).Disturb(  # type: ignore[no-untyped-call]
+                faults_pb2.DisturbRequest(
+                    link=GATES[fault.victim],
+                    for_ms=fault.for_ms,
+                    period_ms=fault.period_ms,
+                    corrupt_every=fault.corrupt_every,
+                ),
+                timeout=FAULTS_TIMEOUT_S,
+                metadata=self._place.access.metadata,
+            )
+        await asyncio.sleep(fault.for_ms / 1000)
+
+    async def _strike_store(self, admin: admin_pb2_grpc.AdminStub, fault: Fault) -> None:
+        store = (await self._status(admin)).store
+        try:
+            process = await asyncio.to_thread(store_process, store)
+        except LookupError as error:
+            raise NoVictim(str(error)) from None
+        if fault.victim is Victim.STORE_STOPPED:
+            self._struck(fault, store)
+            send(process, signal.SIGSTOP)
+            await stay_stopped([process], fault.for_ms)
+            return
+        command = await asyncio.to_thread(command_of, store)
+        self._struck(fault, store)
+        self._stores.append(await restart_store(process, command, fault.for_ms))
+
+    async def _worker(
+        self, admin: admin_pb2_grpc.AdminStub, roles: Sequence[str], fault: Fault
+    ) -> admin_pb2.WorkerStatus:
+        """The worker that is struck; waits until there is one. Raises NoVictim when there is none."""
         until_s = time.monotonic() + VICTIM_WAIT_S
         while time.monotonic() < until_s:
             status = await self._status(admin)
-            if fault.victim is Victim.ROUTER:
-                return "router", psutil.Process(status.router_pid)
-            ready = [each for each in status.workers if each.state == "ready" and each.role == ROLES[fault.victim]]
+            ready = [each for each in status.workers if each.state == "ready" and each.role in roles]
+            if fault.victim in AGENTS:
+                ready = [each for each in ready if each.agent_pid]
             if ready:
-                worker = ready[fault.pick % len(ready)]
-                with suppress(psutil.NoSuchProcess):
-                    if fault.victim in AGENTS:
-                        return f"{worker.id}'s agent", psutil.Process(worker.agent_pid)
-                    return worker.id, psutil.Process(worker.pid)
+                return ready[fault.pick % len(ready)]
             await asyncio.sleep(WATCH_S)
-        raise NotReady(f"there was no {fault.victim} to strike within {VICTIM_WAIT_S:.0f} s")
+        raise NoVictim(f"there was no {fault.victim} within {VICTIM_WAIT_S:.0f} s")
 
     def _struck(self, fault: Fault, where: str) -> None:
         now_ms = self._now_ms()
@@ -232,16 +318,19 @@ class ChaosRun:
         self._say(f"{now_ms / 1000:7.1f} s  {fault}: {where}, {self.tally.strikes[-1].in_flight} streams in flight")
 
 
-def _held(status: admin_pb2.StatusResponse) -> list[str]:
-    """What keeps the cluster from being as it was before the load."""
-    problems = []
-    for worker in status.workers:
-        if worker.state in ("dead", "left"):
-            continue
-        if worker.state != "ready":
-            problems.append(f"{worker.id} is {worker.state}")
-            continue
-        blocks = worker.kv_blocks
-        held = {name: getattr(blocks, name) for name in ("owned", "exported", "granted", "quarantined")}
-        problems += [f"{worker.id} has {num} blocks {name}" for name, num in held.items() if num]
-    return problems
+def _first(several: ExceptionGroup[Exception]) -> Exception:
+    """The first of the errors that tasks ended with."""
+    (error, *_) = several.exceptions
+    return _first(error) if isinstance(error, ExceptionGroup) else error
+
+
+async def _allows_faults(control: str, access: ClusterAccess) -> bool:
+    """Whether the worker at this address takes faults."""
+    request = faults_pb2.AmbushRequest()  # names no state: refused as such by who has the service
+    async with access.dial(control) as channel:
+        stub = faults_pb2_grpc.FaultsStub(channel)  # type: ignore[no-untyped-call]
+        try:
+            await stub.Ambush(request, timeout=FAULTS_TIMEOUT_S, metadata=access.metadata)
+        except grpc.aio.AioRpcError as error:
+            return error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    return True

@@ -1,4 +1,4 @@
-"""What faults did to the streams of a checking load: lost, doubled and wrong tokens, gaps, and how soon all went on."""
+"""What faults did to the streams of a checking load: lost, doubled and wrong tokens, gaps, moves, when all went on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cluster.chaos_plan import Fault
+from cluster.chaos_plan import Fault, FaultKind
+from cluster.chaos_states import STATES
 
 EXAMPLES_MAX = 20
+TIMELINE_MAX = 50_000
+GAP_TOLD_MS = 1_000  # a silence of a stream that the timeline tells of
+MANY_IN_FLIGHT = 8
 
 
 class Harm(StrEnum):
@@ -18,6 +22,30 @@ class Harm(StrEnum):
     LOST = "lost"
     DOUBLED = "doubled"
     WRONG = "wrong"
+
+
+class Happened(StrEnum):
+    """What the timeline tells of."""
+
+    FAULT = "fault"
+    UNMET = "unmet"  # a fault that found no victim, or whose state nobody entered
+    MOVE = "move"
+    GAP = "gap"
+    HARM = "harm"
+    LEAK = "leak"
+    AUDIT = "audit"  # all was still, and everything was back
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of the timeline."""
+
+    at_ms: int
+    what: Happened
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.at_ms / 1000:8.2f} s  {self.what:5}  {self.text}"
 
 
 @dataclass(slots=True)
@@ -45,7 +73,7 @@ class Strike:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """All strikes of one kind and victim. Times are the worst, in milliseconds."""
+    """All strikes of one kind and victim, those in a state apart. Times are the worst, in milliseconds."""
 
     what: str
     num: int
@@ -66,10 +94,15 @@ class Tally:
     num_refused: int = 0  # before a token, by a name that says to come again
     harm: Counter[Harm] = field(default_factory=Counter)
     worst_gap_ms: int = 0
+    num_audits: int = 0  # moments in which all was still, and everything was back
+    moves: Counter[str] = field(default_factory=Counter)  # by outcome
     leaks: list[str] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
     strikes: list[Strike] = field(default_factory=list)
+    unmet: list[Fault] = field(default_factory=list)
+    timeline: list[Entry] = field(default_factory=list)
     _streams: dict[int, _Stream] = field(default_factory=dict)
+    _waited_for: list[Strike] = field(default_factory=list)  # strikes that streams still have to get over
 
     def opened(self, now_ms: int, stream: int, expected: Sequence[int]) -> None:
         """A client asks; the answer must be this."""
@@ -83,13 +116,13 @@ class Tally:
         self.num_tokens += len(tokens)
         for at, token in enumerate(tokens, start=index):
             if at < seen.num_seen:
-                self._count(Harm.DOUBLED, f"stream {stream}: token {at} came again")
+                self._count(now_ms, Harm.DOUBLED, f"stream {stream}: token {at} came again")
                 continue
             if at > seen.num_seen:
-                self._count(Harm.LOST, f"stream {stream}: token {at} came where {seen.num_seen} was due")
+                self._count(now_ms, Harm.LOST, f"stream {stream}: token {at} came where {seen.num_seen} was due")
             if at >= len(seen.expected) or token != seen.expected[at]:
                 due = seen.expected[at] if at < len(seen.expected) else "nothing"
-                self._count(Harm.WRONG, f"stream {stream}: token {at} is {token}, {due} was due")
+                self._count(now_ms, Harm.WRONG, f"stream {stream}: token {at} is {token}, {due} was due")
             seen.num_seen = at + 1
 
     def ended(
@@ -103,31 +136,74 @@ class Tally:
         elif refused and not seen.num_seen:
             self.num_refused += 1
         elif error:
-            self._count(Harm.LOST, f"stream {stream}: after {seen.num_seen} of {len(seen.expected)} tokens: {error}")
+            told = f"stream {stream}: after {seen.num_seen} of {len(seen.expected)} tokens: {error}"
+            self._count(now_ms, Harm.LOST, told)
         elif seen.num_seen < len(seen.expected):
-            self._count(Harm.LOST, f"stream {stream}: ended after {seen.num_seen} of {len(seen.expected)} tokens")
+            told = f"stream {stream}: ended after {seen.num_seen} of {len(seen.expected)} tokens"
+            self._count(now_ms, Harm.LOST, told)
         else:
             self.num_finished += 1
 
     def struck(self, now_ms: int, fault: Fault, where: str) -> None:
         """A fault strikes."""
-        self.strikes.append(Strike(fault, now_ms, where, len(self._streams), set(self._streams)))
-        if not self._streams:
-            self.strikes[-1].recovered_ms = 0
+        strike = Strike(fault, now_ms, where, len(self._streams), set(self._streams))
+        self.strikes.append(strike)
+        self._tell(now_ms, Happened.FAULT, f"{fault}: {where}, {strike.in_flight} streams in flight")
+        if strike.waits:
+            self._waited_for.append(strike)
+        else:
+            strike.recovered_ms = 0
 
-    def leaked(self, problem: str) -> None:
+    def not_met(self, now_ms: int, fault: Fault, reason: str) -> None:
+        """The fault could not strike."""
+        self.unmet.append(fault)
+        self._tell(now_ms, Happened.UNMET, f"{fault}: {reason}")
+
+    def moved(self, now_ms: int, outcome: str, text: str) -> None:
+        """A stream was moved between workers, or was to be."""
+        self.moves[outcome] += 1
+        self._tell(now_ms, Happened.MOVE, text)
+
+    def leaked(self, now_ms: int, problem: str) -> None:
         """A worker holds what nobody has, or its audit found something."""
         self.leaks.append(problem)
+        self._tell(now_ms, Happened.LEAK, problem)
+
+    def audited(self, now_ms: int, text: str) -> None:
+        """All was still, and everything was back."""
+        self.num_audits += 1
+        self._tell(now_ms, Happened.AUDIT, text)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Streams that are open now."""
+        return len(self._streams)
+
+    @property
+    def num_hard(self) -> int:
+        """SIGKILLs and SIGSTOPs that struck with MANY_IN_FLIGHT streams in flight, or more."""
+        hard = (FaultKind.KILL, FaultKind.STOP)
+        return sum(each.fault.kind in hard and each.in_flight >= MANY_IN_FLIGHT for each in self.strikes)
+
+    def states(self) -> dict[str, Counter[FaultKind]]:
+        """How often each state of STATES was struck, by kind."""
+        struck = {state: Counter[FaultKind]() for state in STATES}
+        for strike in self.strikes:
+            if strike.fault.state:
+                struck[strike.fault.state][strike.fault.kind] += 1
+        return struck
 
     def rows(self) -> list[Row]:
         """By kind and victim, in the order of their first strikes."""
         groups: dict[str, list[Strike]] = {}
         for strike in self.strikes:
-            groups.setdefault(f"{strike.fault.kind} {strike.fault.victim}", []).append(strike)
+            in_state = " in a state" if strike.fault.state else ""
+            groups.setdefault(f"{strike.fault.kind} {strike.fault.victim}{in_state}", []).append(strike)
         return [_row(what, strikes) for what, strikes in groups.items()]
 
-    def failures(self, *, recovery_limit_ms: int) -> list[str]:
+    def failures(self, *, recovery_limit_ms: int, gap_limit_ms: int | None = None) -> list[str]:
         """Which promises were broken, one sentence each; empty: none."""
+        gap = [] if gap_limit_ms is None or self.worst_gap_ms <= gap_limit_ms else [self.worst_gap_ms]
         late = [
             f"{strike.fault} at {strike.at_ms} ms ({strike.where}): {len(strike.waits)} streams did not go on"
             if strike.recovered_ms is None
@@ -135,7 +211,12 @@ class Tally:
             for strike in self.strikes
             if strike.recovered_ms is None or strike.recovered_ms > recovery_limit_ms
         ]
-        return [*(f"{self.harm[harm]} {harm}" for harm in Harm if self.harm[harm]), *self.leaks, *late]
+        return [
+            *(f"{self.harm[harm]} {harm}" for harm in Harm if self.harm[harm]),
+            *self.leaks,
+            *late,
+            *(f"a stream was silent for {gap_ms} ms" for gap_ms in gap),
+        ]
 
     def _heard(self, now_ms: int, stream: int) -> None:
         """A sign of life of the stream."""
@@ -143,14 +224,22 @@ class Tally:
         gap_ms, seen.heard_ms = now_ms - seen.heard_ms, now_ms
         if seen.num_seen:
             self.worst_gap_ms = max(self.worst_gap_ms, gap_ms)
-        for strike in self.strikes:
+        if gap_ms >= GAP_TOLD_MS:
+            self._tell(now_ms, Happened.GAP, f"stream {stream} was silent for {gap_ms} ms after {seen.num_seen} tokens")
+        for strike in self._waited_for:
             if stream in strike.waits:
                 strike.waits.discard(stream)
                 strike.gap_ms = max(strike.gap_ms, gap_ms)
                 if not strike.waits:
                     strike.recovered_ms = now_ms - strike.at_ms
+        self._waited_for = [strike for strike in self._waited_for if strike.waits]
 
-    def _count(self, harm: Harm, example: str) -> None:
+    def _tell(self, now_ms: int, what: Happened, text: str) -> None:
+        if len(self.timeline) < TIMELINE_MAX:
+            self.timeline.append(Entry(now_ms, what, text))
+
+    def _count(self, now_ms: int, harm: Harm, example: str) -> None:
+        self._tell(now_ms, Happened.HARM, f"{harm}: {example}")
         self.harm[harm] += 1
         if self.strikes:
             self.strikes[-1].harm[harm] += 1

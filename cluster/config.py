@@ -50,6 +50,9 @@ class ClusterConfig(BaseModel):
     kv_memory: ByteSize = Field(
         ByteSize(512 * MiB), ge=KV_MEMORY_LEAST, description="KV memory of each worker, e.g. 512MiB"
     )
+    swap_memory: ByteSize | None = Field(
+        None, description="memory of each worker that KV is swapped out to; 0: none; default: a quarter of kv_memory"
+    )
     block_size: int = Field(16, ge=1, le=256, description="token slots of a KV block")
     chunk_tokens: int = Field(256, ge=1, le=65536, description="tokens of a prefill chunk")
     max_tokens_per_step: int = Field(512, ge=1, le=65536, description="token budget of one step")
@@ -90,10 +93,14 @@ class ClusterConfig(BaseModel):
     worker_host: str = Field("", description="address that workers are reached at; empty: chosen")
     heartbeat_ms: int = Field(1000, ge=50, le=60_000, description="time between a worker's heartbeats")
     dead_after_misses: int = Field(3, ge=2, le=100, description="heartbeats missed until a worker is dead")
-    stall_ms: int = Field(5000, ge=100, le=600_000, description="a worker with work but no step for this long is stuck")
-    max_restarts: int = Field(5, ge=0, le=1000, description="restarts of one worker, or of the router, in ten minutes")
+    stall_ms: int = Field(3500, ge=100, le=600_000, description="a worker with work that gets nowhere so long is dead")
+    max_restarts: int = Field(5, ge=0, le=1000, description="restarts of one worker, or of one router, in ten minutes")
     start_timeout_s: int = Field(120, ge=1, le=3600, description="time until all must be ready")
     stop_timeout_s: int = Field(10, ge=1, le=600, description="time for an orderly stop")
+    restart_delay_max_ms: int = Field(
+        30_000, ge=500, le=600_000, description="the longest wait before what dies again and again is started again"
+    )
+    allow_faults: bool = Field(False, description="workers take faults over gRPC, for `tandem chaos`: never in earnest")
     fake_step_ms: int = Field(0, ge=0, le=10_000, description="time of one step of the model `fake`")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="level of the log files")
     run_dir: Path = Field(
@@ -152,6 +159,11 @@ class ClusterConfig(BaseModel):
     def without_store(self) -> ClusterConfig:
         """For parts that have nothing to do with the store: none of them needs its password."""
         return self.model_copy(update={"routers": 1, "redis": ""})
+
+    @property
+    def swap_bytes(self) -> int:
+        """Host memory of each worker that KV is swapped out to: a quarter of its KV memory unless it is set."""
+        return int(self.kv_memory) // 4 if self.swap_memory is None else int(self.swap_memory)
 
     @property
     def num_workers(self) -> int:

@@ -86,18 +86,17 @@ class KeySpec(BaseModel):
 
 
 class KeyFile:
-    """One file over time. `extra` are entries that are not in it, such as the operator's of this machine."""
+    """One file over time."""
 
-    def __init__(self, path: Path, *, extra: tuple[KeyEntry, ...] = ()) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._extra = extra
         self._taken: _Stamp | None = None  # the state that was taken, or refused
         self._seen: _Stamp | None = None
 
     def load(self) -> KeyRing:
         """The keys of now. Raises KeyFileError."""
         self._taken = self._seen = _stamp(self._path)
-        return ring_of(self._path, self._extra)
+        return ring_of(self._path)
 
     def look(self) -> KeyRing | None:
         """The keys, when they have changed. Raises KeyFileError once for a state that cannot be used.
@@ -109,7 +108,7 @@ class KeyFile:
         if stamp == self._taken or stamp != before:
             return None
         self._taken = stamp
-        return ring_of(self._path, self._extra)
+        return ring_of(self._path)
 
     async def follow(self, take: Callable[[KeyRing | None], None]) -> None:
         """Looks for ever; `take` is called at each look, with the keys when they have changed.
@@ -128,11 +127,11 @@ class KeyFile:
             take(ring)
 
 
-def ring_of(path: Path, extra: tuple[KeyEntry, ...] = ()) -> KeyRing:
+def ring_of(path: Path) -> KeyRing:
     """Reads the file. Raises KeyFileError."""
     specs = read_keys(path)
     try:
-        return KeyRing([*(spec.entry for spec in specs), *extra])
+        return KeyRing(spec.entry for spec in specs)
     except ValueError as error:
         raise KeyFileError(f"{path}: {error}") from None
 

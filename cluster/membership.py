@@ -39,8 +39,8 @@ class Observation(StrEnum):
     SUPERSEDED = "superseded"  # a higher incarnation of the same worker registered
     MISSED = "missed"  # all but one of the heartbeats that mean death are missing
     EXPIRED = "expired"
-    STALLED = "stalled"  # it has runnable work, and its step counter stands still
-    STUCK = "stuck"  # stalled twice as long
+    STALLED = "stalled"  # it has work, and its progress has stood still for half of `stall_ms`
+    STUCK = "stuck"  # and for all of it
 
 
 S, O = MemberState, Observation  # noqa: E741
@@ -192,8 +192,9 @@ class Membership:
 
     heartbeat_ms: int = 1000
     dead_after_misses: int = 3
-    stall_ms: int = 5000
+    stall_ms: int = 3500  # with a heartbeat's wait for the news that is less than five seconds
     join_ms: int = 15_000  # from registration to the first heartbeat
+    members_max: int = 1024  # names, those of the dead included
     look_ms: int | None = None  # None: nothing is promised
     looked_ms: int | None = None
     model: str = ""  # that every worker must run; empty: whichever the first one runs
@@ -263,12 +264,25 @@ class Membership:
         differs = next((told for each in self.alive() if (told := _difference(info, each.info))), "")
         if differs:
             return [RegistrationRefused(worker_id=info.worker_id, reason=differs)]
+        if known is None and not self._has_room():
+            reason = f"{self.members_max} workers are in the cluster, no more may"
+            return [RegistrationRefused(worker_id=info.worker_id, reason=reason)]
         actions = self._observe(known, O.SUPERSEDED, "a new incarnation registered")
         self.members[info.worker_id] = Member(
             info=info, incarnation=event.incarnation, state=S.JOINING, heard_ms=now_ms, moved_ms=now_ms,
             agent_pid=info.agent_pid,
         )  # fmt: skip
         return [*actions, Admitted(info=info, incarnation=event.incarnation)]
+
+    def _has_room(self) -> bool:
+        """Whether one more name may be remembered; the oldest that is over is forgotten for it."""
+        if len(self.members) < self.members_max:
+            return True
+        over = next((name for name, member in self.members.items() if member.state in OVER), None)
+        if over is None:
+            return False
+        del self.members[over]
+        return True
 
     def _heard(self, now_ms: int, event: Heartbeat) -> list[Action]:
         member = self.current(event)
@@ -279,7 +293,7 @@ class Membership:
         member.heard_ms = now_ms
         member.steps, member.runnable, member.agent_pid = event.steps, event.runnable, event.agent_pid
         member.refused = event.refused
-        if now_ms - member.moved_ms >= self.stall_ms:
+        if 2 * (now_ms - member.moved_ms) >= self.stall_ms:
             return self._stalled(now_ms, member)
         return self._observe(member, O.HEARD, "heartbeat")
 
@@ -296,9 +310,9 @@ class Membership:
 
     def _stalled(self, now_ms: int, member: Member) -> list[Action]:
         stalled_ms = now_ms - member.moved_ms
-        if stalled_ms < self.stall_ms:
+        if 2 * stalled_ms < self.stall_ms:
             return []
-        observation = O.STUCK if stalled_ms >= 2 * self.stall_ms else O.STALLED
+        observation = O.STUCK if stalled_ms >= self.stall_ms else O.STALLED
         return self._observe(member, observation, f"has work but took no step for {stalled_ms} ms")
 
     def _observe(self, member: Member | None, observation: Observation, reason: str) -> list[Action]:

@@ -13,15 +13,15 @@ OTHER_BYTES = 192 * MiB  # of a worker: Python, torch and its transfer agent, wi
 def shortage(config: ClusterConfig, arch: ArchSpec, *, available_bytes: int) -> str | None:
     """Why the workers do not fit into `available_bytes`, how much is missing, and which flag helps; None: they fit."""
     weights = num_parameters(arch) * WEIGHT_BYTES[config.dtype]
-    kv, num = int(config.kv_memory), config.num_workers
-    missing = num * (weights + kv + OTHER_BYTES) - available_bytes
+    kv, swap, num = int(config.kv_memory), config.swap_bytes, config.num_workers
+    missing = num * (weights + kv + swap + OTHER_BYTES) - available_bytes
     if missing <= 0:
         return None
     kv_left = (kv - -(-missing // num)) // MiB * MiB
     hints = [f"--kv-memory to {kv_left // MiB}MiB"] if kv_left >= max(MiB, KV_MEMORY_LEAST) else []
     hints.append("the number of workers (--prefill, --decode, --mixed)")
     return (
-        f"kv_memory: {num} workers need {weights // MiB} MiB of weights, {kv // MiB} MiB of KV and about "
-        f"{OTHER_BYTES // MiB} MiB besides each; {available_bytes // MiB} MiB are available, "
+        f"kv_memory: {num} workers need {weights // MiB} MiB of weights, {kv // MiB} MiB of KV, {swap // MiB} MiB to "
+        f"swap it to and about {OTHER_BYTES // MiB} MiB besides each; {available_bytes // MiB} MiB are available, "
         f"{-(-missing // MiB)} MiB too little: lower {' or '.join(hints)}"
     )

@@ -169,10 +169,11 @@ def _num_tokens(request: RequestSnapshot) -> int:
 
 
 def _held_blocks(worker: WorkerSnapshot) -> int:
-    """Blocks that somebody has, as the worker reports."""
+    """Blocks that somebody has, as the worker reports, or wants back, as what is swapped out there does."""
     if worker.load is None:
         return 0
-    return worker.load.blocks.total - worker.load.blocks.free - worker.load.blocks.cached
+    blocks = worker.load.blocks
+    return blocks.total - blocks.free - blocks.cached + worker.load.swap.used
 
 
 def _strangers(worker: WorkerSnapshot, requests: Iterable[RequestSnapshot]) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from cluster.draining import (
     left_on,
     requests_on,
 )
+from cluster.membership import OVER as MEMBER_OVER
 from cluster.membership import MemberState, StateChanged
 from cluster.observer import Observer
 from cluster.rebalancer import Rebalancer
@@ -227,6 +228,8 @@ class Operations:
 
     def changed(self, change: StateChanged) -> None:
         """Membership's view of a worker changed."""
+        if change.state in MEMBER_OVER:
+            self._rebalancer.gone(change.worker_id)
         drain, helped = self._drains.get(change.worker_id), self._helped.get(change.worker_id)
         if helped is not None and change.state is MemberState.READY and change.incarnation == helped.incarnation:
             self._help(change.worker_id)

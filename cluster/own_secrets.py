@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from cluster.config import ClusterConfig, ConfigError
 from cluster.key_file import KeyFileError, ring_of
@@ -11,11 +12,9 @@ from cluster.secret_files import (
     SecretError,
     fresh_secret,
     join_token_path,
-    operator_key_path,
     read_secret,
     write_secret,
 )
-from router.api_keys import KEY_PREFIX, digest_of
 from tandem.tls import TlsError, server_context
 
 
@@ -24,7 +23,7 @@ class OwnSecrets:
     """What the parts of a cluster are told of its secrets."""
 
     join_token: str = field(default="", repr=False)
-    operator_digest: str = ""  # SHA-256 of the key in the run folder; empty where no keys are needed
+    join_token_file: str = ""
 
 
 def check_security(config: ClusterConfig) -> None:
@@ -48,23 +47,36 @@ def check_security(config: ClusterConfig) -> None:
 
 
 def write_secrets(config: ClusterConfig) -> OwnSecrets:
-    """Each start has secrets of its own, where none are given: those of an earlier one are worth nothing."""
+    """Each start has a token of its own, where none is given: that of an earlier one is worth nothing."""
     token_file = config.join_token_file
     if token_file is None:
         token_file = join_token_path(config.run_dir, config.port)
         write_secret(token_file, fresh_secret())
-    digest = ""
-    if config.api_keys is not None:
-        key = KEY_PREFIX + fresh_secret()
-        write_secret(operator_key_path(config.run_dir, config.port), key)
-        digest = digest_of(key).hex()
-    return OwnSecrets(join_token=read_secret(token_file), operator_digest=digest)
+    return OwnSecrets(join_token=read_secret(token_file), join_token_file=str(token_file))
 
 
 def remove_secrets(config: ClusterConfig) -> None:
     """Those that this cluster made."""
-    for path in (join_token_path, operator_key_path):
-        path(config.run_dir, config.port).unlink(missing_ok=True)
+    join_token_path(config.run_dir, config.port).unlink(missing_ok=True)
+
+
+class TlsFiles(TypedDict):
+    """What the run file says of certificates."""
+
+    tls_ca: str
+    tls_cert: str
+    tls_key: str
+    tls_name: str
+
+
+def tls_files(config: ClusterConfig) -> TlsFiles:
+    """Where this cluster's certificates are; empty without TLS."""
+    return {
+        "tls_ca": str(config.tls_ca or ""),
+        "tls_cert": str(config.tls_cert or ""),
+        "tls_key": str(config.tls_key or ""),
+        "tls_name": config.tls_name,
+    }
 
 
 def curl_flags(config: ClusterConfig) -> str:

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 
 from tandem.cluster_access import ClusterAccess
+from tandem.errors import Unavailable
 from tandem.v1 import admin_pb2 as pb
 from tandem.v1 import admin_pb2_grpc
 
@@ -51,26 +52,30 @@ class Peers:
         try:
             answer: pb.StatusResponse = await self.stub(name).Status(request, timeout=ANSWER_S, metadata=self.metadata)
         except grpc.aio.AioRpcError as error:
-            log.warning("%s does not tell its status: %s %s", name, error.code().name, error.details())
+            log.debug("%s does not tell its status: %s %s", name, error.code().name, error.details())
             return None
         return answer
 
     async def cancel(self, request_id: str, only: str | None) -> bool:
-        """Ends a request at whichever of the others has it; False when none says that it does.
+        """Ends a request at whichever of the others has it; False when none has it.
 
-        `only`: if it is this owner's; None: whosesoever it is.
+        `only`: if it is this owner's; None: whosesoever it is. Raises Unavailable when it is not known whether one has
+        it, because one of them does not answer.
         """
-        return any(await asyncio.gather(*(self._cancel(name, request_id, only) for name in self._channels)))
+        answers = await asyncio.gather(*(self._cancel(name, request_id, only) for name in self._channels))
+        if not any(answers):
+            check_all_answered(dict(zip(self._channels, answers, strict=True)))
+        return any(answers)
 
-    async def _cancel(self, name: str, request_id: str, only: str | None) -> bool:
+    async def _cancel(self, name: str, request_id: str, only: str | None) -> bool | None:
         try:
             request = pb.CancelHereRequest(request_id=request_id, owner=only)
             answer: pb.CancelHereResponse = await self.stub(name).CancelHere(
                 request, timeout=ANSWER_S, metadata=self.metadata
             )
         except grpc.aio.AioRpcError as error:
-            log.warning("%s does not answer a cancellation: %s %s", name, error.code().name, error.details())
-            return False
+            log.debug("%s does not answer a cancellation: %s %s", name, error.code().name, error.details())
+            return None
         return answer.found
 
     async def metrics(self) -> list[str]:
@@ -84,10 +89,19 @@ class Peers:
                 pb.MetricsHereRequest(), timeout=ANSWER_S, metadata=self.metadata
             )
         except grpc.aio.AioRpcError as error:
-            log.warning("%s does not tell its metrics: %s %s", name, error.code().name, error.details())
+            log.debug("%s does not tell its metrics: %s %s", name, error.code().name, error.details())
             return ""
         return answer.page
 
     async def close(self) -> None:
         """Hangs up."""
         await asyncio.gather(*(channel.close(None) for channel in self._channels.values()))
+
+
+def check_all_answered(answers: Mapping[str, object | None]) -> None:
+    """Raises Unavailable, naming the routers that did not answer, so that nobody takes their silence for a no."""
+    silent = [name for name, answer in answers.items() if answer is None]
+    if silent:
+        raise Unavailable(
+            f"no other router has the request, and {', '.join(silent)} did not answer within {ANSWER_S:g} s"
+        )

@@ -158,7 +158,7 @@ class Pools:
     def stop(self, timeout_s: float) -> None:
         """Stops all workers in order, and those that do not within `timeout_s` by force."""
         members = list(self._members.values())
-        refs = [member.actor.stop.remote() for member in members]
+        refs = [member.actor.stop.remote() for member in members if member.pid]  # the others may never have a place
         with suppress(ray.exceptions.RayError):
             ray.wait(refs, num_returns=len(refs), timeout=timeout_s) if refs else None
         for member in members:

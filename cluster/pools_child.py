@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,8 @@ class PoolsChild:
     def _listen(self, post: Callable[[PoolEvent | PoolsEnded], None]) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            post(from_line(line))
+            with suppress(json.JSONDecodeError):  # it was killed while it wrote its last one
+                post(from_line(line))
         post(PoolsEnded(code=self.process.wait()))
 
     def start(self, settings: WorkerSettings) -> None:

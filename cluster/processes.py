@@ -109,7 +109,7 @@ def hold_port(host: str, port: int) -> socket.socket:
 def lives(process: psutil.Process) -> bool:
     """Whether the process runs, or could: a zombie does not."""
     try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)  # a used pid may be another's
     except psutil.NoSuchProcess:
         return False
 

@@ -17,6 +17,7 @@ from cluster.ray_watch import Part, PartSeen
 
 ASK_PERIOD_S = 2.0
 ASK_TIMEOUT_S = 5.0
+START_GRACE_MS = 20_000  # it reads its state before it answers, perhaps on a machine that is much too busy
 PORT_FLAG = "--gcs_server_port="
 MUTE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)  # any other answer is one
 
@@ -57,7 +58,7 @@ class RayParts:
                 self._gcs_command, env=self._gcs_environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         self._processes[Part.GCS] = psutil.Process(self._restarted.pid)
-        self._heard_ms[Part.GCS] = _now_ms()
+        self._heard_ms[Part.GCS] = _now_ms() + START_GRACE_MS
 
     def kill(self, part: Part) -> None:
         """Ends the part at once, also when it is stopped."""

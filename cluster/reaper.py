@@ -1,7 +1,7 @@
-"""The reaper: `python -m cluster.reaper`. It outlives a supervisor that was killed, and ends what that one left behind.
+"""The reaper: `python -m cluster.reaper`. It outlives a holder of Ray that was killed, and ends what is left.
 
-Most processes of a cluster die with their parents by themselves; Ray's own agents do not when their control service is
-gone too. The supervisor tells the reaper now and then which processes there are.
+Most processes of a cluster die with their parents by themselves; Ray's own do not. The process that holds Ray, which
+dies with its supervisor, tells its reaper now and then which processes there are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GRACE_S = 4.0  # for those that end by themselves
 
 
 class Reaper:
-    """The supervisor's end. Create it before anything that it shall reap."""
+    """The holder's end. Create it before anything that it shall reap."""
 
     def __init__(self) -> None:
         self._known: list[tuple[int, float]] = []
@@ -63,7 +63,7 @@ def main() -> None:
     """Reads one JSON list of [pid, time of creation] a line; at the end of stdin ends those of the last, and theirs."""
     last: list[tuple[int, float]] = []
     for line in sys.stdin:
-        with suppress(json.JSONDecodeError):  # the supervisor was killed while it wrote the last line
+        with suppress(json.JSONDecodeError):  # the holder was killed while it wrote the last line
             last = json.loads(line)
     left = []
     for pid, created_s in last:

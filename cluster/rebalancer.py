@@ -88,6 +88,10 @@ class Rebalancer:
         self._failed_pairs[source, target] = now_ms
         self._failed_requests[request_id] = now_ms
 
+    def gone(self, worker_id: WorkerId) -> None:
+        """The worker is over: whoever comes under its name has failed nobody."""
+        self._failed_pairs = {pair: at_ms for pair, at_ms in self._failed_pairs.items() if worker_id not in pair}
+
     def plan(self, now_ms: int, view: ClusterView, *, drains_only: bool = False) -> list[PlannedMove]:
         """The moves to begin now, in the order of their reasons. The caller begins all of them."""
         since_ms = now_ms - self.config.backoff_ms

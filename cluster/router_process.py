@@ -29,11 +29,12 @@ import grpc.aio
 import uvloop
 
 from cluster.admin import Addresses, Admin
+from cluster.canary import Canaries
 from cluster.config import ClusterConfig, without_password
 from cluster.drain_relay import DrainWord
 from cluster.key_file import KeyFile
 from cluster.member_access import member_access
-from cluster.membership import Membership, MemberState, StateChanged
+from cluster.membership import Membership, StateChanged
 from cluster.operations import Operations
 from cluster.peers import Peers
 from cluster.processes import die_with_parent
@@ -42,7 +43,7 @@ from cluster.router_settings import RouterSettings
 from cluster.run_file import reachable
 from cluster.served_model import describe
 from cluster.state import RedisStore, identity_of
-from router.api_keys import KeyEntry, KeyRing
+from router.api_keys import KeyRing
 from router.config import RouterConfig
 from router.door import Door
 from router.driver import Driver
@@ -55,7 +56,6 @@ from router.openai_api import build_app
 from router.service import ServedModel, Service
 from router.transcripts import Transcripts
 from tandem.cluster_access import MembersOnly
-from tandem.messages import Role
 from tandem.request import WorkerId
 from tandem.tls import server_context
 from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -63,6 +63,7 @@ from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
 log = logging.getLogger(__name__)
 
 OPEN_FILES = 16_384  # asked for; many a shell gives 1024
+ANNOUNCE_S = 0.05
 BEAT_S = 1.0
 GRACE_S = 3.0  # for running replies, once every request has ended with a named error
 
@@ -123,7 +124,7 @@ class RouterProcess:
         self.stopping = asyncio.Event()
         edge = describe(config)
         self.access = member_access(config, settings.join_token)
-        self.keys = None if config.api_keys is None else KeyFile(config.api_keys, extra=(own_operator(settings),))
+        self.keys = None if config.api_keys is None else KeyFile(config.api_keys)
         self.door = Door(None if self.keys is None else self.keys.load())
         self.driver = Driver(
             RouterConfig(router_id=settings.router_id, local_prefill_tokens=config.local_prefill_tokens),
@@ -156,21 +157,27 @@ class RouterProcess:
             dtype=config.dtype,
             exact=config.exact,
         )
+        self.canaries = Canaries(driver=self.driver, vocab_size=edge.tokenizer.vocab_size)
         self.service = Service(
             driver=self.driver,
             tokenizer=edge.tokenizer,
             model=self.model,
             metrics=EdgeMetrics(settings.router_id),
             journal=self.journal,
-            not_ready=self.not_ready,
+            not_ready=self.canaries.not_ready,
             door=self.door,
         )
         self.addresses = Addresses(model=self.model.id, http="", grpc="", store=without_password(config.redis))
 
-    def not_ready(self) -> str:
-        """Why no request can be served now; empty when one can."""
-        roles = {member.info.role for member in self.membership.members.values() if member.state is MemberState.READY}
-        return "" if roles & {Role.DECODE, Role.MIXED} else "no worker that decodes is ready"
+    async def _announce(self) -> None:
+        """Tells the supervisor of each change between ready and not, and why."""
+        told: str | None = None
+        while True:
+            reason = self.canaries.not_ready()
+            if told is None or bool(reason) != bool(told):
+                self.supervisor.say("readiness", not_ready=reason)
+                told = reason
+            await asyncio.sleep(ANNOUNCE_S)
 
     async def run(self) -> None:
         """Serves until it is told to stop, then ends requests, streams and servers, each within a bound."""
@@ -203,6 +210,8 @@ class RouterProcess:
                     asyncio.create_task(self.driver.crashed()),
                     asyncio.create_task(self.registry.tick()),
                     asyncio.create_task(self.operations.run()),
+                    asyncio.create_task(self.canaries.run()),
+                    asyncio.create_task(self._announce()),
                     asyncio.create_task(self.supervisor.listen(self._command)),
                     asyncio.create_task(self._until_stopped()),
                 ]
@@ -257,6 +266,7 @@ class RouterProcess:
             membership=self.membership,
             driver=self.driver,
             operations=self.operations,
+            canaries=self.canaries,
             peers=self.peers,
             addresses=lambda: self.addresses,
             cancel=self.service.cancel,
@@ -295,13 +305,6 @@ class RouterProcess:
         )
         exact = self.config.exact and all(each.info.exact for each in self.membership.alive())
         self.service.model = dataclasses.replace(self.model, exact=exact)
-
-
-def own_operator(settings: RouterSettings) -> KeyEntry:
-    """The key in the run folder that the command line of this machine and user shows."""
-    return KeyEntry(
-        name="operator-of-this-machine", digest=bytes.fromhex(settings.operator_digest), operator=True
-    )  # fmt: skip
 
 
 def http_tls(config: ClusterConfig) -> ssl.SSLContext | None:

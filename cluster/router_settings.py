@@ -16,7 +16,6 @@ class RouterSettings:
     config: ClusterConfig
     listener: int  # file descriptor of the HTTP socket, which all routers share
     join_token: str = field(repr=False)  # that members of the cluster show each other
-    operator_digest: str  # SHA-256 of the key that commands of this machine and user show, in hexadecimal
     internal: dict[str, str]  # host:port for workers and routers, of each router by its name, this one among them
 
     @property

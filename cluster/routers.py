@@ -60,7 +60,6 @@ class Routers:
             config=self._config,
             listener=self._listener.fileno(),
             join_token=self._secrets.join_token,
-            operator_digest=self._secrets.operator_digest,
             internal=self.internal,
         )
         self._children[name] = RouterChild(

@@ -1,4 +1,4 @@
-"""Secrets of a running cluster as files that only its user may read: the join token and the key of its operator."""
+"""Secrets of a running cluster as files that only its user may read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,6 @@ class SecretError(ValueError):
 def join_token_path(run_dir: Path, port: int) -> Path:
     """Where the token of the cluster at this HTTP port lies, when it made its own."""
     return run_dir / f"{port}.join-token"
-
-
-def operator_key_path(run_dir: Path, port: int) -> Path:
-    """Where the key lies that the command line uses on this machine."""
-    return run_dir / f"{port}.operator-key"
 
 
 def write_secret(path: Path, secret: str) -> None:

@@ -25,7 +25,7 @@ from cluster import run_file
 from cluster.config import FAKE_MODEL, WILDCARDS, ClusterConfig, ConfigError
 from cluster.drain_relay import DrainRelay, DrainWord
 from cluster.memory import shortage
-from cluster.own_secrets import OwnSecrets, check_security, curl_flags, remove_secrets, write_secrets
+from cluster.own_secrets import OwnSecrets, check_security, curl_flags, remove_secrets, tls_files, write_secrets
 from cluster.pool_events import PoolEvent, PoolsAlive, RayLost, RayMended, RayUp, WorkerDown, WorkerUp, WorkerWaits
 from cluster.pools_child import PoolsChild, PoolsEnded
 from cluster.processes import PortInUse, adopt_orphans, bury_orphans, descendants, kill_all, pick_port, wait_gone
@@ -40,7 +40,6 @@ from engine.kv_pool import available_bytes
 from engine.model_files import find_model, read_arch
 from kernels import build
 from router.http_server import listen
-from tandem.messages import Role
 from tandem.request import WorkerId
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -89,7 +88,7 @@ class Supervisor:
         self._began_s = time.monotonic()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._due: list[tuple[float, str]] = []  # restarts: when, and of whom
-        self._restarts = Restarts(restarts_max=config.max_restarts)
+        self._restarts = Restarts(restarts_max=config.max_restarts, delay_max_ms=config.restart_delay_max_ms)
         self._roles = dict(workers_of(config))
         self._starts = dict.fromkeys(self._roles, 0)  # of each worker: its incarnation
         self._running: dict[WorkerId, int] = {}  # incarnation of each worker that is up
@@ -97,6 +96,7 @@ class Supervisor:
         self._given_up: set[WorkerId] = set()  # died too often
         self._warned: set[str] = set()
         self._is_ready = False
+        self._not_ready: dict[str, str] = {}  # why each router cannot serve; empty: it can
         self._num_signals = 0
         self._listener: socket.socket | None = None
         self._routers: Routers | None = None
@@ -149,6 +149,15 @@ class Supervisor:
     def _start(self) -> None:
         config = self.config
         self._threads = config.threads_per_worker(len(os.sched_getaffinity(0)))
+        assert self._listener is not None
+        self._secrets = write_secrets(config)
+        self._routers = Routers(
+            config,
+            listener=self._listener,
+            log_dir=self._log_dir,
+            secrets=self._secrets,
+            post=self._events.put,
+        )
         self._run = RunFile(
             pid=os.getpid(),
             started_s=psutil.Process().create_time(),
@@ -157,22 +166,12 @@ class Supervisor:
             grpc_port=config.grpc_port,
             model=config.model,
             log_dir=str(self._log_dir),
-            tls_ca=str(config.tls_ca or ""),
-            tls_cert=str(config.tls_cert or ""),
-            tls_key=str(config.tls_key or ""),
-            tls_name=config.tls_name,
+            join_token_file=self._secrets.join_token_file,
+            **tls_files(config),
+            internal=self._routers.internal,
         )
-        self._secrets = write_secrets(config)
         run_file.write(config.run_dir, self._run)
         self._say(f"starting {_described(config, self._threads)}; logs in {self._log_dir}")
-        assert self._listener is not None
-        self._routers = Routers(
-            config,
-            listener=self._listener,
-            log_dir=self._log_dir,
-            secrets=self._secrets,
-            post=self._events.put,
-        )
         for name in self._routers.names:
             self._routers.start(name)
         if config.model != FAKE_MODEL and not config.address:
@@ -227,7 +226,7 @@ class Supervisor:
             now_s = time.monotonic()
             if not self._is_ready and now_s > deadline_s:
                 ready = self._routers_here.ready() & set(self._running)
-                missing = ", ".join(sorted(set(self._roles) - ready))
+                missing = ", ".join(sorted(set(self._roles) - ready)) or self._why_not_ready()
                 raise StartFailed(f"not ready within start_timeout_s, {self.config.start_timeout_s} s: {missing}")
             until_s = min(now_s + 1.0, self._due[0][0] if self._due else now_s + 1.0)
             try:
@@ -308,6 +307,9 @@ class Supervisor:
                 self._router_failed(name, str(said.fields["message"]))
             case "worker":
                 self._worker_changed(name, said.fields)
+            case "readiness":
+                self._not_ready[name] = str(said.fields["not_ready"])
+                self._announce_once()
             case _:
                 self._of_a_drain(name, DrainWord(said.event), said.fields)
 
@@ -522,9 +524,8 @@ class Supervisor:
                 raise StartFailed("no router is left")
             return
         self._given_up.add(WorkerId(name))
-        left = self._roles.keys() - self._given_up
-        if not any(self._roles[worker_id] in (Role.DECODE, Role.MIXED) for worker_id in left):
-            raise StartFailed("no worker that decodes is left")
+        if self._roles.keys() == self._given_up:  # workers of any role serve alone if they must
+            raise StartFailed("no worker is left")
 
     def _restart_due(self) -> None:
         while self._due and self._due[0][0] <= time.monotonic():
@@ -547,12 +548,18 @@ class Supervisor:
             self._warned.add(reason)
             self._say(f"warning: exact mode does not hold on this machine: {reason}")
 
+    def _why_not_ready(self) -> str:
+        """Why a router cannot serve, of the first that cannot."""
+        told = {name: self._not_ready.get(name, f"{name} has not said yet") for name in self._routers_here.names}
+        return next((reason for reason in told.values() if reason), "")
+
     def _announce_once(self) -> None:
-        """Tells that the cluster is ready: Ray says of all workers that they run, and every router that it has them.
+        """Tells that the cluster is ready: Ray says of all workers that they run, and every router that they serve.
 
         A worker's heartbeat to the router may be heard before Ray's word that it has started.
         """
-        if self._is_ready or not self._routers_here.ready() == set(self._roles) == set(self._running):
+        all_here = self._routers_here.ready() == set(self._roles) == set(self._running)
+        if self._is_ready or not all_here or self._why_not_ready():
             return
         self._is_ready = True
         config = self.config

@@ -65,6 +65,7 @@ class WorkerCore:
         self.batch = batch
         self.prefill = PrefillCore(me=me, layout=layout, ledger=ledger, batch=batch, config=config.prefill)
         self.decode = DecodeCore(me=me, layout=layout, ledger=ledger, batch=batch, config=config.decode)
+        batch.swapping.pressure.recompute_ms = lambda tokens: self.prefill.queue.cost.predict_ms(tokens, tokens)
         self._config = config
         self._sessions: dict[int, None] = {}
         self._story: deque[str] = deque(maxlen=STORY_ROWS_MAX)
@@ -112,8 +113,10 @@ class WorkerCore:
         self.decode.arrange()
         plan = self.batch.compose()
         preempted = self.batch.take_preempted()
-        self._story.extend(f"{now_ms} {each} lost its blocks and is prefilled again" for each in preempted)
-        self.decode.planned(now_ms, plan, preempted)
+        for each in preempted:
+            what = "is swapped out" if each.swapped else "lost its blocks and is prefilled again"
+            self._story.append(f"{now_ms} {each.request_id} {what}: {each.reason}")
+        self.decode.planned(now_ms, plan, [each.request_id for each in preempted])
         if plan is not None:
             self._planned_ms = now_ms
             self.prefill.planned(now_ms, plan)
@@ -220,7 +223,8 @@ class WorkerCore:
         due_ms = self._audit_due_ms()
         if due_ms is not None and now_ms >= due_ms:
             self._audited_ms, self._touched_ms = now_ms, None
-            self._audit = (*self.ledger.audit(), *self.decode.audit(now_ms))
+            swapped = self.batch.swapping.space.audit(each.owner for each in self.batch.sequences())
+            self._audit = (*self.ledger.audit(), *swapped, *self.decode.audit(now_ms))
 
     def _load(self, now_ms: int) -> WorkerLoad:
         return WorkerLoad(
@@ -231,6 +235,7 @@ class WorkerCore:
             steps=self._num_steps,
             last_step_ms=self._last_step_ms,
             audit=self._audit,
+            swap=self.batch.swapping.counts(),
         )
 
     def _tell(self, now_ms: int, event: object) -> None:

@@ -22,6 +22,8 @@ from typing import TypeVar
 import grpc
 import grpc.aio
 
+from cluster.ambush import WatchedCore
+from cluster.fault_service import FaultService
 from cluster.member_access import member_access
 from cluster.run_file import reachable
 from cluster.worker_core import WorkerCore, WorkerCoreConfig
@@ -35,11 +37,16 @@ from engine.blocks import BlockLedger
 from engine.events import PeerGone, RouterGone
 from engine.isolation import IsolatingRunner
 from engine.loop import EngineLoop, InboxFull
+from engine.pressure import Pressure
 from engine.step import Batch, BatchConfig
+from engine.swap_space import SwapSpace
+from engine.swapping import Swapping
+from engine.swapping_runner import SwappingRunner, copy_bytes_per_ms
 from kv_transfer.actions import AgentLost, Registered, Report, RouterJoined, SendTransfer
 from kv_transfer.agent_client import AgentClient, AgentInfo
 from kv_transfer.agent_settings import AgentSettings, FrameTags, TransportChoice
 from kv_transfer.endpoint import layout_digest
+from kv_transfer.gate import Gate
 from kv_transfer.handoff import HandoffConfig
 from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame
 from kv_transfer.seal import agents_secret
@@ -50,7 +57,7 @@ from tandem.cluster_access import MembersOnly
 from tandem.errors import Unavailable
 from tandem.messages import WorkerAddress, WorkerInfo
 from tandem.request import WorkerId
-from tandem.v1 import worker_pb2_grpc
+from tandem.v1 import faults_pb2, faults_pb2_grpc, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +102,8 @@ class WorkerHost:
         self._loop = asyncio.new_event_loop()
         self._router_sessions: set[int] = set()  # those whose stream is open
         self._engine: EngineLoop | None = None  # None: not yet
+        self._watched: WatchedCore | None = None  # None: no faults are allowed
+        self._gates: dict[int, Gate] = {link: Gate() for link in (faults_pb2.LINK_ROUTERS, faults_pb2.LINK_WORKERS)}
         self._stuck = False
         self._num_refused = 0  # callers that are no members of the cluster
         self._timings_ms: dict[str, int] = {}
@@ -200,6 +209,10 @@ class WorkerHost:
         if not self._stuck:  # an engine that still runs reads the pool; the process's end frees it
             model.close()
 
+    def _close_swap(self, runner: SwappingRunner) -> None:
+        if not self._stuck:
+            runner.close()
+
     def _describe(self, model: WorkerModel, agent: AgentInfo, control: str) -> WorkerInfo:
         return WorkerInfo(
             worker_id=self.settings.worker_id,
@@ -233,20 +246,30 @@ class WorkerHost:
             eos_token_ids=model.eos_token_ids,
             namespace=model.layout.namespace.encode(),
         )
+        num_slots = model.num_swap_slots(config.swap_bytes)
+        swapping = Swapping(
+            config.block_size,
+            space=SwapSpace(num_slots),
+            pressure=Pressure(block_bytes=model.layout.block_bytes, copy_bytes_per_ms=copy_bytes_per_ms()),
+        )
+        runner = SwappingRunner(IsolatingRunner(model.runner), pool=model.pool.view, num_slots=num_slots)
+        self._cleanup.callback(self._close_swap, runner)
         self._core = core = WorkerCore(
             me=self._me,
             layout=model.layout,
             ledger=ledger,
-            batch=Batch(ledger, batch),
+            batch=Batch(ledger, batch, swapping),
             config=WorkerCoreConfig(
                 prefill=PrefillConfig(exact=config.exact),
                 decode=DecodeConfig(exact=config.exact, handoff=HandoffConfig(fence_blocks=config.fence_blocks)),
             ),
         )
         self._reports = ReportBuilder(worker_id=self._me.worker_id, incarnation=self._me.incarnation)
+        if config.allow_faults:
+            self._watched = WatchedCore(core)
         engine = EngineLoop(
-            core=core,
-            runner=IsolatingRunner(model.runner),
+            core=self._watched or core,
+            runner=runner,
             perform=self._perform,
             on_crash=self._crashed,
             name="engine",
@@ -337,16 +360,27 @@ class WorkerHost:
 
     async def _serve(self) -> None:
         """Begins to take calls: only now, since each goes to the engine. Heartbeats follow each router's first call."""
-        self._service = WorkerService(post=self._from_router, on_session=self._registrations.dialled)
+        self._service = WorkerService(
+            post=self._from_router, on_session=self._registrations.dialled, gate=self._gates[faults_pb2.LINK_ROUTERS]
+        )
         self._sessions = TransferSessions(
             worker_id=self._me.worker_id,
             incarnation=self._me.incarnation,
             on_message=self._post,
             on_peer_gone=self._peer_gone,
             access=self._access,
+            gate=self._gates[faults_pb2.LINK_WORKERS],
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]
         worker_pb2_grpc.add_TransferServicer_to_server(self._sessions, self._server)  # type: ignore[no-untyped-call]
+        if self._watched is not None:
+            faults = FaultService(
+                gates=self._gates,
+                disturb_agent=self._agent.disturb,
+                agent_pid=lambda: info.pid if (info := self._agent.info) is not None else 0,
+                lay=self._watched.lay,
+            )
+            faults_pb2_grpc.add_FaultsServicer_to_server(faults, self._server)  # type: ignore[no-untyped-call]
         await self._server.start()
         self._beating = asyncio.create_task(self._beat(), name="heartbeats")
 
@@ -377,10 +411,9 @@ class WorkerHost:
     def _pulse(self) -> Pulse:
         agent, engine = self._agent.info, self._engine
         assert engine is not None, "heartbeats begin after the engine"
-        busy = engine.step_began_ms is not None or engine.num_inbox_events > 0
         return Pulse(
             progress=engine.progress,
-            runnable=busy,
+            runnable=engine.busy,
             agent_pid=agent.pid if agent is not None else 0,
             refused=self._num_refused + self._agent.num_refused,
         )

@@ -14,6 +14,7 @@ from engine.layout import KVLayout
 from engine.runner import Runner
 from engine.step import Drawn, StepPlan
 
+NAP_S = 0.5  # of a slow step of the fake model: a sign of life follows each
 FAKE_BLOCKS_MAX = 16_384  # its blocks are tiny: kv_memory would hold millions
 
 
@@ -34,6 +35,10 @@ class WorkerModel:
         """How the pool lies in memory."""
         return self.runner.layout
 
+    def num_swap_slots(self, swap_bytes: int) -> int:
+        """Blocks that so much host memory holds, and never more than the pool has."""
+        return min(swap_bytes // self.pool.block_bytes, self.pool.num_blocks)
+
     def close(self) -> None:
         """Gives the pool's memory back; nothing may run any more."""
         self.pool.close()
@@ -45,6 +50,7 @@ class PacedRunner:
     def __init__(self, runner: Runner, step_ms: int) -> None:
         self._runner = runner
         self._step_s = step_ms / 1000
+        self._num_naps = 0
 
     @property
     def layout(self) -> KVLayout:
@@ -53,14 +59,16 @@ class PacedRunner:
 
     @property
     def progress(self) -> int:
-        """Of the runner."""
-        return self._runner.progress
+        """Of the runner, and of its own waiting."""
+        return self._runner.progress + self._num_naps
 
     def run(self, plan: StepPlan) -> Sequence[Drawn | None]:
         """Runs the step, then waits for its time to be over."""
         over_s = time.monotonic() + self._step_s
         sampled = self._runner.run(plan)
-        time.sleep(max(0.0, over_s - time.monotonic()))
+        while (left_s := over_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, NAP_S))
+            self._num_naps += 1
         return sampled
 
 

@@ -12,6 +12,7 @@ import grpc.aio
 from engine.events import RouterGone
 from engine.loop import InboxFull
 from kv_transfer.actions import FromRouter, RouterJoined
+from kv_transfer.gate import Gate
 from tandem import wire
 from tandem.messages import WorkerReport
 from tandem.v1 import worker_pb2 as pb
@@ -20,17 +21,22 @@ from tandem.v1 import worker_pb2_grpc
 log = logging.getLogger(__name__)
 
 REPORTS_MAX = 4096  # that wait for one router; with more it is cut off and places its requests anew
+SESSIONS_MAX = 64  # of routers; each is told of all that the worker holds
 HELLO_TIMEOUT_S = 5.0  # for the first message of a stream: a router sends it at once
+BEAT_INTERVAL_S = 1.0  # a router that hears nothing for some of them dials anew
 LAST_WRITE_S = 5.0  # for the report under way when a stream ends; a router that reads nothing holds it up
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """One stream a router session. All methods run on the worker's event loop; `post` hands events to the engine.
 
-    `on_session` hears the name of each router whose stream begins.
+    `on_session` hears the name of each router whose stream begins. `gate`: when anything may pass, either way.
     """
 
-    def __init__(self, *, post: Callable[[object], None], on_session: Callable[[str], None]) -> None:
+    def __init__(
+        self, *, post: Callable[[object], None], on_session: Callable[[str], None], gate: Gate | None = None
+    ) -> None:
+        self._gate = gate or Gate()
         self._post = post
         self._on_session = on_session
         self._queues: dict[int, asyncio.Queue[WorkerReport | None]] = {}
@@ -62,6 +68,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         context: grpc.aio.ServicerContext[pb.RouterMessage, pb.WorkerReport],
     ) -> None:
         """Serves one router session from its hello to its end."""
+        await self._gate.passing()
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 hello = await anext(aiter(request_iterator), None)
@@ -72,13 +79,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         session = hello.hello.session
         if session in self._queues:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"session {session} is connected already")
+        if len(self._queues) >= SESSIONS_MAX:
+            limit = f"{SESSIONS_MAX} sessions are connected, no more may"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, limit)
         queue: asyncio.Queue[WorkerReport | None] = asyncio.Queue(REPORTS_MAX)
         self._queues[session] = queue
         log.info("router=%s session=%d connected", hello.hello.router_id, session)
         self._post(RouterJoined(session=session))
         self._on_session(hello.hello.router_id)
         reader = asyncio.create_task(self._read(session, request_iterator))
-        writer = asyncio.create_task(_write(queue, context))
+        writer = asyncio.create_task(_write(queue, context, self._gate))
         try:
             done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
             reason = next(iter(done)).result()
@@ -93,6 +103,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def _read(self, session: int, messages: AsyncIterator[pb.RouterMessage]) -> str:
         try:
             async for message in messages:
+                await self._gate.passing()
                 self._post(FromRouter(session=session, message=wire.decode_router_message(message)))
         except (ValueError, InboxFull, grpc.RpcError) as error:
             log.error("session=%d is ended: %s", session, error)
@@ -113,8 +124,20 @@ async def _end_writing(queue: asyncio.Queue[WorkerReport | None], writer: asynci
 
 
 async def _write(
-    queue: asyncio.Queue[WorkerReport | None], context: grpc.aio.ServicerContext[pb.RouterMessage, pb.WorkerReport]
+    queue: asyncio.Queue[WorkerReport | None],
+    context: grpc.aio.ServicerContext[pb.RouterMessage, pb.WorkerReport],
+    gate: Gate,
 ) -> str:
-    while (report := await queue.get()) is not None:
-        await context.write(wire.encode_report(report))
-    return "the worker ended the stream"
+    message = pb.WorkerReport()  # a sign of life
+    while True:
+        await gate.passing()
+        await context.write(message)
+        try:
+            async with asyncio.timeout(BEAT_INTERVAL_S):
+                report = await queue.get()
+        except TimeoutError:
+            message = pb.WorkerReport()
+            continue
+        if report is None:
+            return "the worker ended the stream"
+        message = wire.encode_report(report)

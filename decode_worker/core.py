@@ -67,7 +67,7 @@ from tandem.messages import (
     TransferStats,
     WorkerAddress,
 )
-from tandem.request import RequestId, Token, TransferId
+from tandem.request import RequestId, Token, TransferId, is_canary
 
 FIRST = -1.0  # the priority of who is to run before all that wait; ranks begin at 0
 
@@ -138,6 +138,10 @@ class DecodeCore:
         since = [machine.quarantined_since_ms for machine in machines] + self.moves.ended_since_ms()
         late = [at_ms + self.config.handoff.quarantine_warn_ms + 1 for at_ms in since if at_ms is not None]
         return min((at_ms for at_ms in late if at_ms > after_ms), default=None)
+
+    def machines(self) -> list[TargetHandoff]:
+        """The targets' ends of attempts that are not closed."""
+        return [each.machine for each in self._attempts.values() if each.machine is not None]
 
     def stories(self) -> list[str]:
         """The story of every attempt that is not closed."""
@@ -405,7 +409,8 @@ class DecodeCore:
             request.stepped = True
             actions += self._first_step(now_ms, request)
         if token is not None and token.finish is not None:
-            self._room.admission.finished(token.index + 1)
+            if not is_canary(request.request_id):
+                self._room.admission.finished(token.index + 1)
             actions += self._account(request)
         if token is not None:
             request.newest.append(token)

@@ -88,6 +88,10 @@ class MoveSources:
         """Whether this is the source of a migration that is not closed."""
         return transfer_id in self._moves
 
+    def machines(self) -> list[SourceMigration]:
+        """The attempts that are not closed."""
+        return [each.machine for each in self._moves.values()]
+
     def stories(self) -> list[str]:
         """The story of every attempt that is not closed."""
         return [f"move {key}: {each.machine.state}: {each.machine.story}" for key, each in self._moves.items()]
@@ -150,6 +154,8 @@ class MoveSources:
             return "moving", f"{migrate.request_id} is being moved already, by {request.moving}"
         if migrate.transfer_id in self._moves:
             return "bad_move", f"transfer {migrate.transfer_id} is in use here"
+        if sequence.copying or (not sequence.started and sequence.num_computed):
+            return "swapped", f"{migrate.request_id} is swapped out, or on its way back"
         if not sequence.decoding:
             return "prefilling", f"{migrate.request_id} has {sequence.num_left} tokens to compute before it decodes"
         num_tokens = len(sequence.tokens)
@@ -277,6 +283,8 @@ class MoveSources:
                 for each in self._batch.sequences()
                 if each.started
                 and not each.held
+                and not each.copying
+                and not self._batch.swapping.waits(each)
                 and each.request_id not in planned
                 and -(-len(each.tokens) // size) - len(each.blocks) > available
             ),
@@ -285,6 +293,8 @@ class MoveSources:
 
     def clock(self, now_ms: int, plan: StepPlan) -> None:
         """The step has run."""
+        if not plan.rows:
+            return
         token_ms = (now_ms - self._planned_ms) / plan.num_tokens
         before = token_ms if self._token_ms is None else self._token_ms
         self._token_ms = before + TOKEN_MS_SHARE * (token_ms - before)

@@ -13,6 +13,7 @@ from engine.step import Batch
 from kv_transfer.handoff_target import Declined, Postponed, Reserved
 from kv_transfer.layout import refusal
 from kv_transfer.messages import Offer
+from tandem.request import is_canary
 
 
 class Reservations:
@@ -53,7 +54,8 @@ class Reservations:
             others=[self._load(each) for each in others if each.reserved or each.sequence is not None],
         )
         granted = None
-        if decision.verdict is Verdict.ADMIT:
+        # A canary holds a block for a moment: it is to tell a worker that is full from one that does not work.
+        if decision.verdict is Verdict.ADMIT or is_canary(request.request_id):
             granted = self._ledger.grant(assign.transfer_id, num_new)
         if granted is None:
             self._ledger.release(request.owner)

@@ -80,6 +80,10 @@ class BlockLedger:
         """The owner's blocks in the order of its block table; empty for an unknown owner."""
         return tuple(self._owned.get(owner, ()))
 
+    def num_sole(self, owner: str) -> int:
+        """How many of the owner's blocks nobody else owns or reads: so many can be handed out when it ends."""
+        return sum(self._num_owners[each] == 1 and not self._num_exports[each] for each in self._owned.get(owner, ()))
+
     def granted_to(self, transfer: str) -> tuple[int, ...]:
         """The blocks GRANTED to the transfer, in order; empty when there are none."""
         return tuple(self._granted.get(transfer, ()))

@@ -95,6 +95,7 @@ class EngineLoop:
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
         self._stopping = False
         self._ticked = False
+        self._resting = False  # the core's thread waits, with nothing to do
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._step_thread = threading.Thread(target=self._run_steps, name=f"{name}-step", daemon=True)
         self._num_idle_turns = 0
@@ -124,6 +125,11 @@ class EngineLoop:
         So it stands still when a step hangs, although events are still heard, and when the core does.
         """
         return self.num_steps + self._runner.progress + self._num_idle_turns
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to get on with: a step, events, or a turn of the core that has not ended."""
+        return self.step_began_ms is not None or bool(self._inbox) or not self._resting
 
     def post(self, event: object) -> None:
         """Hands the core an event, from any thread. InboxFull when too many wait already; the event is not taken."""
@@ -187,7 +193,9 @@ class EngineLoop:
                 wait_ms = max(wait_ms, 1)  # a core whose deadline stays in the past costs a turn a millisecond, no more
         with self._wake:
             if wait_ms > 0 and not (self._inbox or self._ran or self._broken or self._stopping):
+                self._resting = True
                 self._wake.wait(wait_ms / 1000)
+                self._resting = False
             if self._broken is not None:
                 raise self._broken
             return not self._stopping

@@ -13,8 +13,9 @@ class Sequence:
     """A request on this engine. Only engine/step.py and the role core that added it change it.
 
     `tokens` is prompt and answer; the KV of the first `num_computed` of them is in `blocks`, block i holding the
-    positions [i * block_size, (i + 1) * block_size). A step that computes the last token samples the next one, so a
-    sequence in decode has exactly one token that is not computed: its newest.
+    positions [i * block_size, (i + 1) * block_size), or, while it has no blocks, in slots of the swap space. A step
+    that computes the last token samples the next one, so a sequence in decode has exactly one token that is not
+    computed: its newest.
     """
 
     request_id: RequestId
@@ -28,6 +29,7 @@ class Sequence:
     priority: float = 0.0  # prefill order: lower first, then first come first served
     held: bool = False  # not run until resumed; never preempted meanwhile
     preemptible: bool = True  # its blocks may be taken for an older sequence; it is prefilled again later
+    copying: bool = False  # the step under way swaps its blocks out or back: nobody else may read or move it
     leaving: bool = False  # it is being copied elsewhere: who wants its blocks waits for it to go, or to give up
     num_cached_tokens: int = 0  # found in the prefix cache at its (last) start
     num_preemptions: int = 0
@@ -62,7 +64,7 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         """Whether one more token is all that the next sample needs."""
-        return self.started and self.num_left == 1
+        return self.started and self.num_left == 1 and not self.copying
 
     def block_table(self) -> tuple[int, ...]:
         """The block table, frozen. Tables only grow (or restart empty), so its length tells whether it is current."""

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from engine.blocks import BlockLedger
 from engine.prefix_cache import chain_hash, root_hash
+from engine.pressure import Answer
 from engine.sequence import Sequence
+from engine.swapping import Swapping
 from tandem.errors import NotFinite
-from tandem.request import FinishReason, RequestId, Sampling, Token
+from tandem.request import FinishReason, RequestId, Sampling, Token, is_canary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +44,14 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One step: never empty, at most one row a sequence."""
+    """One step: never empty, at most one row a sequence.
+
+    Before its rows, blocks are copied: `copies_out` (block, slot) to the swap space, then `copies_back` (slot, block).
+    """
 
     rows: tuple[StepRow, ...]
+    copies_out: tuple[tuple[int, int], ...] = ()
+    copies_back: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -127,21 +134,32 @@ class StepOutcome:
     failed: tuple[Failed, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preemption:
+    """A sequence loses its blocks: swapped out, they come back; else its tokens are prefilled again."""
+
+    request_id: RequestId
+    swapped: bool
+    reason: str
+
+
 class Batch:
     """The sequences of one engine: continuous batching with chunked prefill over the block ledger.
 
-    Decodes go first. When blocks run out, the youngest preemptible sequence loses its own and is prefilled again
-    later from its tokens; the oldest therefore always gets on. A new sequence starts only when the blocks that all
-    started ones still need for the tokens they have, and its own, are there.
+    Decodes go first. When blocks run out, the youngest preemptible sequence loses its own; the oldest therefore always
+    gets on. It is swapped out, and who wanted its blocks waits for that step; or it is prefilled again later from its
+    tokens (engine/pressure.py has the rule). A new sequence starts only when the blocks that all started ones still
+    need for the tokens they have, and its own, are there.
     """
 
-    def __init__(self, ledger: BlockLedger, config: BatchConfig) -> None:
+    def __init__(self, ledger: BlockLedger, config: BatchConfig, swapping: Swapping | None = None) -> None:
         self.ledger = ledger
         self.config = config
+        self.swapping = Swapping(ledger.block_size) if swapping is None else swapping
         self._sequences: dict[RequestId, Sequence] = {}
         self._num_added = 0
         self._num_steps = 0
-        self._preempted: list[RequestId] = []
+        self._preempted: list[Preemption] = []
         self._running: dict[RequestId, Sequence] = {}  # the rows of the step under way
 
     # ---- what is here ------------------------------------------------------------------------------------------------
@@ -215,12 +233,15 @@ class Batch:
 
     def remove(self, request_id: RequestId) -> Sequence:
         """Takes the sequence out; its blocks stay its owner's. KeyError when it is not here."""
-        return self._sequences.pop(request_id)
+        sequence = self._sequences.pop(request_id)
+        self.swapping.space.free(sequence.owner)
+        return sequence
 
     def end(self, request_id: RequestId) -> Sequence | None:
         """Takes the sequence out and releases its blocks; None when it is not here."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
+            self.swapping.space.free(sequence.owner)
             self.ledger.release(sequence.owner)
         return sequence
 
@@ -232,8 +253,8 @@ class Batch:
         """Lets a held sequence run again. KeyError when it is not here."""
         self._sequences[request_id].held = False
 
-    def take_preempted(self) -> tuple[RequestId, ...]:
-        """Sequences that lost their blocks since the last call; they wait to be prefilled again."""
+    def take_preempted(self) -> tuple[Preemption, ...]:
+        """Sequences that lost their blocks since the last call, and why; they wait to be run again."""
         preempted = tuple(self._preempted)
         self._preempted.clear()
         return preempted
@@ -248,14 +269,18 @@ class Batch:
         """
         assert not self._running, "a step is under way"
         self._num_steps += 1
+        swapping = self.swapping
+        swapping.begin()
         rows: dict[RequestId, StepRow] = {}
         self._add_decodes(rows)
         self._add_prefills(rows)
-        if not rows:
+        if not rows and not swapping.copies:
             return None
         self._running = {request_id: self._sequences[request_id] for request_id in rows}
-        self.ledger.begin_step(sequence.owner for sequence in self._running.values())
-        return StepPlan(rows=tuple(rows.values()))
+        self.ledger.begin_step({sequence.owner for sequence in (*self._running.values(), *swapping.copies)})
+        return StepPlan(
+            rows=tuple(rows.values()), copies_out=tuple(swapping.copies_out), copies_back=tuple(swapping.copies_back)
+        )
 
     def _add_decodes(self, rows: dict[RequestId, StepRow]) -> None:
         ready = [s for s in self._sequences.values() if s.decoding and not s.held]
@@ -263,7 +288,7 @@ class Batch:
             ready.sort(key=lambda s: s.last_step)  # stable: who waited longest, then who is oldest
             ready = sorted(ready[: self.config.max_rows], key=lambda s: s.arrival)
         for sequence in ready:
-            # An older one may have taken the blocks of this one.
+            # An older one may have taken the blocks of this one, or be having them swapped out.
             if sequence.decoding and self._provide(sequence, len(sequence.tokens), rows):
                 rows[sequence.request_id] = self._row(sequence, len(sequence.tokens))
 
@@ -276,6 +301,8 @@ class Batch:
         for sequence in sorted(waiting, key=lambda s: (s.priority, s.arrival)):
             if len(rows) >= self.config.max_rows or (budget <= 0 and not first):
                 return
+            if sequence.copying:
+                continue
             if not sequence.started:
                 # The first that does not fit bars the way for all behind it: else a long one would wait forever.
                 may_start = (
@@ -319,7 +346,8 @@ class Batch:
         At least the last token is always computed, since its logits are wanted; and its block is a fresh one, since
         shared blocks are never written.
         """
-        matchable = (len(sequence.tokens) - 1) // self.ledger.block_size
+        slots = self.swapping.space.slots_of(sequence.owner)
+        matchable = (sequence.num_computed if slots else len(sequence.tokens) - 1) // self.ledger.block_size
         self._know_hashes(sequence, matchable)
         found = self.ledger.acquire(sequence.owner, sequence.hashes[:matchable])
         promised = sum(
@@ -330,12 +358,20 @@ class Batch:
         # A block of growth for each that decodes; a lone sequence may have the pool to its last block.
         spare = sum(s.started and not s.held for s in self._sequences.values())
         needed = self._blocks_for(len(sequence.tokens)) - len(found)
+        if is_canary(sequence.request_id):  # it is over before anybody misses its block
+            promised = spare = 0
         if needed + promised + spare > self.ledger.num_available:
             self.ledger.release(sequence.owner)
             return False
-        sequence.blocks = found
         sequence.table = ()
         sequence.num_published = len(found)
+        if slots:
+            fresh = self.ledger.allocate(sequence.owner, needed)
+            assert fresh is not None, "there are so many"
+            sequence.blocks = [*found, *fresh]
+            self.swapping.bring_back(sequence, num_found=len(found))
+            return True
+        sequence.blocks = found
         sequence.num_computed = sequence.num_cached_tokens = len(found) * self.ledger.block_size
         return True
 
@@ -345,6 +381,8 @@ class Batch:
         if missing <= 0:
             return True
         while (blocks := self.ledger.allocate(sequence.owner, missing)) is None:
+            if self.swapping.claim(sequence, missing):
+                return False  # what is swapped out in this step makes room for it
             victim = self._victim(sequence, rows)
             if victim is None:
                 return False
@@ -362,19 +400,28 @@ class Batch:
         for sequence in reversed(self._sequences.values()):
             if sequence.arrival < wanting.arrival or (sequence.started and sequence.leaving):
                 return None
-            usable = sequence.started and sequence.preemptible and not sequence.held
+            usable = sequence.started and sequence.preemptible and not (sequence.held or sequence.copying)
             if usable and sequence.request_id not in rows:
                 return sequence
         return None
 
     def _preempt(self, sequence: Sequence) -> None:
+        verdict = self.swapping.weigh(sequence)
+        swapped = verdict.answer is Answer.SWAP
+        if swapped:
+            self.swapping.take_out(sequence, num_freed=self.ledger.num_sole(sequence.owner))
+        else:
+            self._lose_blocks(sequence)
+            sequence.num_computed = 0
+            self.swapping.num_recomputed += 1
+        sequence.num_preemptions += 1
+        self._preempted.append(Preemption(request_id=sequence.request_id, swapped=swapped, reason=verdict.reason))
+
+    def _lose_blocks(self, sequence: Sequence) -> None:
         self.ledger.release(sequence.owner)
         sequence.blocks = []
         sequence.table = ()
-        sequence.num_computed = 0
         sequence.num_published = 0
-        sequence.num_preemptions += 1
-        self._preempted.append(sequence.request_id)
 
     def _know_hashes(self, sequence: Sequence, num_blocks: int) -> None:
         size = self.ledger.block_size
@@ -409,6 +456,7 @@ class Batch:
             if isinstance(drawn, Undrawn):
                 self.ledger.discard(ran[row.request_id].owner)
         self.ledger.end_step()
+        self._end_copies()
         tokens: list[Token] = []
         computed: dict[RequestId, int] = {}
         finished: list[RequestId] = []
@@ -437,6 +485,16 @@ class Batch:
                 failed.append(_failed(sequence, "out_of_blocks", reason))
                 self.end(row.request_id)
         return StepOutcome(tokens=tuple(tokens), computed=computed, finished=tuple(finished), failed=tuple(failed))
+
+    def _end_copies(self) -> None:
+        """The copies are made. Who has been held or moved meanwhile, and who has no other place, keeps its blocks."""
+        for sequence in self.swapping.end():
+            if self._sequences.get(sequence.request_id) is not sequence:
+                continue
+            if sequence.leaving or sequence.held:
+                self.swapping.space.free(sequence.owner)
+            else:
+                self._lose_blocks(sequence)
 
     def _append(self, sequence: Sequence, drawn: Sampled) -> Token:
         index = sequence.index

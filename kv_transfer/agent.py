@@ -22,7 +22,7 @@ from kv_transfer.agent_context import AgentContext
 from kv_transfer.agent_incoming import IncomingLink
 from kv_transfer.agent_outgoing import OutgoingLink
 from kv_transfer.agent_settings import from_arguments
-from kv_transfer.agent_wire import AgentReady, Ping
+from kv_transfer.agent_wire import AgentReady, Disturb, Ping
 from kv_transfer.endpoint import Endpoint, format_endpoint, parse_endpoint
 from kv_transfer.framed_socket import FramedSocket, LinkLost, address_family
 from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame
@@ -77,6 +77,8 @@ class Agent:
                 self._context.end(command)
             elif isinstance(command, Ping):
                 self._context.events.put(Ping(number=command.number, answer=True))
+            elif isinstance(command, Disturb):
+                self._context.disturb(command)
             elif command is not None:
                 raise LinkLost(f"an unexpected {type(command).__name__}")
 

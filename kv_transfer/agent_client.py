@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from kv_transfer.agent_settings import AgentSettings, AgentStart, check_transport, to_arguments
-from kv_transfer.agent_wire import AgentReady, Ping, StrangersRefused, validate
+from kv_transfer.agent_wire import AgentReady, Disturb, Ping, StrangersRefused, validate
 from kv_transfer.framed_socket import FramedSocket, LinkLost
 from kv_transfer.messages import (
     AgentCommand,
@@ -98,7 +98,7 @@ class AgentClient:
         self._log_file = log_file  # of what agents print; None: where this process prints
         self._telling = threading.Lock()  # one event at a time
         self._changed = threading.Condition()  # guards what follows
-        self._commands: deque[_Addressed | Ping] = deque()
+        self._commands: deque[_Addressed | Ping | Disturb] = deque()
         self._known: set[tuple[TransferId, int]] = set()
         self._sock: FramedSocket | None = None  # None: no agent runs
         self._process: subprocess.Popen[bytes] | None = None
@@ -140,6 +140,12 @@ class AgentClient:
             if len(self._commands) > MAX_COMMANDS and self._process is not None:
                 logger.error("the transfer agent takes no commands: it is killed")
                 self._process.kill()
+            self._changed.notify_all()
+
+    def disturb(self, fault: Disturb) -> None:
+        """Has the agent that runs now, if one does, suffer a fault; never blocks."""
+        with self._changed:
+            self._commands.append(fault)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -325,7 +331,7 @@ class AgentClient:
                         sock = None
                     else:
                         self._known.add(_key(command))
-            if isinstance(addressed, Ping):
+            if isinstance(addressed, (Ping, Disturb)):
                 if sock is not None:
                     _pass_on(sock, addressed)
             elif sock is None:
@@ -373,7 +379,7 @@ def _hand_over(process: subprocess.Popen[bytes], secret: bytes) -> None:
         pipe.write(secret)
 
 
-def _pass_on(sock: FramedSocket, message: AgentCommand | Ping) -> None:
+def _pass_on(sock: FramedSocket, message: AgentCommand | Ping | Disturb) -> None:
     try:
         sock.send(message)
     except LinkLost:

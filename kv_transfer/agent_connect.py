@@ -33,7 +33,7 @@ class Connection:
 
 def connect(context: AgentContext, peer: Endpoint, *, pair_epoch: int) -> Connection:
     """Opens a link and a channel to the peer, bounded. Raises LinkLost, ChannelLost and PeerRefused."""
-    sock = FramedSocket(_open(context, peer), send_timeout_s=context.operation_timeout_s)
+    sock = FramedSocket(_open(context, peer), send_timeout_s=context.operation_timeout_s, gate=context.gate)
     try:
         transport, keys = _greet(context, peer, sock)
         near = transport is context.pool.near

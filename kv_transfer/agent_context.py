@@ -11,8 +11,9 @@ import time
 from kv_transfer.agent_attempts import Answer, Attempts, Verdict
 from kv_transfer.agent_pool import open_pool
 from kv_transfer.agent_settings import AgentStart
-from kv_transfer.agent_wire import Ping, StrangersRefused
+from kv_transfer.agent_wire import Disturb, Ping, StrangersRefused
 from kv_transfer.endpoint import Endpoint
+from kv_transfer.gate import Gate
 from kv_transfer.messages import (
     AgentEvent,
     EndTransfer,
@@ -40,6 +41,7 @@ class AgentContext:
         self.secret = secret  # of the cluster: who has it may speak with this agent
         self.settings = start.settings
         self.pool = open_pool(start)
+        self.gate = Gate()  # on links to and from peers
         self.nonce = secrets.token_bytes(shm.NONCE_BYTES)
         self.nonce_fd = shm.nonce_memory(self.nonce)
         # Beside the rest: mapping a pool takes a moment, and the kernels may have to be built first.
@@ -82,6 +84,14 @@ class AgentContext:
             if self._attempts.end(command.transfer_id, command.epoch):
                 self._emit(TransferQuiet(transfer_id=command.transfer_id, epoch=command.epoch))
             self._changed.notify_all()
+
+    def disturb(self, command: Disturb) -> None:
+        """The worker wants a fault."""
+        now_s, for_s = time.monotonic(), command.for_ms / 1000
+        if command.corrupt_every:
+            self.pool.damage.arm(now_s, every=command.corrupt_every, for_s=for_s)
+        else:
+            self.gate.shut(now_s, for_s=for_s, period_s=command.period_ms / 1000)
 
     # ---- frames that arrive ----
 

@@ -36,6 +36,7 @@ class DevicePool(AgentPool):
     near, far = TransportChoice.CUDA_IPC, TransportChoice.NCCL
 
     def __init__(self, start: AgentStart, pool: CudaPool) -> None:
+        super().__init__(start.settings)
         self._start = start
         self._settings = start.settings
         self._device = pool.device
@@ -70,7 +71,7 @@ class DevicePool(AgentPool):
             opened,
             self._blocks,
             on_hang=end_process,
-            corrupt_every=self._settings.corrupt_every,
+            damage=self.damage,
         )
 
     def far_source(self, meeting: Meeting) -> SourceEnd:
@@ -85,7 +86,7 @@ class DevicePool(AgentPool):
             self._blocks,
             timeout_s=self._settings.operation_timeout_s,
             on_hang=end_process,
-            corrupt_every=self._settings.corrupt_every,
+            damage=self.damage,
         )
 
     def _group(self, meeting: Meeting, rank: int) -> pair.Group:

@@ -46,7 +46,7 @@ class IncomingLink(threading.Thread):
     def __init__(self, context: AgentContext, connection: socket.socket) -> None:
         super().__init__(name="from-peer", daemon=True)
         self._context = context
-        self._sock = FramedSocket(connection, send_timeout_s=context.operation_timeout_s)
+        self._sock = FramedSocket(connection, send_timeout_s=context.operation_timeout_s, gate=context.gate)
         self._source_agent = 0
         self.used_s = time.monotonic()  # when a frame was announced last
         self._num_open = 0  # frames that were announced and not answered

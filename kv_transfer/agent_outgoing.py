@@ -213,9 +213,13 @@ class OutgoingLink(threading.Thread):
 
     def _next_ping_s(self) -> float:
         """When to ping next, or, after a ping, when to have heard of it."""
+        settings = self._context.settings
         if self._pinged_s is not None:
-            return self._pinged_s + self._context.operation_timeout_s
-        return self._heard_s + self._context.settings.keepalive_ms / 1000
+            return self._pinged_s + settings.ping_timeout_ms / 1000
+        if self._announced:
+            begun_s = next(iter(self._announced.values())).deadline_s - self._context.operation_timeout_s
+            return max(self._heard_s, begun_s) + settings.probe_ms / 1000
+        return self._heard_s + settings.keepalive_ms / 1000
 
     def _check_time(self) -> None:
         now_s = time.monotonic()
@@ -225,7 +229,7 @@ class OutgoingLink(threading.Thread):
                 raise LinkLost(f"no answer to a frame within {self._context.operation_timeout_s:g} s")
         if self._connection is not None and now_s >= self._next_ping_s():
             if self._pinged_s is not None:
-                raise LinkLost(f"no answer to a ping within {self._context.operation_timeout_s:g} s")
+                raise LinkLost(f"no answer to a ping within {self._context.settings.ping_timeout_ms} ms")
             self._connection.sock.send(Ping(number=self._pair_epoch, answer=False))
             self._pinged_s = now_s
 

@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from kv_transfer.agent_settings import AgentStart, Memory, TransportChoice
+from kv_transfer.agent_settings import AgentSettings, AgentStart, Memory, TransportChoice
 from kv_transfer.agent_wire import Hello
+from kv_transfer.gate import Damage
 from kv_transfer.transports import gloo, pair, shm
 from kv_transfer.transports.channel import SourceEnd, TargetEnd
 from kv_transfer.transports.cuda_pool import CudaPool
@@ -24,6 +25,9 @@ class AgentPool(ABC):
     far: ClassVar[TransportChoice]
     descriptors: tuple[int, ...] = ()  # that let a peer of this host read the pool
     cuda_pool: bytes = b""  # the same for a pool on a GPU
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self.damage = Damage(settings.corrupt_every)  # of frames that arrive
 
     @abstractmethod
     def warm_up(self) -> None:
@@ -66,6 +70,7 @@ class HostPool(AgentPool):
     near, far = TransportChoice.SHM, TransportChoice.GLOO
 
     def __init__(self, start: AgentStart, pool_fd: int) -> None:
+        super().__init__(start.settings)
         self._settings = start.settings
         self._mapped = MappedPool(pool_fd, num_blocks=start.num_blocks, block_bytes=start.block_bytes, writable=True)
         self._copy_frame: CopyFrame = copy_then_hash
@@ -92,7 +97,7 @@ class HostPool(AgentPool):
             source_num_blocks=hello.num_blocks,
             target=self._mapped,
             copy_frame=self._copy_frame,
-            corrupt_every=self._settings.corrupt_every,
+            damage=self.damage,
         )
 
     def far_source(self, meeting: Meeting) -> SourceEnd:
@@ -114,5 +119,5 @@ class HostPool(AgentPool):
             self._mapped,
             copy_frame=self._copy_frame,
             timeout_s=settings.operation_timeout_s,
-            corrupt_every=settings.corrupt_every,
+            damage=self.damage,
         )

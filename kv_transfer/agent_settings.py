@@ -52,8 +52,10 @@ class AgentSettings:
     connect_timeout_ms: int = 2_000
     operation_timeout_ms: int = 5_000
     group_timeout_ms: int = 10_000  # until both ends of a gloo or NCCL pair have joined
-    keepalive_ms: int = 5_000
-    stuck_timeout_ms: int = 10_000  # without a sign of life from its agent the worker kills it
+    keepalive_ms: int = 5_000  # of silence on an idle link until the peer is asked for a sign of life
+    probe_ms: int = 1_000  # the same while frames are under way
+    ping_timeout_ms: int = 2_000  # for that sign; then the link is made anew
+    stuck_timeout_ms: int = 4_000  # without a sign of life from its agent the worker kills it
     window_frames: int = 4  # announced to one peer and not yet answered
     max_links: int = 64  # to peers, and as many from peers; one more closes the one that was idle for longest
     corrupt_every: int = 0  # fault to test with: damages each n-th frame that arrives; 0 is off
@@ -108,8 +110,8 @@ def check_transport(settings: AgentSettings, pool: int | CudaPool) -> None:
 
 
 _NUMBERS = (
-    "connect_timeout_ms", "operation_timeout_ms", "group_timeout_ms", "keepalive_ms", "stuck_timeout_ms",
-    "window_frames", "max_links", "corrupt_every",
+    "connect_timeout_ms", "operation_timeout_ms", "group_timeout_ms", "keepalive_ms", "probe_ms", "ping_timeout_ms",
+    "stuck_timeout_ms", "window_frames", "max_links", "corrupt_every",
 )  # fmt: skip
 
 

@@ -40,6 +40,15 @@ class AgentReady:
     pid: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disturb:
+    """The worker to its agent: a fault to test with. Either frames are damaged, or links to and from peers are shut."""
+
+    for_ms: int
+    period_ms: int  # as in kv_transfer/gate.py
+    corrupt_every: int  # 0: the links are shut
+
+
 # ---- between two agents --------------------------------------------------------------------------------------------
 
 
@@ -149,7 +158,7 @@ class StrangersRefused:
 
 
 LinkMessage = Hello | Welcome | Denied | OpenChannel | Meet | Announce | Go | Ack | Nack | Ping
-Message = AgentCommand | AgentEvent | AgentReady | StrangersRefused | LinkMessage
+Message = AgentCommand | AgentEvent | AgentReady | StrangersRefused | Disturb | LinkMessage
 
 # ---- the codec -----------------------------------------------------------------------------------------------------
 
@@ -190,7 +199,8 @@ _MESSAGES: dict[int, tuple[type[Any], tuple[tuple[str, str], ...]]] = {
     6: (FrameAcked, (*_FRAME_KEY, ("checksum", _U64))),
     7: (FrameFailed, (("transfer_id", _TEXT), ("epoch", _U64), ("sequence", _MAYBE), ("reason", _TEXT))),
     8: (TransferQuiet, (("transfer_id", _TEXT), ("epoch", _U64))),
-    9: (StrangersRefused, (("num", _U64),)),
+    9: (Disturb, (("for_ms", _U32), ("period_ms", _U32), ("corrupt_every", _U32))),
+    10: (StrangersRefused, (("num", _U64),)),
     32: (
         Hello,
         (

@@ -12,10 +12,14 @@ import time
 from contextlib import suppress
 
 from kv_transfer.agent_wire import Message, decode, encode
+from kv_transfer.gate import Gate
 from kv_transfer.seal import Forged, Seal
 
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_DESCRIPTORS = 2
+POLL_WAIT_S = 0.01
+SHUT_WAIT_S = 0.5  # that a message waits for a slow link; then it is held, as the network holds it
+MAX_HELD = 1024
 _LENGTH = struct.Struct(">I")
 
 
@@ -28,15 +32,17 @@ class LinkForged(LinkLost):
 
 
 class FramedSocket:
-    """Sends from any thread, one message at a time; receives on one thread only.
+    """Sends from any thread, one message at a time; receives on one thread only. `gate`: when anything may pass.
 
     With `sealing` every message that leaves is sealed, with `opening` every one that arrives must be.
     """
 
-    def __init__(self, connection: socket.socket, *, send_timeout_s: float) -> None:
+    def __init__(self, connection: socket.socket, *, send_timeout_s: float, gate: Gate | None = None) -> None:
         connection.setblocking(False)
         self.connection = connection
         self._send_timeout_s = send_timeout_s
+        self._gate = gate or Gate()
+        self._held: list[tuple[bytes, tuple[int, ...]]] = []  # written while nothing passed; guarded by _sending
         self._sending = threading.Lock()
         self._received = bytearray()
         self.sealing: Seal | None = None
@@ -50,25 +56,37 @@ class FramedSocket:
     def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
         """Sends the whole message within the send timeout. Raises LinkLost."""
         body = encode(message)
-        ends = time.monotonic() + self._send_timeout_s
         with self._sending:
             if self.sealing is not None:
                 body = self.sealing.seal(body)
-            data = memoryview(_LENGTH.pack(len(body)) + body)
-            while data:
-                try:
-                    if descriptors:
-                        sent = socket.send_fds(self.connection, [data], list(descriptors))
-                        descriptors = ()
-                    else:
-                        sent = self.connection.send(data)
-                except BlockingIOError:
-                    if not wait_for(self.connection, ends - time.monotonic(), write=True):
-                        raise LinkLost(f"cannot be written to for {self._send_timeout_s:g} s") from None
-                    continue
-                except OSError as error:
-                    raise LinkLost(f"broken: {error}") from None
-                data = data[sent:]
+            self._held.append((_LENGTH.pack(len(body)) + body, descriptors))
+            if self._gate.wait_s(time.monotonic()) <= SHUT_WAIT_S and self._passes(SHUT_WAIT_S):
+                self._flush()
+            elif len(self._held) > MAX_HELD:
+                raise LinkLost("cannot be written to, and nothing more can be held")
+
+    def _flush(self) -> None:
+        """Writes what is held: one message, but for a link that was shut for a while. Under `_sending`."""
+        held, self._held = self._held, []
+        for data, descriptors in held:
+            self._write(memoryview(data), descriptors)
+
+    def _write(self, data: memoryview, descriptors: tuple[int, ...]) -> None:
+        ends = time.monotonic() + self._send_timeout_s
+        while data:
+            try:
+                if descriptors:
+                    sent = socket.send_fds(self.connection, [data], list(descriptors))
+                    descriptors = ()
+                else:
+                    sent = self.connection.send(data)
+            except BlockingIOError:
+                if not wait_for(self.connection, ends - time.monotonic(), write=True):
+                    raise LinkLost(f"cannot be written to for {self._send_timeout_s:g} s") from None
+                continue
+            except OSError as error:
+                raise LinkLost(f"broken: {error}") from None
+            data = data[sent:]
 
     def buffered(self) -> Message | None:
         """The next message that is already here in full, or None. Raises LinkLost on what cannot be decoded."""
@@ -93,12 +111,28 @@ class FramedSocket:
         """The next message, or None when none came in full within the timeout. Raises LinkLost."""
         ends = time.monotonic() + timeout_s
         while True:
+            # A poll that sees something to read must not spin while nothing passes.
+            if not self._passes(max(POLL_WAIT_S, ends - time.monotonic())):
+                return None
+            if self._held:
+                with self._sending:
+                    self._flush()
             message = self.buffered()
             if message is not None:
                 return message
             if not wait_for(self.connection, ends - time.monotonic()):
                 return None
             self._fill()
+
+    def _passes(self, timeout_s: float) -> bool:
+        """Whether the gate lets anything pass within the timeout."""
+        ends = time.monotonic() + timeout_s
+        while (wait_s := self._gate.wait_s(now_s := time.monotonic())) > 0:
+            if now_s + wait_s > ends:
+                time.sleep(max(0.0, ends - now_s))
+                return False
+            time.sleep(wait_s)
+        return True
 
     def _fill(self) -> None:
         try:

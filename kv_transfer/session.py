@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from kv_transfer.gate import Gate
 from kv_transfer.messages import TransferMessage
 from kv_transfer.wire import decode_transfer_message, encode_transfer_message
 from tandem.cluster_access import ClusterAccess
@@ -28,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 MAX_PEERS = 256
 MAX_QUEUED_MESSAGES = 1024
-CONNECT_TIMEOUT_S = 3.0
+CONNECT_TIMEOUT_S = 2.0
 WRITE_TIMEOUT_S = 5.0
 # The end that listens says every second that its loop runs: sooner and truer than what TCP knows of a peer
 # that is stopped or stuck.
 BEAT_INTERVAL_S = 1.0
-BEAT_TIMEOUT_S = 6.0
+BEAT_TIMEOUT_S = 3.0
 RECONNECT_DELAY_S = 0.05
 MAX_LOSSES = 2  # in a row, without a sign of life in between
 INCARNATION_KEY = "tandem-target-incarnation"
@@ -55,7 +56,8 @@ class TransferSessions(pb_grpc.TransferServicer):
     protocol repeats what is not answered.
 
     `incarnation` is this worker's own: streams meant for another are refused. It is None, and every stream is taken,
-    until whoever registers the worker sets it. `access` is shown to peers; who may call is the server's matter.
+    until whoever registers the worker sets it. `access` is shown to peers; who may call is the server's matter. `gate`:
+    when anything may pass, either way.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class TransferSessions(pb_grpc.TransferServicer):
         on_peer_gone: Callable[[WorkerId, int], None],
         incarnation: int | None = None,
         access: ClusterAccess | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self.incarnation = incarnation
+        self._gate = gate or Gate()
         self._worker_id = worker_id
         self._access = access or ClusterAccess()
         self._on_message = on_message
@@ -89,7 +93,7 @@ class TransferSessions(pb_grpc.TransferServicer):
         peer = self._peers.get(key)
         if peer is None:
             self._make_room()
-            peer = self._peers[key] = _Peer(to, self._on_peer_gone, self._access)
+            peer = self._peers[key] = _Peer(to, self._on_peer_gone, self._access, self._gate)
         self._peers.move_to_end(key)
         peer.send(message)
 
@@ -123,6 +127,7 @@ class TransferSessions(pb_grpc.TransferServicer):
 
         Ends with FAILED_PRECONDITION when another incarnation is meant, INVALID_ARGUMENT on a malformed message.
         """
+        await self._gate.passing()
         wanted = {str(value) for key, value in context.invocation_metadata() or () if key == INCARNATION_KEY}
         if self.incarnation is not None and wanted != {str(self.incarnation)}:
             await context.abort(
@@ -130,7 +135,7 @@ class TransferSessions(pb_grpc.TransferServicer):
                 f"{INCARNATION_KEY}: is {sorted(wanted)}, worker {self._worker_id} is incarnation {self.incarnation}",
             )
         writing = asyncio.Lock()
-        beats = asyncio.create_task(_beat(context, writing))
+        beats = asyncio.create_task(_beat(context, writing, self._gate))
         try:
             malformed = await self._listen(request_iterator)
         finally:
@@ -150,14 +155,16 @@ class TransferSessions(pb_grpc.TransferServicer):
                 message = decode_transfer_message(wire)
             except ValueError as error:
                 return str(error)
+            await self._gate.passing()
             self._on_message(message)
         return None
 
 
 async def _beat(
-    context: grpc.aio.ServicerContext[pb.TransferMessage, pb.TransferMessage], writing: asyncio.Lock
+    context: grpc.aio.ServicerContext[pb.TransferMessage, pb.TransferMessage], writing: asyncio.Lock, gate: Gate
 ) -> None:
     while True:
+        await gate.passing()
         async with writing:
             await context.write(pb.TransferMessage())
         await asyncio.sleep(BEAT_INTERVAL_S)
@@ -166,9 +173,12 @@ async def _beat(
 class _Peer:
     """The stream to one incarnation of one peer: a queue and a task that exists while there is something to write."""
 
-    def __init__(self, address: WorkerAddress, on_gone: Callable[[WorkerId, int], None], access: ClusterAccess) -> None:
+    def __init__(
+        self, address: WorkerAddress, on_gone: Callable[[WorkerId, int], None], access: ClusterAccess, gate: Gate
+    ) -> None:
         self._address = address
         self._access = access
+        self._gate = gate
         self._on_gone = on_gone
         self._queue: deque[TransferMessage] = deque()
         self._ready = asyncio.Event()  # something is queued
@@ -226,12 +236,14 @@ class _Peer:
         writing: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await self._gate.passing()
                 ended = not isinstance(await call.read(), pb.TransferMessage)
             self._alive = not ended
             writing = asyncio.create_task(self._write(call))
             while not ended and not writing.done():
                 async with asyncio.timeout(BEAT_TIMEOUT_S):
                     ended = not isinstance(await call.read(), pb.TransferMessage)
+                    await self._gate.passing()
             if writing.done():
                 writing.result()
         finally:
@@ -247,6 +259,7 @@ class _Peer:
             while self._queue:
                 message = self._queue[0]
                 async with asyncio.timeout(WRITE_TIMEOUT_S):
+                    await self._gate.passing()
                     await call.write(encode_transfer_message(message))
                 if self._queue and self._queue[0] is message:
                     self._queue.popleft()

@@ -170,17 +170,20 @@ class SourceEnd(Machine[S]):
         return self._send_more(now_ms) if tried is None else self._fail(now_ms, tried)
 
     def _lost(self, now_ms: int, event: FrameFailed) -> str | None:
-        """Has what failed go again; says why not, when it has failed too often."""
+        """Has what failed go again; says why not, when it has failed too often, or when nothing gets through.
+
+        The agent has made the link anew before it says so: to try again here would be to wait as long again.
+        """
         assert self._window is not None
-        lost = self._window.in_flight if event.sequence is None else (event.sequence,)
-        for sequence in lost:
-            frame = self._window.failed(sequence)
-            if frame is None:
-                self.num_ignored += 1
-            elif frame.tries > self.config.resends_max:
-                return f"frame {sequence} failed {frame.tries} times, at last: {event.reason}"
-            else:
-                self.story.tell(now_ms, f"frame {sequence} failed: {event.reason}")
+        if event.sequence is None:
+            return f"no frame gets through: {event.reason}"
+        frame = self._window.failed(event.sequence)
+        if frame is None:
+            self.num_ignored += 1
+        elif frame.tries > self.config.resends_max:
+            return f"frame {event.sequence} failed {frame.tries} times, at last: {event.reason}"
+        else:
+            self.story.tell(now_ms, f"frame {event.sequence} failed: {event.reason}")
         return None
 
     # ---- others end it -----------------------------------------------------------------------------------------------

@@ -53,7 +53,9 @@ from tandem.messages import (
     TransferStats,
     WorkerAddress,
 )
-from tandem.request import RequestId, Token, TransferId
+from tandem.request import RequestId, Token, TransferId, is_canary
+
+CANARY_RANK = -2.0  # before all that wait; ranks begin at 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,6 +109,10 @@ class PrefillCore:
     def has_attempt(self, transfer_id: TransferId) -> bool:
         """Whether this is the source of a transfer that is not closed."""
         return transfer_id in self._attempts
+
+    def machines(self) -> list[SourceHandoff]:
+        """The attempts that are not closed."""
+        return [each.machine for each in self._attempts.values()]
 
     def stories(self) -> list[str]:
         """The story of every attempt that is not closed."""
@@ -277,7 +283,7 @@ class PrefillCore:
         for rank, place in enumerate(self.places):
             sequence = self._batch.get(place.request_id)
             assert sequence is not None, f"{place.request_id} left while it was ranked"
-            sequence.priority = float(rank)
+            sequence.priority = CANARY_RANK if is_canary(place.request_id) else float(rank)
 
     def planned(self, now_ms: int, plan: StepPlan) -> None:
         """The step is about to run."""
@@ -288,8 +294,11 @@ class PrefillCore:
 
     def stepped(self, now_ms: int, plan: StepPlan, outcome: StepOutcome) -> list[Action]:
         """The step has run and is booked: finished chunks leave, a first token ends the prefill."""
+        if not plan.rows:
+            return self._offer_next(now_ms)
         prefills = [row for row in plan.rows if len(row.tokens) > 1]
-        if len(prefills) == len(plan.rows):
+        copies = plan.copies_out or plan.copies_back  # whose time is not a prefill's
+        if len(prefills) == len(plan.rows) and not copies and not any(is_canary(row.request_id) for row in prefills):
             self.queue.cost.observe([(len(row.tokens), row.position) for row in prefills], now_ms - self._planned_ms)
         self.queue.ran(now_ms, [row.request_id for row in plan.rows])
         tokens = {token.request_id: token for token in outcome.tokens}

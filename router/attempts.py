@@ -10,7 +10,7 @@ from router.move import EPOCHS_PER_PLACEMENT, MOVES_MAX
 from router.moves import Moves
 from router.outbox import Outbox
 from router.owners import Owners
-from router.placement import Ask, NoPlacement, Placement, Placer
+from router.placement import Ask, NoPlacement, Placement, Placer, WorkerKey
 from router.request import Request, RequestState
 from tandem.messages import AssignMode, CancelAssigned, WorkerAddress
 from tandem.request import TransferId
@@ -37,6 +37,7 @@ class Attempts:
         self._moves = moves
         self._outbox = outbox
         self._next_epoch = first_epoch
+        self._resting: dict[tuple[WorkerKey, WorkerKey], int] = {}  # source and target: until when
 
     def epochs_from(self, first_epoch: int) -> None:
         """All epochs from now on are at least this one."""
@@ -44,7 +45,8 @@ class Attempts:
 
     def begin(self, now_ms: int, request: Request) -> NoPlacement | None:
         """Places the request, or says why it cannot be placed now."""
-        ask = self._ask(request)
+        self._resting = {pair: until_ms for pair, until_ms in self._resting.items() if until_ms > now_ms}
+        ask = self.ask(request)
         found = self._placer.place(now_ms, ask)
         if isinstance(found, NoPlacement):
             return found
@@ -63,7 +65,20 @@ class Attempts:
         self._owners.close(request)
         request.involved = []
 
-    def _ask(self, request: Request) -> Ask:
+    def failed(self, now_ms: int, request: Request) -> None:
+        """A handoff of the request has failed: others need not find out, too, that its two workers do not get through.
+
+        What rests is forgotten after a moment, so no list of it outlives the membership.
+        """
+        placement = request.placement
+        if placement is None or placement.mode is AssignMode.LOCAL:
+            return
+        source, target = placement.prefill_worker, placement.decode_worker
+        pair = ((source.worker_id, source.incarnation), (target.worker_id, target.incarnation))
+        self._resting[pair] = now_ms + self._config.pair_rest_ms
+
+    def ask(self, request: Request) -> Ask:
+        """What placement needs to know of the request now."""
         for first in islice(self._fleet, 1):  # all workers of a fleet serve one model
             request.hash_blocks(first.info.namespace, first.info.block_size)
         return Ask(
@@ -72,6 +87,9 @@ class Attempts:
             priority=request.new.priority,
             hashes=request.hashes,
             avoid=frozenset(request.avoid),
+            resting=frozenset(self._resting),
+            recovers=request.num_replacements > 0,
+            pinned=request.new.canary,
         )
 
     def _assign(self, now_ms: int, request: Request, ask: Ask, placement: Placement) -> None:
@@ -93,15 +111,16 @@ class Attempts:
         request.attempt_has_token = False
         where = source.worker_id if local else f"{source.worker_id} -> {target.worker_id}"
         request.tell(now_ms, f"placed on {where} at epoch {epoch}: {placement.reason}")
-        self._fleet.charge_prefill(
-            source,
-            request.request_id,
-            now_ms=now_ms,
-            predicted_ms=placement.prefill_ms,
-            num_uncached=request.num_tokens - placement.num_cached_tokens,
-            num_tokens=request.num_tokens,
-        )
-        self._placer.charge(now_ms, placement.prefill_ms)
+        if request.new.canary is None:  # of which nobody is to learn what a prefill takes
+            self._fleet.charge_prefill(
+                source,
+                request.request_id,
+                now_ms=now_ms,
+                predicted_ms=placement.prefill_ms,
+                num_uncached=request.num_tokens - placement.num_cached_tokens,
+                num_tokens=request.num_tokens,
+            )
+            self._placer.charge(now_ms, placement.prefill_ms)
         self._fleet.reserve(
             target,
             request.request_id,

@@ -1,6 +1,8 @@
 """One gRPC stream from the router to each worker: dialled, kept, and dialled again until it is closed.
 
 A shell: it turns messages into protobuf and tells what it hears; what follows from that is decided in router/core.py.
+A worker answers the hello at once and then beats, with empty reports, while it has nothing to say: heartbeats to the
+registry go another way, and that they come says nothing of this stream.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ class WorkerLink:
         self._on_lost = on_lost
         self._queue: asyncio.Queue[RouterMessage] | None = None  # None while no stream stands
         self._failed: asyncio.Future[str] | None = None
+        self._num_heard = 0  # messages, beats included
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> asyncio.Task[None]:
@@ -118,14 +121,20 @@ class WorkerLink:
             hello = pb.RouterHello(router_id=self._config.router_id, session=self._next_session())
             async with asyncio.timeout(timeout_s):
                 await call.write(pb.RouterMessage(hello=hello))
+                if not isinstance(first := await call.read(), pb.WorkerReport):
+                    return False, "the worker ended the stream at once"
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
             if call is not None:
                 call.cancel()
             return False, _say(error)
         self._queue = asyncio.Queue(self._config.send_queue_max)
         self._failed = asyncio.get_running_loop().create_future()
-        tasks = [asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call, self._queue))]
         self._on_up()
+        tasks = [
+            asyncio.create_task(self._read(call, first)),
+            asyncio.create_task(self._write(call, self._queue)),
+            asyncio.create_task(self._watch()),
+        ]
         try:
             done, _ = await asyncio.wait([*tasks, self._failed], return_when=asyncio.FIRST_COMPLETED)
             reason = next(iter(done)).result()
@@ -140,13 +149,28 @@ class WorkerLink:
             self._on_lost(reason)
         return True, reason
 
-    async def _read(self, call: grpc.aio.StreamStreamCall[pb.RouterMessage, pb.WorkerReport]) -> str:
+    async def _read(
+        self, call: grpc.aio.StreamStreamCall[pb.RouterMessage, pb.WorkerReport], first: pb.WorkerReport
+    ) -> str:
+        message: object = first
         try:
-            async for message in call:
-                self._on_report(wire.decode_report(message))
+            while isinstance(message, pb.WorkerReport):
+                self._num_heard += 1
+                if not wire.is_beat(message):
+                    self._on_report(wire.decode_report(message))
+                message = await call.read()
         except (grpc.aio.AioRpcError, ValueError) as error:
             return _say(error)
         return "the worker ended the stream"
+
+    async def _watch(self) -> str:
+        """Until the worker is silent for too long. Waits in a row count, not seconds: this process may be stopped."""
+        num_missed, num_heard = 0, self._num_heard
+        while num_missed <= self._config.beats_missed_max:
+            await asyncio.sleep(self._config.beat_ms / 1000)
+            num_missed = num_missed + 1 if self._num_heard == num_heard else 0
+            num_heard = self._num_heard
+        return f"no sign of life for {num_missed * self._config.beat_ms} ms"
 
     async def _write(
         self,

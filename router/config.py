@@ -20,11 +20,15 @@ class RouterConfig:
     queued_tokens_max: int = 2_000_000  # prompt tokens admitted and without a first token yet
     queue_wait_ms: int = 120_000  # for memory on a decode worker
     workers_wait_ms: int = 30_000  # for any worker at all; a Ray that died and its workers are back sooner
+    miss_chance_max: float = 0.8  # of an interactive request that is taken in, to miss a target it names
     # Stages of a request.
     request_deadline_ms: int = 900_000
     handoff_deadline_ms: int = 30_000  # placement to commit, beside the predicted prefill
     decode_stall_ms: int = 60_000  # without a token from the owner
-    replacements_max: int = 3
+    replacements_max: int = 3  # in vain: without a token in between
+    replacements_all_max: int = 64  # of one request, whether or not they got on: no request kills workers for ever
+    salvage_ms: int = 100  # so long what landed of an attempt whose source was lost may become prefix cache
+    pair_rest_ms: int = 3_000  # two workers get no handoff for so long after one of theirs failed, if others can
     replace_backoff_ms: int = 200  # before the second re-placement; doubles
     # Placement.
     local_prefill_tokens: int = 256  # 0 switches local prefill on warm decode workers off
@@ -48,12 +52,15 @@ class RouterConfig:
     send_queue_max: int = 4096  # messages towards one worker
     dial_timeout_ms: int = 5_000
     send_timeout_ms: int = 5_000
+    beat_ms: int = 1_000  # a worker gives a sign of life on its stream as often
+    beats_missed_max: int = 3
     redial_ms: int = 100  # doubles up to redial_max_ms
     redial_max_ms: int = 2_000
 
     def __post_init__(self) -> None:
         may_be_zero = {"local_prefill_tokens", "decode_reserve_tokens", "replacements_max", "report_lag_ms"}
-        may_be_zero |= {"tie_percent", "replace_backoff_ms", "move_dwell_ms"}
+        may_be_zero |= {"tie_percent", "replace_backoff_ms", "move_dwell_ms", "pair_rest_ms"}
+        may_be_zero |= {"salvage_ms", "miss_chance_max"}
         if not self.router_id:
             raise ValueError("router_id: must not be empty")
         for each in fields(self):

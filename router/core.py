@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kv_transfer.handoff_source import FAILED_CODE as HANDOFF_FAILED
-from router import admission, commit
+from router import commit, recovery
+from router.admission import Admission
 from router.attempts import Attempts
 from router.config import RouterConfig
 from router.events import (
@@ -47,7 +48,7 @@ from router.line import Line
 from router.moves import Moves
 from router.outbox import Outbox
 from router.owners import Owners
-from router.placement import NoPlacement, Placer, Why
+from router.placement import NoPlacement, Placer
 from router.prefix_index import PrefixIndex
 from router.request import Request, RequestState, StatusSnapshot, snapshot, worker_snapshot
 from router.store import EmbeddedOwners, OwnerStore
@@ -58,11 +59,9 @@ from tandem.errors import (
     DuplicateRequest,
     InvalidRequest,
     NotFinite,
-    Overloaded,
     RequestLost,
     StepFailed,
     TandemError,
-    Unavailable,
 )
 from tandem.messages import (
     AssignMode,
@@ -91,7 +90,8 @@ class RouterCore:
             config, self._fleet, self._placer, self._owners, self._moves, self._outbox, first_epoch=first_epoch
         )
         self._requests: dict[RequestId, Request] = {}
-        self._line = Line(config)
+        self.line = self._line = Line(config)  # likewise
+        self._admission = Admission(config, placer=self._placer, line=self._line, ask=self._attempts.ask)
         self._history = History(keep_ms=config.history_ms, num_max=config.history_max)
         self._queued_tokens = 0
         self._now_ms = 0
@@ -141,10 +141,6 @@ class RouterCore:
 
     def _submit(self, event: Submitted) -> None:
         new = event.request
-        error = self._submit_error(event)
-        if error is not None:
-            self._outbox.add(Refuse(request_id=new.request_id, error=error))
-            return
         bound_ms = min(new.deadline_ms or self._config.request_deadline_ms, self._config.request_deadline_ms)
         request = Request(
             new=new,
@@ -153,35 +149,39 @@ class RouterCore:
             stage_since_ms=self._now_ms,
             answer=list(event.answer),
         )
+        error = self._submit_error(event, request)
+        if error is not None:
+            self._outbox.add(Refuse(request_id=new.request_id, error=error))
+            return
         self._attempts.epochs_from(event.first_epoch)
         request.tell(self._now_ms, f"taken over after {len(event.answer)} tokens" if event.taken_over else "admitted")
         self._requests[new.request_id] = request
         self._queued_tokens += len(new.tokens)
+        if new.canary is not None:
+            self._place(request)
+            return
         self._line.append(request)
         self._look_again = True
 
-    def _submit_error(self, event: Submitted) -> TandemError | None:
+    def _submit_error(self, event: Submitted, request: Request) -> TandemError | None:
         new = event.request
         if new.request_id in self._requests:
             return DuplicateRequest(f"a request of id {new.request_id!r} is being served")
         if not new.tokens:
             return InvalidRequest("prompt", "is empty; at least one token is needed")
-        if event.taken_over:
+        if event.taken_over or new.canary is not None:
             return None
-        return admission.refusal(
-            self._config,
-            num_requests=len(self._requests),
-            queued_tokens=self._queued_tokens,
-            new_tokens=len(new.tokens),
-            predicted_wait_ms=self._placer.shortest_wait_ms(self._now_ms),
+        return self._admission.refusal(
+            self._now_ms, request, num_requests=len(self._requests), queued_tokens=self._queued_tokens
         )
 
     def _place(self, request: Request) -> NoPlacement | None:
         found = self._attempts.begin(self._now_ms, request)
-        if found is not None and found.why is Why.NEVER_FITS:
-            self._fail(request, InvalidRequest("prompt", found.reason))
-            return None
-        return found
+        error = None if found is None else self._line.hopeless(request, found)
+        if error is None:
+            return found
+        self._fail(request, error)
+        return None
 
     # ---- workers ---------------------------------------------------------------------------------------------------
 
@@ -328,10 +328,12 @@ class RouterCore:
         if request.first_token_ms is None:
             request.first_token_ms = self._now_ms
             self._queued_tokens -= len(request.new.tokens)
+            self._admission.first_token(self._now_ms, request)
             request.tell(self._now_ms, "first token")
         if request.landing is not None:
             self._moves.landed(self._now_ms, request)
         request.last_token_ms = self._now_ms
+        request.num_in_vain = 0
         request.answer.append(token)
         self._outbox.deliver(request.request_id, token)
         if token.finish is not None:
@@ -392,7 +394,8 @@ class RouterCore:
         elif failed.retryable:
             # Of a handoff that failed the other end is to blame, as far as who reports it can see.
             others = [each for each in request.involved if each is not worker and failed.code == HANDOFF_FAILED]
-            self._step(request, worker, AttemptLost(why, tuple(each.key for each in others or [worker])))
+            blamed = [] if request.state is RequestState.ORPHANED else others or [worker]  # then it is who is gone
+            self._step(request, worker, AttemptLost(why, tuple(each.key for each in blamed)))
         elif failed.code == InvalidRequest.code:
             self._fail(request, InvalidRequest("request", failed.message))
         elif failed.code in (NotFinite.code, StepFailed.code):
@@ -405,15 +408,16 @@ class RouterCore:
     def _on_worker_gone(self, request: Request, worker: Worker | None, gone: RequestEvent) -> None:
         """A target that is lost ends its move alone. Behind a lost source the target may hold all of the request."""
         assert isinstance(gone, WorkerGone)
-        if request.move is None:
-            self._step(request, worker, AttemptLost(gone.reason))
-        elif worker is request.move.target:
+        heir = recovery.heir(request)
+        if request.move is not None and worker is request.move.target:
             self._step(request, worker, MoveLost(gone.reason))
+        elif heir is None:
+            self._step(request, worker, AttemptLost(gone.reason))
         else:
             request.state = RequestState.ORPHANED
             request.stage_deadline_ms = self._now_ms + self._config.orphan_commit_ms
             request.last_failure = gone.reason
-            request.tell(self._now_ms, f"{gone.reason}; {request.move.target.worker_id} may hold all of it")
+            request.tell(self._now_ms, f"{gone.reason}; {heir.worker_id} may hold all of it")
 
     def _on_move_lost(self, request: Request, worker: Worker | None, lost: RequestEvent) -> None:
         assert isinstance(lost, MoveLost)
@@ -448,34 +452,29 @@ class RouterCore:
     def _on_attempt_lost(self, request: Request, worker: Worker | None, lost: RequestEvent) -> None:
         """Ends the attempt everywhere and lets the request wait for another place, or gives it up."""
         assert isinstance(lost, AttemptLost)
+        salvages = recovery.leaves_blocks(request)
         self._attempts.end(self._now_ms, request, lost.reason)
         request.avoid.update(lost.suspects)
+        if lost.suspects and request.state is not RequestState.DECODING:
+            self._attempts.failed(self._now_ms, request)
         request.last_failure = lost.reason
         request.tell(self._now_ms, f"attempt lost: {lost.reason}")
-        if request.num_replacements >= self._config.replacements_max:
-            error = f"placed {request.num_replacements + 1} times in vain; at last: {lost.reason}"
-            self._fail(request, RequestLost(error))
+        given_up = recovery.exhausted(self._config, request)
+        if given_up:
+            self._fail(request, RequestLost(f"{given_up}; at last: {lost.reason}"))
             return
-        request.num_replacements += 1
         request.state = RequestState.ADMITTED
         request.stage_since_ms = self._now_ms
-        backoff = (1 << (request.num_replacements - 1)) - 1
-        request.not_before_ms = self._now_ms + self._config.replace_backoff_ms * backoff
+        request.not_before_ms = self._now_ms + recovery.pause_ms(self._config, request, salvages=salvages)
         self._line.appendleft(request)
         self._look_again = True
 
     def _on_wait_due(self, request: Request, worker: Worker | None, event: RequestEvent) -> None:
-        why = "its turn did not come" if self._line.blocked is None else self._line.blocked.reason
-        message = f"waited {self._now_ms - request.stage_since_ms} ms: {why}"
-        message += f"; before that: {request.last_failure}" if request.last_failure else ""
-        if self._line.lacks_workers:
-            self._fail(request, Unavailable(message))
-        else:
-            self._fail(request, Overloaded(message, retry_after_ms=self._config.workers_wait_ms))
+        self._fail(request, self._line.overdue(self._now_ms, request))
 
     def _on_attempt_due(self, request: Request, worker: Worker | None, event: RequestEvent) -> None:
         if request.state is RequestState.ORPHANED:  # of its two workers the one to blame is gone
-            self._step(request, worker, AttemptLost(f"{request.last_failure}; no commit of its move followed"))
+            self._step(request, worker, AttemptLost(f"{request.last_failure}; no commit followed"))
             return
         after_ms = self._now_ms - request.placed_ms
         what = {
@@ -510,9 +509,12 @@ class RouterCore:
     def _finish(self, request: Request, reason: FinishReason, by: Worker | None) -> None:
         """`by` wrote the last token and needs no telling."""
         request.state = RequestState.FINISHED
+        if by is not None and request.placement is not None and request.num_moves == 0:
+            self._fleet.served((request.placement.source, by.key), request.placed_ms)
         if by is not None and by in request.involved:
             request.involved.remove(by)
             self._fleet.forget(by, request.request_id)
+        self._admission.ended(self._now_ms)
         request.tell(self._now_ms, f"finished: {reason.value}")
         self._outbox.add(Finish(request_id=request.request_id, reason=reason, usage=request.usage()))
         self._end(request, "")
@@ -529,7 +531,9 @@ class RouterCore:
         if request.first_token_ms is None:
             self._queued_tokens -= len(request.new.tokens)
         del self._requests[request.request_id]
-        self._history.add(self._now_ms, ended)
+        self._line.tidy(len(self._requests))
+        if request.new.canary is None:
+            self._history.add(self._now_ms, ended)
         self._look_again = True
 
     def _answer(self, worker: Worker, request_id: RequestId, transfer_id: TransferId, refused: str = "") -> None:
@@ -544,7 +548,8 @@ class RouterCore:
             for each in (*self._fleet, *self._fleet.dead())
         ]
         waits_for = "" if self._line.blocked is None else self._line.blocked.reason
-        running = [snapshot(each, now_ms, waits_for=waits_for) for each in self._requests.values()]
+        clients = [each for each in self._requests.values() if each.new.canary is None]
+        running = [snapshot(each, now_ms, waits_for=waits_for) for each in clients]
         return StatusSnapshot(
             now_ms=now_ms,
             workers=tuple(workers),

@@ -41,6 +41,7 @@ from router.events import (
     WorkerLost,
     WorkerSuspected,
 )
+from router.fleet import Fleet
 from router.move import MoveReason, MoveRecord
 from router.request import StatusSnapshot
 from router.transcripts import Ended, Keep, Kept, Transcripts
@@ -398,6 +399,11 @@ class Driver:
     def worker_draining(self, worker_id: WorkerId, incarnation: int, draining: bool = True) -> None:
         """It finishes what it has and gets nothing new; or, `draining` False, it gets work again."""
         self._feed(WorkerDraining(worker_id=worker_id, incarnation=incarnation, draining=draining))
+
+    @property
+    def fleet(self) -> Fleet:
+        """The workers as the router sees them, to be read only."""
+        return self._core.fleet
 
     def status(self) -> StatusSnapshot:
         """Workers and requests, also those that ended in the last minutes."""

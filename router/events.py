@@ -15,7 +15,7 @@ from tandem.messages import (
     WorkerInfo,
     WorkerReport,
 )
-from tandem.request import FinishReason, RequestId, Sampling, Token, WorkerId
+from tandem.request import FinishReason, Pair, RequestId, Sampling, Slo, Token, WorkerId
 
 # ---- events ------------------------------------------------------------------------------------------------------
 
@@ -26,7 +26,8 @@ class NewRequest:
 
     `deadline_ms` 0: the router's own bound. `priority`: 0 to PRIORITY_MAX, the highest first. `model` is for status
     only. `owner` is the name of the API key that asked, empty when none is needed: nobody else hears of the request.
-    `cache_salt`, empty or 16 bytes: prefixes are shared only among requests of the same.
+    `cache_salt`, empty or 16 bytes: prefixes are shared only among requests of the same. `canary`: the cluster asks
+    itself; it goes to this pair at once, or fails, and status does not show it.
     """
 
     request_id: RequestId
@@ -37,6 +38,8 @@ class NewRequest:
     model: str = ""
     owner: str = ""
     cache_salt: bytes = b""
+    slo: Slo | None = None
+    canary: Pair | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

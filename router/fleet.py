@@ -10,10 +10,11 @@ from typing import TypeVar
 
 from router.cost import CostModel
 from tandem.messages import Role, WorkerAddress, WorkerInfo, WorkerLoad
-from tandem.request import RequestId, WorkerId, weight_of
+from tandem.request import Pair, RequestId, WorkerId, weight_of
 
 _Key = TypeVar("_Key", bound=tuple[float, int])
 
+COSTS_MAX = 64  # classes of workers that are remembered
 DEAD_MAX = 32  # dead workers that status still shows
 
 
@@ -91,7 +92,8 @@ class Worker:
         if self.load is not None:
             counts = self.load.blocks
             unseen = max(0, self.num_arriving_blocks - counts.granted)  # promised, and not in its report yet
-            left = min(left, counts.free + counts.cached - unseen)
+            # What is swapped out there wants its blocks back.
+            left = min(left, counts.free + counts.cached - unseen - self.load.swap.used)
         return left
 
     @property
@@ -113,6 +115,7 @@ class Fleet:
         self._by_slot: dict[int, Worker] = {}
         self._dead: dict[WorkerId, Worker] = {}
         self._costs: dict[str, CostModel] = {}
+        self._served_ms: dict[Pair, int] = {}
         self._free_slots: list[int] = []
         self._next_slot = 0
         self.ready = dict.fromkeys(Role, 0)  # bit masks of slots
@@ -148,6 +151,9 @@ class Fleet:
             slot = self._next_slot
             self._next_slot += 1
         cost = self._costs.setdefault(f"{info.fingerprint}/{info.dtype}/{info.model}", CostModel())
+        if len(self._costs) > COSTS_MAX:  # classes of workers that come no more
+            alive = [cost, *(each.cost for each in self._workers.values())]
+            self._costs = {name: each for name, each in self._costs.items() if any(each is one for one in alive)}
         worker = Worker(slot=slot, info=info, incarnation=incarnation, cost=cost)
         self._workers[info.worker_id] = worker
         self._by_slot[slot] = worker
@@ -163,9 +169,19 @@ class Fleet:
         del self._workers[worker.worker_id]
         del self._by_slot[worker.slot]
         self._free_slots.append(worker.slot)
+        self._served_ms = {pair: at_ms for pair, at_ms in self._served_ms.items() if worker.key not in pair}
         self._dead[worker.worker_id] = worker
         while len(self._dead) > DEAD_MAX:
             del self._dead[next(iter(self._dead))]
+
+    def served(self, pair: Pair, at_ms: int) -> None:
+        """The first of the pair prefilled and the second decoded, to its end, what they were given at that time."""
+        if all(self.get(*key) is not None for key in pair):
+            self._served_ms[pair] = max(at_ms, self._served_ms.get(pair, at_ms))
+
+    def served_ms(self, pair: Pair) -> int | None:
+        """When the pair was last given something that it has served; None: never."""
+        return self._served_ms.get(pair)
 
     def linked(self, worker: Worker, up: bool) -> None:
         """The router's stream to the worker stands, or broke."""

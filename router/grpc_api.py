@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 # Adds a service to the server and returns its full name.
 AddService = Callable[[grpc.aio.Server], str]
-# Ends a request that another router may have; whether one had it.
+# Ends a request that another router may have; whether one had it. Raises TandemError when that is not known.
 CancelElsewhere = Callable[[str, str | None], Awaitable[bool]]
 
 
@@ -93,7 +93,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         only = CALLER.get().only
         found = self._service.cancel(request.request_id, "cancelled by a client", only)
         if not found and self._cancel_elsewhere is not None:
-            found = await self._cancel_elsewhere(request.request_id, only)
+            try:
+                found = await self._cancel_elsewhere(request.request_id, only)
+            except TandemError as error:
+                await _abort(context, error)
         return inference_pb2.CancelResponse(found=found)
 
     async def Tokenize(
@@ -145,6 +148,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 fields=fields,
                 priority=request.priority,
                 caller=CALLER.get(),
+                slo_class=request.slo_class,
+                ttft_target_ms=request.ttft_target_ms,
+                tpot_target_ms=request.tpot_target_ms,
                 idempotency_key=request.idempotency_key,
                 resume_ms=request.resume_ms,
                 form={"token_ids": request.return_token_ids},

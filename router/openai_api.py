@@ -14,7 +14,6 @@ from http import HTTPStatus
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from router.answer import Answers, Piece
@@ -32,9 +31,10 @@ from router.openai_stream import (
     error_body,
     whole_reply,
 )
+from router.request_body import DISCONNECTED, Bodies, BodyTooLarge, BodyTooSlow
 from router.service import Ask, Service
-from router.validation import BODY_BYTES_MAX, CHOICES_MAX, SamplingFields, check_request_id, show
-from tandem.errors import Cancelled, InvalidRequest, Overloaded, TandemError
+from router.validation import CHOICES_MAX, SamplingFields, check_request_id, show
+from tandem.errors import InvalidRequest, Overloaded, TandemError
 
 log = logging.getLogger(__name__)
 
@@ -42,27 +42,12 @@ REQUEST_ID = "x-request-id"
 IDEMPOTENCY_KEY = "idempotency-key"
 RESUME_MS = "x-resume-ms"
 LAST_EVENT_ID = "last-event-id"
-_DROPPED_BYTES_MAX = 8 * BODY_BYTES_MAX
-_BODY_TIMEOUT_S = 30.0
-_DISCONNECTED = "the client disconnected"
 _DESCRIPTION = "OpenAI-compatible API of a Tandem cluster."
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-
-
-class BodyTooLarge(InvalidRequest):
-    """The body is larger than any request needs to be."""
-
-    http_status = 413
-
-
-class BodyTooSlow(InvalidRequest):
-    """The body did not come in time: its client may be half gone."""
-
-    http_status = 408
 
 
 class _NoSuchPage(TandemError):
@@ -103,11 +88,13 @@ def build_app(service: Service) -> FastAPI:
 
 
 def _add_completions(app: FastAPI, service: Service) -> None:
+    bodies = Bodies()
+
     @app.post("/v1/chat/completions", openapi_extra=_schema(ChatRequest), tags=["completions"])
     async def chat_completions(request: Request) -> Response:
         """Answers a chat; with `stream` as server-sent events."""
         with _Refusals(service, Api.CHAT):
-            asked = parse(ChatRequest, await _body(request))
+            asked = parse(ChatRequest, await bodies.read(request))
             if LAST_EVENT_ID in request.headers:
                 return await _resume(service, Api.CHAT, request)
             service.check_model(asked.model)
@@ -119,7 +106,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     async def completions(request: Request) -> Response:
         """Continues one or several prompts, each a text or token ids."""
         with _Refusals(service, Api.COMPLETIONS):
-            asked = parse(CompletionRequest, await _body(request))
+            asked = parse(CompletionRequest, await bodies.read(request))
             if LAST_EVENT_ID in request.headers:
                 return await _resume(service, Api.COMPLETIONS, request)
             service.check_model(asked.model)
@@ -160,6 +147,9 @@ async def _open(
         priority=asked.priority or 0,
         caller=CALLER.get(),
         cache_salt=asked.cache_salt or "",
+        slo_class=asked.slo_class or "",
+        ttft_target_ms=asked.ttft_target_ms or 0,
+        tpot_target_ms=asked.tpot_target_ms or 0,
         idempotency_key=request.headers.get(IDEMPOTENCY_KEY, ""),
         resume_ms=_resume_ms(request.headers.get(RESUME_MS, "0")),
         form=asdict(form),
@@ -227,7 +217,7 @@ class _Reply(Response):
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                reason = _DISCONNECTED
+                reason = DISCONNECTED
                 log.info("client disconnected request=%s", self._answers.request_id)
         finally:
             work.cancel()
@@ -290,32 +280,6 @@ async def _disconnected(receive: Receive) -> None:
     """Returns when the client is gone."""
     while (await receive())["type"] != "http.disconnect":
         continue
-
-
-async def _body(request: Request) -> bytes:
-    """The body, as long as it is within its bound.
-
-    What is over the bound is read and dropped, up to another bound: a client that is still sending when the
-    connection closes would see a reset and not the error.
-    """
-    parts, length = [], 0
-    try:
-        async with asyncio.timeout(_BODY_TIMEOUT_S):
-            async for part in request.stream():
-                length += len(part)
-                if length <= BODY_BYTES_MAX:
-                    parts.append(part)
-                elif length > _DROPPED_BYTES_MAX:
-                    break
-                else:
-                    parts.clear()
-    except TimeoutError:
-        raise BodyTooSlow("body", f"has not come in full within {_BODY_TIMEOUT_S:g} s") from None
-    except ClientDisconnect:
-        raise Cancelled(_DISCONNECTED) from None  # nobody reads the reply, but the metrics count it
-    if length > BODY_BYTES_MAX:
-        raise BodyTooLarge("body", f"has {length} bytes or more, at most {BODY_BYTES_MAX}")
-    return b"".join(parts)
 
 
 def _valid_id(request: Request) -> str:

@@ -110,6 +110,13 @@ class CommonRequest(BaseModel):
     cache_salt: str | None = Field(
         default=None, description="Prefixes are shared only among requests of the same salt, within those of the key."
     )
+    slo_class: str | None = Field(
+        default=None,
+        description="When a target below would be missed: `interactive` (default) is refused, `sheddable` the more "
+        "probably the later it would be, `batch` waits.",
+    )
+    ttft_target_ms: int | None = Field(default=None, description="Until the first token; 0: no target.")
+    tpot_target_ms: int | None = Field(default=None, description="Between two tokens on average; 0: no target.")
     return_token_ids: bool | None = Field(default=None, description="Adds `token_ids` to each choice.")
 
     @property

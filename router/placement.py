@@ -7,16 +7,16 @@ what another worker has cached), from the warmest and soonest free workers only:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
 
 from router.config import RouterConfig
-from router.fleet import Fleet, Worker
+from router.fleet import Fleet, Worker, WorkerState
 from router.prefix_index import PrefixIndex
 from tandem.messages import AssignMode, Role, WorkerAddress
-from tandem.request import WorkerId, weight_of
+from tandem.request import Incarnation, Pair, weight_of
 
 WARMEST = 4  # candidates by match
 SOONEST = 4  # candidates by queue
@@ -25,7 +25,7 @@ SCAN_MAX = 64  # how many workers without memory are passed over
 HORIZON_STEPS = 64  # decode steps that a decode worker's batch is judged over
 UTILISATION_WINDOW_MS = 10_000.0
 
-WorkerKey = tuple[WorkerId, int]
+WorkerKey = Incarnation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,31 @@ class Placement:
     prefill_ms: float  # of it, the prefill itself
     reason: str
     scores: tuple[tuple[str, float], ...]
+
+    @property
+    def source(self) -> WorkerKey:
+        """Who prefills."""
+        return self.prefill_worker.worker_id, self.prefill_worker.incarnation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What the best placement now would give a request, beside the wait for it. `num_rows`: of the batch, with it."""
+
+    ttft_ms: float
+    num_rows: int
+    step_ms: Callable[[int], float]
+
+    @property
+    def tpot_ms(self) -> float:
+        """Between two tokens."""
+        return self.step_ms(self.num_rows)
+
+    def rows_over(self, tpot_ms: float) -> float:
+        """How many requests of the batch would have to end for a step to take that long; inf: no number would do."""
+        if self.step_ms(1) > tpot_ms:
+            return math.inf
+        return next(num for num in range(self.num_rows) if self.step_ms(self.num_rows - num) <= tpot_ms)
 
 
 class Why(StrEnum):
@@ -66,7 +91,10 @@ class Ask:
     num_more: int
     priority: int = 0
     hashes: Sequence[bytes] = ()
-    avoid: frozenset[WorkerKey] = field(default=frozenset())
+    avoid: frozenset[WorkerKey] = field(default=frozenset())  # for this request
+    resting: frozenset[tuple[WorkerKey, WorkerKey]] = field(default=frozenset())  # sources and targets, for any
+    recovers: bool = False  # it was placed before: what it had computed is not to be computed again
+    pinned: Pair | None = None  # who is to prefill and to decode it, and nobody else
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +159,8 @@ class Placer:
         if never is not None:
             return never
         case = _Case(self._fleet, self._index, ask, now_ms, self._weight(now_ms))
+        if ask.pinned is not None:
+            return self._pinned(case, *ask.pinned)
         if not ready[Role.DECODE] and not ready[Role.MIXED]:
             return self._local(case, (Role.PREFILL,), "no decode worker is ready")
         if not ready[Role.PREFILL]:
@@ -139,6 +169,16 @@ class Placer:
         if warm is not None:
             return warm
         return self._disaggregated(case)
+
+    def forecast(self, now_ms: int, ask: Ask) -> Forecast | None:
+        """What the request could expect now; None when there is no place for it."""
+        found = self.place(now_ms, ask)
+        if isinstance(found, NoPlacement):
+            return None
+        address = found.decode_worker
+        target = self._fleet.get(address.worker_id, address.incarnation)
+        assert target is not None, f"{address} was placed on, and is not in the fleet"
+        return Forecast(ttft_ms=found.predicted_ms, num_rows=target.num_requests + 1, step_ms=target.cost.step_ms)
 
     def charge(self, now_ms: int, prefill_ms: float) -> None:
         """Counts a dispatched prefill into the pool's utilisation."""
@@ -164,8 +204,10 @@ class Placer:
     def _disaggregated(self, case: _Case) -> Placement | NoPlacement:
         """The best of: a prefill worker with a decode worker, or a mixed worker alone."""
         options = self._options(case, Role.PREFILL)
-        decode = self._decode(case, Role.DECODE) or self._decode(case, Role.MIXED)
+        decode = self._decode(case, Role.DECODE, options) or self._decode(case, Role.MIXED, options)
         fresh = [each for each in options if each.worker.key not in case.ask.avoid]
+        if decode is not None and case.ask.resting:
+            fresh = [each for each in fresh if (each.worker.key, decode[0].key) not in case.ask.resting] or fresh
         alone = self._options(case, Role.MIXED)
         alone = [each for each in alone if self.fits(case.ask, each.worker) and each.worker.key not in case.ask.avoid]
         tried = not fresh or (decode is not None and decode[0].key in case.ask.avoid)
@@ -188,12 +230,32 @@ class Placer:
         )
         return self._placement(best, target, AssignMode.PREFILL, reason, scores + decode_scores)
 
+    def _pinned(self, case: _Case, source_key: WorkerKey, target_key: WorkerKey) -> Placement | NoPlacement:
+        """On these two, or nowhere."""
+        source, target = self._fleet.get(*source_key), self._fleet.get(*target_key)
+        for (worker_id, _), worker in ((source_key, source), (target_key, target)):
+            if worker is None or worker.state is not WorkerState.READY:
+                return NoPlacement(why=Why.NO_WORKERS, reason=f"{worker_id} is not ready")
+        assert source is not None, "checked"
+        assert target is not None, "checked"
+        for worker in (source, target):
+            if not self.fits(case.ask, worker):
+                return NoPlacement(why=Why.NO_MEMORY, reason=f"{worker.worker_id} has no memory for it")
+        mode = AssignMode.LOCAL if source is target else AssignMode.PREFILL
+        return self._placement(self._option(case, source), target, mode, "it was asked for this pair", ())
+
     def _warm_decode(self, case: _Case) -> Placement | None:
-        """A decode worker that holds more of the prefix than every prefill worker prefills a short rest itself."""
+        """A decode worker that holds more of the prefix than every prefill worker prefills a short rest itself.
+
+        Of a request that was lost also a longer one, if that is less than half of what a prefill worker would run.
+        """
         limit = self._config.local_prefill_tokens
         if limit == 0:
             return None
         warmest = max((case.depth(each) for each in case.warm(Role.PREFILL)), default=0)
+        if case.ask.recovers:
+            elsewhere = max((case.cached(each) for each in case.warm(Role.PREFILL)), default=0)
+            limit = max(limit, (case.ask.num_tokens - elsewhere) // 2)
         for worker in case.warm(Role.DECODE):
             cached = case.cached(worker)
             if case.depth(worker) <= warmest or case.ask.num_tokens - cached > limit:
@@ -223,13 +285,22 @@ class Placer:
         scores = tuple((str(each.worker.worker_id), round(each.score_ms, 3)) for each in options)
         return self._placement(best, best.worker, AssignMode.LOCAL, why, scores)
 
-    def _decode(self, case: _Case, role: Role) -> tuple[Worker, tuple[tuple[str, float], ...]] | None:
-        """The decode worker with memory whose batch and missing blocks cost least; tried ones only when all were."""
+    def _decode(
+        self, case: _Case, role: Role, sources: Sequence[_Option]
+    ) -> tuple[Worker, tuple[tuple[str, float], ...]] | None:
+        """The decode worker with memory whose batch and missing blocks cost least.
+
+        Tried ones only when all were, and then one that some source gets through to, as far as is known.
+        """
         warm = case.warm(role)
         least = islice(self._fleet.fewest_requests(role), SCAN_MAX)
         few = islice((each for each in least if self.fits(case.ask, each)), LEAST_LOADED)
         candidates = [each for each in _distinct(warm, few) if self.fits(case.ask, each)]
         candidates = [each for each in candidates if each.key not in case.ask.avoid] or candidates
+        if case.ask.resting:
+            keys = [each.worker.key for each in sources if each.worker.key not in case.ask.avoid]
+            reached = [each for each in candidates if any((key, each.key) not in case.ask.resting for key in keys)]
+            candidates = reached or candidates
         scored = []
         for worker in candidates:
             missing = case.ask.num_tokens - case.cached(worker)

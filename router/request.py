@@ -25,7 +25,7 @@ class RequestState(StrEnum):
     PREFILLING = "prefilling"  # assigned; no token of this attempt yet
     HANDING_OFF = "handing_off"  # the source wrote its first token; the commit is awaited
     DECODING = "decoding"  # the worker that owns it writes token after token
-    ORPHANED = "orphaned"  # that worker is lost, and the target of a move may hold all of it: its commit is awaited
+    ORPHANED = "orphaned"  # its owner is lost, and the target of its handoff or move may hold all of it: see to commit
     FINISHED = "finished"
     CANCELLED = "cancelled"  # by its client: on purpose, by leaving, or by not reading
     FAILED = "failed"
@@ -90,6 +90,7 @@ class Request:
     involved: list[Worker] = field(default_factory=list)
     avoid: set[WorkerKey] = field(default_factory=set)
     num_replacements: int = 0
+    num_in_vain: int = 0  # of them, since a token was delivered
     not_before_ms: int = 0
     placed_ms: int = 0
     last_epoch: int = 0  # of those that its placement may use

@@ -31,6 +31,7 @@ from router.validation import (
     check_request_id,
     check_resuming,
     check_sampling,
+    check_slo,
     check_stops,
     show,
 )
@@ -107,6 +108,9 @@ class Ask:
     priority: int = 0
     caller: Caller = ANYBODY
     cache_salt: str = ""
+    slo_class: str = ""
+    ttft_target_ms: int = 0
+    tpot_target_ms: int = 0
     idempotency_key: str = ""
     resume_ms: int = 0
     form: Mapping[str, object] = field(default_factory=dict)
@@ -197,6 +201,7 @@ class Service:
         check_num_choices(ask.n, len(ask.prompts))
         check_priority(ask.priority)
         check_cache_salt(ask.cache_salt)
+        check_slo(ask.slo_class, ask.ttft_target_ms, ask.tpot_target_ms)
         check_resuming(ask.idempotency_key, ask.resume_ms, num_answers=ask.n * len(ask.prompts))
         request_id = check_request_id(ask.request_id) if ask.request_id else new_request_id(ask.api)
         keep = self._keep(ask, stops)
@@ -382,6 +387,7 @@ class Service:
                     model=self.model.id,
                     owner=ask.caller.name,
                     cache_salt=ask.caller.cache_salt(ask.cache_salt),
+                    slo=check_slo(ask.slo_class, ask.ttft_target_ms, ask.tpot_target_ms),
                 )
                 requests.append(request)
         return requests

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tandem.errors import InvalidRequest
-from tandem.request import PRIORITY_MAX, RequestId, Sampling
+from tandem.request import PRIORITY_MAX, RequestId, Sampling, Slo, SloClass
 
 BODY_BYTES_MAX = 8 * 1024 * 1024
 STOPS_MAX = 16
@@ -25,6 +25,7 @@ REQUEST_ID_CHARACTERS_MAX = 128
 CACHE_SALT_CHARACTERS_MAX = 256
 KEY_CHARACTERS_MAX = 255
 RESUME_MS_MAX = 600_000
+TARGET_MS_MAX = 3_600_000
 TEMPERATURE_LEAST = 1e-5  # logits divided by less leave float32; 0 is greedy
 COMPLETION_MAX_TOKENS = 16  # what /v1/completions gives when nothing is asked
 
@@ -92,6 +93,17 @@ def check_num_choices(n: int, num_prompts: int = 1) -> int:
 def check_priority(value: int) -> int:
     """The priority, when there is such a one."""
     return _whole("priority", value, 0, PRIORITY_MAX)
+
+
+def check_slo(slo_class: str, ttft_target_ms: int, tpot_target_ms: int) -> Slo | None:
+    """What the request is to be admitted by, when it names anything."""
+    _whole("ttft_target_ms", ttft_target_ms, 0, TARGET_MS_MAX)
+    _whole("tpot_target_ms", tpot_target_ms, 0, TARGET_MS_MAX)
+    if slo_class not in ("", *SloClass):
+        raise InvalidRequest("slo_class", f"is {show(slo_class)}, must be one of {', '.join(SloClass)}")
+    if not (slo_class or ttft_target_ms or tpot_target_ms):
+        return None
+    return Slo(slo_class=SloClass(slo_class or SloClass.INTERACTIVE), ttft_ms=ttft_target_ms, tpot_ms=tpot_target_ms)
 
 
 def check_resuming(key: str, resume_ms: int, *, num_answers: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simulator.choices import Choices
 
@@ -38,6 +38,9 @@ class Options:
     clock_drift: int  # a clock gains or loses up to so many thousandths
     moves: int  # so often, when tokens of a request come, somebody wants it moved
     rebalances: bool
+    swap_slots: int  # blocks of memory that a worker may swap out to
+    canaries: bool  # the cluster asks itself, too
+    pressed: bool  # decode workers let in more than they have memory for
     hasty_fences: bool  # a fence lasts not much longer than a good one has to, so that many commits are in doubt
 
 
@@ -48,7 +51,7 @@ def draw_options(choices: Choices) -> Options:
         return choices.choose(2) * choices.choose(most + 1)
 
     moves = sometimes(300)
-    return Options(
+    options = Options(
         num_prefill=1 + choices.choose(2),
         num_decode=1 + choices.choose(3),
         num_mixed=choices.choose(4) // 3,
@@ -77,4 +80,12 @@ def draw_options(choices: Choices) -> Options:
         moves=moves,
         rebalances=bool(choices.choose(2)),
         hasty_fences=bool(choices.choose(2)),
+        swap_slots=(0, 6, 24, 24)[choices.choose(4)],
+        pressed=choices.choose(3) == 2,
+        canaries=bool(choices.choose(2)),
+    )
+    if not options.pressed:
+        return options
+    return replace(
+        options, num_blocks=24, reserve_tokens=0, num_requests=options.num_requests + 4, answer_tokens_max=64
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cluster.worker_core import WorkerCore
 from cluster.worker_reports import ReportBuilder
 from engine.blocks import BlockLedger
 from engine.events import PeerGone, RouterGone, Tick
 from engine.fake_runner import FakeRunner
-from engine.step import Sampled, StepPlan
+from engine.step import Drawn, StepPlan
+from engine.swapping_runner import SwappingRunner
 from kv_transfer.actions import FromRouter, Report, RouterJoined, SendTransfer
 from kv_transfer.messages import AgentEvent, EndTransfer, ExpectFrames, SendFrame, TransferMessage
 from simulator.agents import VirtualAgent
@@ -33,6 +34,7 @@ class VirtualWorker:
         address: WorkerAddress,
         core: WorkerCore,
         runner: FakeRunner,
+        memory: memoryview,
         ledger: BlockLedger,
         schedule: Schedule,
         clock: Clock,
@@ -47,6 +49,7 @@ class VirtualWorker:
         self.address = address
         self.core = core
         self.runner = runner
+        self._steps = SwappingRunner(runner, pool=memory, num_slots=core.batch.swapping.space.num_slots)
         self.ledger = ledger
         self.agent: VirtualAgent | None = None
         self.alive = True
@@ -177,10 +180,10 @@ class VirtualWorker:
         if self._choices.chance(self._slow_steps):
             duration_ms += 200 * (1 + self._choices.choose(20))
         early = self._choices.choose(2) == 0
-        sampled = self.runner.run(plan) if early else None
+        sampled = self._steps.run(plan) if early else None
         self._schedule.after(duration_ms, lambda: self._end(plan, sampled, contents))
 
-    def _end(self, plan: StepPlan, sampled: list[Sampled | None] | None, contents: Contents) -> None:
+    def _end(self, plan: StepPlan, sampled: Sequence[Drawn | None] | None, contents: Contents) -> None:
         """The memory was read and written at the start of the step or at its end: nobody else may care which."""
         if not self.alive:
             return
@@ -189,7 +192,7 @@ class VirtualWorker:
             return
         self._checks.step_ends(self.worker_id, contents, self.ledger)
         if sampled is None:
-            sampled = self.runner.run(plan)
+            sampled = self._steps.run(plan)
         self._stepping = False
         self.num_steps += 1
         self._perform(self.core.step_done(self.clock.now_ms, plan, sampled))

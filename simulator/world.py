@@ -10,11 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from cluster.readiness import pairs_of
 from cluster.worker_core import WorkerCore, WorkerCoreConfig
 from decode_worker.config import AdmissionConfig, DecodeConfig
 from engine.blocks import BlockLedger
 from engine.fake_runner import FakeRunner, fake_layout
 from engine.step import Batch, BatchConfig
+from engine.swap_space import SwapSpace
+from engine.swapping import Swapping
 from kv_transfer.handoff import HandoffConfig
 from kv_transfer.messages import CommitRequest, TransferMessage
 from prefill_worker.config import PrefillConfig
@@ -50,7 +53,7 @@ from simulator.network import Clock, Schedule, Stream
 from simulator.options import draw_options
 from simulator.worker import VirtualWorker
 from tandem.messages import Role, RouterMessage, WorkerAddress, WorkerInfo, WorkerReport
-from tandem.request import RequestId, Sampling, WorkerId
+from tandem.request import CANARY_PREFIX, RequestId, Sampling, WorkerId
 
 M = TypeVar("M")
 
@@ -75,15 +78,15 @@ HANDOFF = HandoffConfig(
 HASTY_HANDOFF = replace(HANDOFF, fence_limit_ms=60, fence_resend_ms=20)
 
 
-def worker_config(handoff: HandoffConfig) -> WorkerCoreConfig:
-    """All workers of a world have the same."""
-    admission = AdmissionConfig(wait_limit_ms=2_000)
+def worker_config(handoff: HandoffConfig, *, pressed: bool) -> WorkerCoreConfig:
+    """All workers of a world have the same. `pressed`: they expect short answers, and get long ones."""
+    optimism = AdmissionConfig(wait_limit_ms=2_000, unknown_output_tokens=2, alpha=0.9)
+    admission = optimism if pressed else AdmissionConfig(wait_limit_ms=2_000)
     return WorkerCoreConfig(
         prefill=PrefillConfig(handoff=handoff), decode=DecodeConfig(handoff=handoff, admission=admission)
     )
 
 
-WORKER, HASTY_WORKER = worker_config(HANDOFF), worker_config(HASTY_HANDOFF)
 ROUTER_CONFIG = RouterConfig(
     handoff_deadline_ms=6_000,
     decode_stall_ms=6_000,
@@ -135,6 +138,7 @@ class World:
         self._incarnation = 0
         self._session = 0
         self._num_requests = 0
+        self._num_canaries = 0
         self.agent_faults = AgentFaults(
             loss=self.options.loss,
             corruption=self.options.corruption,
@@ -151,6 +155,8 @@ class World:
             self.start_worker(WorkerId(f"mixed-{each}"), Role.MIXED)
         for _ in range(options.num_requests):
             self.schedule.after(50 + self._choices.choose(options.faulty_ms), self._submit)
+        if options.canaries:
+            self.schedule.after(200, self._ask_pair)
         self._tick()
         self._misfortune.strike()
         self.movers.look()
@@ -188,6 +194,25 @@ class World:
         if choices.chance(self.options.client_leaves) and not self.healed:
             self.schedule.after(choices.choose(500), lambda: self._leave(request.request_id))
 
+    def _ask_pair(self) -> None:
+        """A canary through one of the pairs that there are, until the world is healed."""
+        if self.healed:
+            return
+        self.schedule.after(200 + self._choices.choose(400), self._ask_pair)
+        pairs, _ = pairs_of(self.router.fleet)
+        if not pairs:
+            return
+        self._num_canaries += 1
+        request = NewRequest(
+            request_id=RequestId(f"{CANARY_PREFIX}{self._num_canaries}"),
+            tokens=(7, 7, 7),
+            sampling=Sampling(max_tokens=2, ignore_eos=True),
+            deadline_ms=2_000,
+            canary=pairs[self._choices.choose(len(pairs))],
+        )
+        self.checks.submitted(request, healthy=False)
+        self.feed(Submitted(request=request))
+
     def _leave(self, request_id: RequestId) -> None:
         """The client hangs up, or its answer has met a stop string."""
         seen = self.checks.num_seen(request_id)
@@ -205,6 +230,8 @@ class World:
     def _tick(self) -> None:
         self.feed(Tick())
         self.checks.moves_in_time(self.clock.now_ms)
+        if self.router.line.lacks_workers and any(self.router.fleet.ready.values()):
+            raise Violation(f"{self.router.line.blocked} though a worker is ready, and any serves alone if it must")
         self._look_at_owners()
         self.schedule.after(TICK_MS, self._tick)
 
@@ -349,8 +376,11 @@ class World:
             config=BatchConfig(
                 max_tokens_per_step=16, chunk_tokens=8, context_tokens=200, namespace=NAMESPACE.encode()
             ),
+            swapping=Swapping(BLOCK_SIZE, space=SwapSpace(self.options.swap_slots)),
         )
-        config = HASTY_WORKER if self.options.hasty_fences else WORKER
+        memory = bytearray(self.options.num_blocks * layout.block_bytes)
+        handoff = HASTY_HANDOFF if self.options.hasty_fences else HANDOFF
+        config = worker_config(handoff, pressed=self.options.pressed)
         worker = VirtualWorker(
             info=self._info(address, role),
             address=address,
@@ -361,7 +391,10 @@ class World:
                 batch=batch,
                 config=config,
             ),
-            runner=FakeRunner(num_blocks=self.options.num_blocks, block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE),
+            runner=FakeRunner(
+                num_blocks=self.options.num_blocks, block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE, memory=memory
+            ),
+            memory=memoryview(memory),
             ledger=ledger,
             schedule=self.schedule,
             clock=self._new_clock(),
@@ -513,4 +546,5 @@ class World:
 
 def _num_held(worker: VirtualWorker) -> int:
     core = worker.core
-    return len(core.prefill) + core.prefill.num_attempts + len(core.decode) + core.decode.num_attempts
+    swapped = core.batch.swapping.space.num_owners
+    return len(core.prefill) + core.prefill.num_attempts + len(core.decode) + core.decode.num_attempts + swapped

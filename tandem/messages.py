@@ -209,6 +209,18 @@ class BlockCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SwapCounts:
+    """Blocks of host memory that KV is swapped out to, requests there, and what became of requests that lost blocks."""
+
+    total: int = 0
+    used: int = 0
+    requests: int = 0
+    swapped_out: int = 0  # since the worker began
+    brought_back: int = 0
+    recomputed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLoad:
     """What a worker has to do."""
 
@@ -219,6 +231,7 @@ class WorkerLoad:
     steps: int
     last_step_ms: float
     audit: tuple[str, ...] = ()
+    swap: SwapCounts = field(default_factory=SwapCounts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,14 +9,39 @@ from typing import NewType
 RequestId = NewType("RequestId", str)
 WorkerId = NewType("WorkerId", str)
 TransferId = NewType("TransferId", str)
+Incarnation = tuple[WorkerId, int]  # one life of a worker
+Pair = tuple[Incarnation, Incarnation]  # who prefills and who decodes; twice the same: it does both
 
 
 PRIORITY_MAX = 3
+CANARY_PREFIX = "canary#"  # no client's id has a #
 
 
 def weight_of(priority: int) -> int:
     """How much the waiting of a request of this priority counts, beside that of one of priority 0."""
     return 1 << 2 * priority
+
+
+def is_canary(request_id: RequestId) -> bool:
+    """Whether the request is the cluster's own, to see whether workers serve: nobody learns from how long it took."""
+    return request_id.startswith(CANARY_PREFIX)
+
+
+class SloClass(StrEnum):
+    """What becomes of a request that would miss its targets."""
+
+    INTERACTIVE = "interactive"  # it is refused at once
+    SHEDDABLE = "sheddable"  # it is refused the more probably the later it would be
+    BATCH = "batch"  # it waits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """What a client wants of one request. 0: no target."""
+
+    slo_class: SloClass = SloClass.INTERACTIVE
+    ttft_ms: int = 0  # until the first token
+    tpot_ms: int = 0  # between two tokens, on average
 
 
 class FinishReason(StrEnum):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 
 from tandem.messages import (
     Assign,
@@ -24,6 +25,7 @@ from tandem.messages import (
     Role,
     RouterMessage,
     StopMove,
+    SwapCounts,
     TransferStats,
     WorkerAddress,
     WorkerInfo,
@@ -377,6 +379,11 @@ def encode_report(report: WorkerReport) -> pb.WorkerReport:
     )
 
 
+def is_beat(message: pb.WorkerReport) -> bool:
+    """Whether the worker has nothing to say but that it lives."""
+    return not message.worker_id
+
+
 def decode_report(message: pb.WorkerReport) -> WorkerReport:
     """Raises ValueError on whatever is malformed in it."""
     return WorkerReport(
@@ -487,6 +494,9 @@ def _decode_block_events(message: pb.BlockEvents) -> BlockEvents:
     )
 
 
+_SWAP = tuple(each.name for each in fields(SwapCounts))  # the same names on both sides
+
+
 def _encode_load(load: WorkerLoad) -> pb.WorkerLoad:
     return pb.WorkerLoad(
         running=load.running,
@@ -504,6 +514,7 @@ def _encode_load(load: WorkerLoad) -> pb.WorkerLoad:
         steps=load.steps,
         last_step_ms=load.last_step_ms,
         audit=load.audit,
+        swap=pb.SwapCounts(**{name: getattr(load.swap, name) for name in _SWAP}),
     )
 
 
@@ -526,6 +537,7 @@ def _decode_load(message: pb.WorkerLoad) -> WorkerLoad:
         steps=message.steps,
         last_step_ms=finite("load.last_step_ms", message.last_step_ms),
         audit=tuple(message.audit),
+        swap=SwapCounts(**{name: getattr(message.swap, name) for name in _SWAP}),
     )
 
 

@@ -12,6 +12,7 @@ import ctypes
 
 import torch
 
+from kv_transfer.gate import Damage
 from kv_transfer.messages import FrameHeader
 from kv_transfer.transports.channel import FrameCorrupt, SourceEnd, TargetEnd
 from kv_transfer.transports.cuda_pool import HANDLE_BYTES, CudaPool
@@ -87,17 +88,15 @@ class DevicePullSource(SourceEnd):
 
 
 class DevicePullTarget(TargetEnd):
-    """Copies into the target blocks, which nothing reads before they check.
+    """Copies into the target blocks, which nothing reads before they check."""
 
-    `corrupt_every` n > 0 damages each n-th frame after it was copied: a fault to test with.
-    """
-
-    def __init__(self, source: OpenedPool, target: DeviceMemory, *, on_hang: OnHang, corrupt_every: int = 0) -> None:
+    def __init__(
+        self, source: OpenedPool, target: DeviceMemory, *, on_hang: OnHang, damage: Damage | None = None
+    ) -> None:
         self._opened = source
         self._source = DeviceMemory(source.tensor, on_hang=on_hang)
         self._target = target
-        self._corrupt_every = corrupt_every
-        self._num_frames = 0
+        self._damage = damage or Damage()
 
     def post(self, header: FrameHeader) -> None:
         """Nothing to do: the blocks are granted."""
@@ -108,8 +107,7 @@ class DevicePullTarget(TargetEnd):
         self._source.check(header.source_blocks)
         self._target.check(header.target_blocks)
         found = self._target.pull(header.target_blocks, self._source.pool, header.source_blocks)
-        self._num_frames += 1
-        if self._corrupt_every and self._num_frames % self._corrupt_every == 0:
+        if self._damage.due():
             self._target.damage(self._target.in_place(header.target_blocks[0], 1))
             found = self._target.gather(self._target.staging(header.num_bytes), header.target_blocks)
         if found != checksum:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 
+from kv_transfer.gate import Damage
 from kv_transfer.seal import frame_tag
 from kv_transfer.transports.channel import ChannelLost
 from kv_transfer.transports.meeting import Meeting, meeting_store
@@ -54,11 +55,11 @@ def source_end(group: Group, pool: MappedPool, *, copy_frame: CopyFrame, timeout
 
 
 def target_end(
-    group: Group, pool: MappedPool, *, copy_frame: CopyFrame, timeout_s: float, corrupt_every: int = 0
+    group: Group, pool: MappedPool, *, copy_frame: CopyFrame, timeout_s: float, damage: Damage | None = None
 ) -> PairTarget:
     """The end that frames arrive at; `timeout_s` as above."""
     memory, waiter = HostMemory(pool, copy_frame), HostWaiter(timeout_s)
-    return PairTarget(group, memory, waiter, post_timeout_s=timeout_s, corrupt_every=corrupt_every)
+    return PairTarget(group, memory, waiter, post_timeout_s=timeout_s, damage=damage)
 
 
 class HostWaiter:

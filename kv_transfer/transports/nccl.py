@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import cast
 
+from kv_transfer.gate import Damage
 from kv_transfer.transports.channel import ChannelLost
 from kv_transfer.transports.device_memory import DeviceMemory, OnHang
 from kv_transfer.transports.meeting import Meeting, meeting_store
@@ -53,11 +54,11 @@ def source_end(group: Group, memory: DeviceMemory, *, timeout_s: float, on_hang:
 
 
 def target_end(
-    group: Group, memory: DeviceMemory, *, timeout_s: float, on_hang: OnHang, corrupt_every: int = 0
+    group: Group, memory: DeviceMemory, *, timeout_s: float, on_hang: OnHang, damage: Damage | None = None
 ) -> PairTarget:
     """The end that frames arrive at."""
     waiter = PollingWaiter(timeout_s, on_hang)
-    return PairTarget(group, memory, waiter, post_timeout_s=timeout_s, corrupt_every=corrupt_every)
+    return PairTarget(group, memory, waiter, post_timeout_s=timeout_s, damage=damage)
 
 
 class PollingWaiter:

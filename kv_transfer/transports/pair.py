@@ -16,6 +16,7 @@ from datetime import timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
+from kv_transfer.gate import Damage
 from kv_transfer.messages import FrameHeader
 from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, FrameForged, SourceEnd, TargetEnd
 from kv_transfer.transports.pull import check_frame
@@ -161,19 +162,17 @@ class PairSource(SourceEnd):
 class PairTarget(TargetEnd):
     """The receiving rank. `post` on one thread, `take` on another.
 
-    `post_timeout_s` is how long a frame waits for staging. `corrupt_every` n > 0 damages each n-th frame: a fault to
-    test with.
+    `post_timeout_s` is how long a frame waits for staging.
     """
 
     def __init__(
-        self, group: Group, memory: FrameMemory, waiter: Waiter, *, post_timeout_s: float, corrupt_every: int = 0
+        self, group: Group, memory: FrameMemory, waiter: Waiter, *, post_timeout_s: float, damage: Damage | None = None
     ) -> None:
         self._group: Group | None = group
         self._memory = memory
         self._waiter = waiter
         self._post_timeout_s = post_timeout_s
-        self._corrupt_every = corrupt_every
-        self._num_frames = 0
+        self._damage = damage or Damage()
         self._slots: queue.Queue[torch.Tensor | None] = queue.Queue()
         for _ in range(STAGING_SLOTS):
             self._slots.put(None)  # made when first needed
@@ -209,8 +208,7 @@ class PairTarget(TargetEnd):
             raise ChannelLost(f"receive: {first_line(error)}") from None
         frame = slot[: header.num_bytes]
         try:
-            self._num_frames += 1
-            if self._corrupt_every and self._num_frames % self._corrupt_every == 0:
+            if self._damage.due():
                 self._memory.damage(frame)
             if self.tag_key:
                 self._check_tag(frame, checksum, tag)

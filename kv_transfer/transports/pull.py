@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
+from kv_transfer.gate import Damage
 from kv_transfer.messages import FrameHeader
 from kv_transfer.transports.channel import FrameCorrupt, SourceEnd, TargetEnd
 from kv_transfer.transports.memory import CopyFrame, MappedPool, hash_frame
@@ -34,21 +35,17 @@ class PullSource(SourceEnd):
 
 
 class PullTarget(TargetEnd):
-    """Copies into the target blocks, which nothing reads before they check, and hashes what it copied.
-
-    `corrupt_every` n > 0 flips a bit of each n-th frame after it was copied: a fault to test with.
-    """
+    """Copies into the target blocks, which nothing reads before they check, and hashes what it copied."""
 
     def __init__(
-        self, *, source: MappedPool, target: MappedPool, copy_frame: CopyFrame, corrupt_every: int = 0
+        self, *, source: MappedPool, target: MappedPool, copy_frame: CopyFrame, damage: Damage | None = None
     ) -> None:
         if source.block_bytes != target.block_bytes:
             raise ValueError(f"block_bytes: is {source.block_bytes} at the source and {target.block_bytes} here")
         self._source = source
         self._target = target
         self._copy_frame = copy_frame
-        self._corrupt_every = corrupt_every
-        self._num_frames = 0
+        self._damage = damage or Damage()
 
     def post(self, header: FrameHeader) -> None:
         """Nothing to do: the blocks are granted."""
@@ -61,8 +58,7 @@ class PullTarget(TargetEnd):
         self._target.check(header.target_blocks)
         base = self._target.base
         found = self._copy_frame(base, header.target_blocks, self._source.base, header.source_blocks, size)
-        self._num_frames += 1
-        if self._corrupt_every and self._num_frames % self._corrupt_every == 0:
+        if self._damage.due():
             flip_bit(base + header.target_blocks[0] * size)
             found = hash_frame(base, header.target_blocks, size)
         if found != checksum:

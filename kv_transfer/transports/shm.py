@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 
+from kv_transfer.gate import Damage
 from kv_transfer.transports.memory import CopyFrame, MappedPool
 from kv_transfer.transports.pull import PullTarget
 
@@ -41,7 +42,7 @@ def open_target(
     source_num_blocks: int,
     target: MappedPool,
     copy_frame: CopyFrame,
-    corrupt_every: int,
+    damage: Damage | None = None,
 ) -> PullTarget:
     """The target's end over the source's pool, whose descriptor stays the caller's. Raises ValueError, OSError.
 
@@ -50,4 +51,4 @@ def open_target(
     if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
         raise ValueError("pool: its size is not sealed, so it might shrink")
     source = MappedPool(fd, num_blocks=source_num_blocks, block_bytes=target.block_bytes, writable=False)
-    return PullTarget(source=source, target=target, copy_frame=copy_frame, corrupt_every=corrupt_every)
+    return PullTarget(source=source, target=target, copy_frame=copy_frame, damage=damage)

@@ -33,7 +33,7 @@ class BlockCountsStatus(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., owned: _Optional[int] = ..., exported: _Optional[int] = ..., granted: _Optional[int] = ..., quarantined: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("id", "role", "state", "pid", "agent_pid", "incarnation", "running", "waiting", "exact", "kv_blocks", "model", "dtype", "audit", "reason", "exact_reason", "steps", "last_step_ms", "refused")
+    __slots__ = ("id", "role", "state", "pid", "agent_pid", "incarnation", "running", "waiting", "exact", "kv_blocks", "model", "dtype", "audit", "reason", "exact_reason", "steps", "last_step_ms", "swap", "refused", "control")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -51,7 +51,9 @@ class WorkerStatus(_message.Message):
     EXACT_REASON_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    SWAP_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: str
     state: str
@@ -69,8 +71,26 @@ class WorkerStatus(_message.Message):
     exact_reason: str
     steps: int
     last_step_ms: float
+    swap: SwapStatus
     refused: int
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., agent_pid: _Optional[int] = ..., incarnation: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., exact: _Optional[bool] = ..., kv_blocks: _Optional[_Union[BlockCountsStatus, _Mapping]] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., audit: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ..., exact_reason: _Optional[str] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ..., refused: _Optional[int] = ...) -> None: ...
+    control: str
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., agent_pid: _Optional[int] = ..., incarnation: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., exact: _Optional[bool] = ..., kv_blocks: _Optional[_Union[BlockCountsStatus, _Mapping]] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., audit: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ..., exact_reason: _Optional[str] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ..., swap: _Optional[_Union[SwapStatus, _Mapping]] = ..., refused: _Optional[int] = ..., control: _Optional[str] = ...) -> None: ...
+
+class SwapStatus(_message.Message):
+    __slots__ = ("total", "used", "requests", "swapped_out", "brought_back", "recomputed")
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    SWAPPED_OUT_FIELD_NUMBER: _ClassVar[int]
+    BROUGHT_BACK_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_FIELD_NUMBER: _ClassVar[int]
+    total: int
+    used: int
+    requests: int
+    swapped_out: int
+    brought_back: int
+    recomputed: int
+    def __init__(self, total: _Optional[int] = ..., used: _Optional[int] = ..., requests: _Optional[int] = ..., swapped_out: _Optional[int] = ..., brought_back: _Optional[int] = ..., recomputed: _Optional[int] = ...) -> None: ...
 
 class RequestStatus(_message.Message):
     __slots__ = ("id", "state", "prefill_worker", "decode_worker", "tokens", "blocks_moved", "tokens_recomputed", "blocks_granted", "blocks_reused", "error", "reason", "first_frame_ms", "last_chunk_start_ms", "committed_ms", "tokens_cached", "prompt_tokens", "ttft_ms", "num_replacements", "mode", "num_moves", "moving_to", "first_step_ms", "priority", "router")
@@ -174,7 +194,7 @@ class MoveStatus(_message.Message):
     def __init__(self, request: _Optional[str] = ..., to: _Optional[str] = ..., reason: _Optional[str] = ..., why: _Optional[str] = ..., outcome: _Optional[str] = ..., error: _Optional[str] = ..., rounds: _Optional[int] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., precopy_ms: _Optional[int] = ..., pause_ms: _Optional[int] = ..., at_ms: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., fence_ms: _Optional[int] = ..., **kwargs) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("workers", "requests", "model", "http_address", "grpc_address", "router_pid", "moves", "routers", "store")
+    __slots__ = ("workers", "requests", "model", "http_address", "grpc_address", "router_pid", "moves", "routers", "not_ready", "pairs", "store")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +203,8 @@ class StatusResponse(_message.Message):
     ROUTER_PID_FIELD_NUMBER: _ClassVar[int]
     MOVES_FIELD_NUMBER: _ClassVar[int]
     ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    NOT_READY_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     requests: _containers.RepeatedCompositeFieldContainer[RequestStatus]
@@ -192,8 +214,22 @@ class StatusResponse(_message.Message):
     router_pid: int
     moves: _containers.RepeatedCompositeFieldContainer[MoveStatus]
     routers: _containers.RepeatedCompositeFieldContainer[RouterStatus]
+    not_ready: str
+    pairs: _containers.RepeatedCompositeFieldContainer[PairStatus]
     store: str
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[RequestStatus, _Mapping]]] = ..., model: _Optional[str] = ..., http_address: _Optional[str] = ..., grpc_address: _Optional[str] = ..., router_pid: _Optional[int] = ..., moves: _Optional[_Iterable[_Union[MoveStatus, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RouterStatus, _Mapping]]] = ..., store: _Optional[str] = ...) -> None: ...
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[RequestStatus, _Mapping]]] = ..., model: _Optional[str] = ..., http_address: _Optional[str] = ..., grpc_address: _Optional[str] = ..., router_pid: _Optional[int] = ..., moves: _Optional[_Iterable[_Union[MoveStatus, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RouterStatus, _Mapping]]] = ..., not_ready: _Optional[str] = ..., pairs: _Optional[_Iterable[_Union[PairStatus, _Mapping]]] = ..., store: _Optional[str] = ...) -> None: ...
+
+class PairStatus(_message.Message):
+    __slots__ = ("prefill_worker", "decode_worker", "served_ms", "error")
+    PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
+    DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    SERVED_MS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    prefill_worker: str
+    decode_worker: str
+    served_ms: int
+    error: str
+    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., served_ms: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class MigrateRequest(_message.Message):
     __slots__ = ("request_id", "to", "local")

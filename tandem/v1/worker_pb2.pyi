@@ -321,7 +321,7 @@ class BlockCounts(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., owned: _Optional[int] = ..., exported: _Optional[int] = ..., granted: _Optional[int] = ..., quarantined: _Optional[int] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("running", "waiting", "blocks", "prefill_backlog_tokens", "steps", "last_step_ms", "audit")
+    __slots__ = ("running", "waiting", "blocks", "prefill_backlog_tokens", "steps", "last_step_ms", "audit", "swap")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -329,6 +329,7 @@ class WorkerLoad(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_MS_FIELD_NUMBER: _ClassVar[int]
     AUDIT_FIELD_NUMBER: _ClassVar[int]
+    SWAP_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     blocks: BlockCounts
@@ -336,7 +337,24 @@ class WorkerLoad(_message.Message):
     steps: int
     last_step_ms: float
     audit: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., prefill_backlog_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ..., audit: _Optional[_Iterable[str]] = ...) -> None: ...
+    swap: SwapCounts
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., prefill_backlog_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ..., audit: _Optional[_Iterable[str]] = ..., swap: _Optional[_Union[SwapCounts, _Mapping]] = ...) -> None: ...
+
+class SwapCounts(_message.Message):
+    __slots__ = ("total", "used", "requests", "swapped_out", "brought_back", "recomputed")
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    SWAPPED_OUT_FIELD_NUMBER: _ClassVar[int]
+    BROUGHT_BACK_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_FIELD_NUMBER: _ClassVar[int]
+    total: int
+    used: int
+    requests: int
+    swapped_out: int
+    brought_back: int
+    recomputed: int
+    def __init__(self, total: _Optional[int] = ..., used: _Optional[int] = ..., requests: _Optional[int] = ..., swapped_out: _Optional[int] = ..., brought_back: _Optional[int] = ..., recomputed: _Optional[int] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
     __slots__ = ("worker_id", "incarnation", "sequence", "tokens", "failed", "commit_asks", "owner_queries", "transfers", "blocks", "load", "moves_failed")

@@ -189,7 +189,6 @@ def _shm_target(source_fd: int, source_num_blocks: int, target: Pool) -> TargetE
             source_num_blocks=source_num_blocks,
             target=target.mapped,
             copy_frame=load_copy_frame(),
-            corrupt_every=0,
         )
     finally:
         os.close(readable)

@@ -22,6 +22,7 @@ from tandem.client import Client
 TANDEM = [sys.executable, "-m", "cli.main"]
 START_S = 90.0
 STOP_S = 40.0
+COMMAND_S = 90.0
 
 
 class Served:
@@ -92,9 +93,9 @@ class Served:
         assert answer.status_code == 200, answer.text
         return str(answer.json()["choices"][0]["message"]["content"])
 
-    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: str, timeout_s: float = COMMAND_S) -> subprocess.CompletedProcess[str]:
         """Runs another command of the command line against this cluster."""
-        return tandem(*arguments, "--port", str(self.port), "--run-dir", str(self.run_dir))
+        return tandem(*arguments, "--port", str(self.port), "--run-dir", str(self.run_dir), timeout_s=timeout_s)
 
     def status(self) -> dict[str, Any]:
         """What `tandem status --json` prints."""
@@ -149,10 +150,10 @@ class Served:
         self.process.stdout.close()
 
 
-def tandem(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def tandem(*arguments: str, timeout_s: float = COMMAND_S, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command of the command line to its end."""
     return subprocess.run(
-        [*TANDEM, *arguments], capture_output=True, text=True, timeout=90, env={**os.environ, **environment}
+        [*TANDEM, *arguments], capture_output=True, text=True, timeout=timeout_s, env={**os.environ, **environment}
     )
 
 

@@ -16,6 +16,7 @@ import pytest
 from agent_pair import FAST, End, Pair, with_transport
 
 from kv_transfer.agent_settings import AgentSettings
+from kv_transfer.agent_wire import Disturb
 from kv_transfer.messages import EndTransfer, FrameAcked, FrameFailed, FrameLanded, TransferQuiet
 from tandem.errors import Unavailable
 from tandem.request import TransferId
@@ -294,3 +295,43 @@ def test_nothing_leaks_over_many_links() -> None:
     assert set(os.listdir("/dev/shm")) == shared_memory
     assert len(source.of(FrameLanded)) == 0
     source.close()
+
+
+def _armed(end: End, fault: Disturb) -> None:
+    """Has the agent suffer the fault, and returns when it does: it takes commands in order."""
+    name = TransferId(f"after {fault}")
+    end.client.disturb(fault)
+    end.tell(EndTransfer(transfer_id=name, epoch=1))
+    end.until(lambda: any(each.transfer_id == name for each in end.of(TransferQuiet)))
+
+
+def test_a_partition_fails_what_is_under_way_as_a_whole_and_frames_pass_after_it(pair: Pair) -> None:
+    for_s = 2 * BOUND_S
+    _armed(pair.target, Disturb(for_ms=round(for_s * 1000), period_ms=0, corrupt_every=0))
+    began = time.monotonic()
+    pair.send(pair.header(sequence=1, source=(2,), target=(2,)))
+    failed = pair.source.wait(FrameFailed, timeout_s=BOUND_S)[-1]
+    assert failed.sequence is None, "the whole attempt: no frame gets through"
+    pair.end(pair.source, timeout_s=BOUND_S)
+    assert time.monotonic() - began < for_s, "it was not the end of the partition that ended it"
+    assert pair.target.restarts == pair.source.restarts == [], "who is cut off is not stuck"
+    _until(lambda: time.monotonic() > began + for_s, for_s + 5)
+    pair.expect("after", blocks=(3,))
+    pair.move(pair.header("after", source=(4,), target=(3,)))
+    assert pair.target.read(3) == pair.source.read(4)
+
+
+def test_a_slow_link_delays_frames_and_loses_none(pair: Pair) -> None:
+    _armed(pair.target, Disturb(for_ms=5_000, period_ms=200, corrupt_every=0))
+    for sequence in range(1, 6):
+        pair.move(pair.header(sequence=sequence, source=(sequence,), target=(sequence,)))
+        assert pair.target.read(sequence) == pair.source.read(sequence)
+    assert not pair.source.of(FrameFailed)
+
+
+def test_damage_that_is_armed_at_run_time_is_found_and_ends(pair: Pair) -> None:
+    _armed(pair.target, Disturb(for_ms=60_000, period_ms=0, corrupt_every=1))
+    assert "checksum" in pair.refusal(pair.header(sequence=1, source=(2,), target=(2,))).reason
+    _armed(pair.target, Disturb(for_ms=1, period_ms=0, corrupt_every=1_000_000))
+    pair.move(pair.header(sequence=1, source=(2,), target=(2,)))
+    assert pair.target.read(2) == pair.source.read(2)

@@ -305,12 +305,17 @@ def test_a_router_that_speaks_nonsense_to_a_worker(cluster: ClusterUnderTest) ->
 def test_a_stranger_that_registers(cluster: ClusterUnderTest) -> None:
     with grpc.insecure_channel(cluster.grpc_address) as channel:
         registry = worker_pb2_grpc.RegistryStub(channel)  # type: ignore[no-untyped-call]
+        with pytest.raises(grpc.RpcError, match="Method not found"):  # clients have no business with it
+            registry.Register(pb.RegisterRequest(worker_id="s"), timeout=10)
+    [router] = cluster.document()["routers"]
+    with grpc.insecure_channel(router["address"]) as channel:
+        registry = worker_pb2_grpc.RegistryStub(channel)  # type: ignore[no-untyped-call]
         with pytest.raises(grpc.RpcError, match="role: is ''"):
             registry.Register(pb.RegisterRequest(worker_id="s"), timeout=10)
         stranger = pb.RegisterRequest(
             worker_id="s", role="decode", control="127.0.0.1:1", endpoint="e", pid=1, agent_pid=1, model="m",
             namespace="other", fingerprint="f", dtype="float32", block_size=16, total_blocks=8, context_tokens=9,
-            block_bytes=10,
+            block_bytes=10, incarnation=1,
         )  # fmt: skip
         assert "one cluster serves one model" in registry.Register(stranger, timeout=10).refused
     assert len(cluster.document()["workers"]) == 2

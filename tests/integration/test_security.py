@@ -147,8 +147,7 @@ def test_commands_of_this_user_reach_the_cluster_and_others_need_an_operators_ke
     refused = tandem("status", "--port", str(cluster.port), "--run-dir", str(cluster.run_dir), TANDEM_API_KEY=ALICE)
     assert refused.returncode == 1
     assert "key 'alice' is no operator's" in refused.stderr
-    for name in ("join-token", "operator-key"):
-        assert stat.S_IMODE(os.stat(cluster.run_dir / f"{cluster.port}.{name}").st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(cluster.run_dir / f"{cluster.port}.join-token").st_mode) == 0o600
 
 
 STRANGER = pb.RegisterRequest(
@@ -281,9 +280,8 @@ def test_logs_hold_no_prompt_no_answer_no_key_and_no_token(cluster: Secured) -> 
         http.post("/v1/completions", content=b'{"prompt": "' + MARK.encode())
     with pytest.raises(Unauthenticated):
         cluster.generate("tandem_wrong-" + MARK, MARK)
-    operator = (cluster.run_dir / f"{cluster.port}.operator-key").read_text().strip()
     ids = ", ".join(str(each) for each in MARK.encode()[:6])
-    secrets = [MARK, ids, ALICE, BOB, cluster.token, operator, ", ".join(map(str, answer.token_ids[:6]))]
+    secrets = [MARK, ids, ALICE, BOB, cluster.token, ", ".join(map(str, answer.token_ids[:6]))]
     logs = {**cluster.logs(), "terminal": "\n".join(cluster.lines)}
     assert len(logs) >= 5
     assert any("request=" in text or "worker=" in text for text in logs.values()), "the logs say nothing at all"

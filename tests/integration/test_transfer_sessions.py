@@ -17,6 +17,7 @@ import grpc
 import pytest
 
 from kv_transfer import session
+from kv_transfer.gate import Gate
 from kv_transfer.messages import Cancel, Header, TransferMessage
 from kv_transfer.session import TransferSessions
 from tandem.messages import WorkerAddress
@@ -24,6 +25,7 @@ from tandem.request import RequestId, TransferId, WorkerId
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc as pb_grpc
 
+CUT_OFF_S = session.BEAT_TIMEOUT_S + session.CONNECT_TIMEOUT_S + session.RECONNECT_DELAY_S
 BOUND_S = session.BEAT_TIMEOUT_S + 2 * session.CONNECT_TIMEOUT_S + 5
 
 
@@ -43,6 +45,7 @@ class Worker:
         self.name, self.incarnation = name, incarnation
         self.messages: list[TransferMessage] = []
         self.gone: list[tuple[WorkerId, int]] = []
+        self.gate = Gate()
         self._changed = asyncio.Event()
 
     async def start(self, port: int = 0) -> None:
@@ -52,6 +55,7 @@ class Worker:
             worker_id=WorkerId(self.name),
             on_message=self._took,
             on_peer_gone=self._lost,
+            gate=self.gate,
         )
         self._server = grpc.aio.server()
         pb_grpc.add_TransferServicer_to_server(self.sessions, self._server)  # type: ignore[no-untyped-call]
@@ -234,6 +238,38 @@ class Fickle(pb_grpc.TransferServicer):
             await context.write(pb.TransferMessage())
             return
         await self._of.sessions.Exchange(request_iterator, context)
+
+
+@pytest.mark.parametrize("end", ["source", "target"])
+def test_a_peer_that_is_cut_off_is_told_within_a_bound_and_heard_again(end: str) -> None:
+    """Nothing passes, either way, although its sockets answer; whichever end is cut off."""
+
+    async def scenario(a: Worker, b: Worker) -> None:
+        gate = a.gate if end == "source" else b.gate
+        a.sessions.send(b.address, message(1))
+        await b.until(lambda: b.messages == [message(1)])
+        gate.shut(time.monotonic(), for_s=60)
+        began_s = time.monotonic()
+        a.sessions.send(b.address, message(2))
+        await a.until(lambda: a.gone == [(WorkerId("b"), 2)], CUT_OFF_S + 5)
+        assert time.monotonic() - began_s < CUT_OFF_S + 2
+        gate.shut(time.monotonic(), for_s=0.0)
+        a.sessions.send(b.address, message(3))
+        await b.until(lambda: b.messages[-1] == message(3), CUT_OFF_S + 5)
+
+    run(scenario)
+
+
+def test_a_slow_network_delays_messages_and_keeps_their_order() -> None:
+    async def scenario(a: Worker, b: Worker) -> None:
+        b.gate.shut(time.monotonic(), for_s=3, period_s=0.3)
+        for number in range(50):
+            a.sessions.send(b.address, message(number))
+        await b.until(lambda: len(b.messages) == 50)
+        assert b.messages == [message(number) for number in range(50)]
+        assert not a.gone
+
+    run(scenario)
 
 
 def test_a_stream_that_ends_well_under_a_message_is_opened_again() -> None:

@@ -469,7 +469,10 @@ def test_shared_memory_is_read_only_for_the_peer_and_must_be_as_large_as_it_says
     os.ftruncate(unsealed, NUM_BLOCKS * BLOCK_BYTES)
     with pytest.raises(ValueError, match="its size is not sealed"):
         shm.open_target(
-            unsealed, source_num_blocks=NUM_BLOCKS, target=target.mapped, copy_frame=load_copy_frame(), corrupt_every=0
+            unsealed,
+            source_num_blocks=NUM_BLOCKS,
+            target=target.mapped,
+            copy_frame=load_copy_frame(),
         )
     nonce = os.urandom(shm.NONCE_BYTES)
     nonce_fd = shm.nonce_memory(nonce)

@@ -269,10 +269,20 @@ def test_frame_is_sent_three_times_at_most() -> None:
 
 def test_acknowledgement_after_the_frame_was_given_up_for_lost_counts() -> None:
     machine = source([Start(), GRANT, Fence(tokens=(TOKEN,))])
-    machine.handle(1_000, FrameFailed(transfer_id=TRANSFER, epoch=3, sequence=None, reason="link"))
+    machine.handle(1_000, FAILED)
     machine.handle(1_000, acked(0))
     machine.handle(1_000, acked(1))
     assert machine.state is SourceState.FENCED
+
+
+def test_link_that_the_agent_gave_up_ends_the_attempt_at_once() -> None:
+    """It was made anew once already: trying again here would double a wait that the client sees."""
+    machine = source([Start(), GRANT, Fence(tokens=(TOKEN,))])
+    actions = machine.handle(1_000, FrameFailed(transfer_id=TRANSFER, epoch=3, sequence=None, reason="link"))
+    assert machine.state is SourceState.HOLDING
+    (failed,) = (each for each in actions if isinstance(each, Failed))
+    assert failed.retryable
+    assert "no frame gets through: link" in failed.reason
 
 
 def test_grant_that_does_not_fit_the_offer_is_no_grant() -> None:

@@ -12,6 +12,7 @@ import grpc.aio
 import pytest
 
 from cluster.admin import Addresses, Admin
+from cluster.canary import Canaries
 from cluster.config import load
 from cluster.membership import Heartbeat, Membership, MemberState, StateChanged
 from cluster.operations import Operations
@@ -94,6 +95,7 @@ async def place(me: str = "router-0", internal: Mapping[str, str] = ALONE) -> As
             membership=membership,
             driver=driver,
             operations=operations,
+            canaries=Canaries(driver=driver, vocab_size=256),
             peers=peers,
             addresses=lambda: Addresses(model="m", http="h", grpc="g", store="redis://h"),
             cancel=lambda request_id, reason, only: only is None and driver.cancel(RequestId(request_id), reason),

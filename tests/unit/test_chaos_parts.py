@@ -5,42 +5,137 @@ from __future__ import annotations
 import random
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.chaos_plan import SETTLE_MS, STOPS_MS, VICTIMS, Fault, FaultKind, Victim, parse_kinds, plan
+from cluster.chaos_plan import (
+    SETTLE_MS,
+    STOPS_MS,
+    Fault,
+    FaultKind,
+    Ground,
+    Target,
+    Victim,
+    check_duration,
+    deck,
+    parse_kinds,
+    parse_states,
+    plan,
+)
+from cluster.chaos_states import STATES
 from cluster.chaos_tally import Harm, Tally
+from kv_transfer.handoff_source import SourceState
+from kv_transfer.handoff_target import TargetState
+from kv_transfer.migration_source import MigrationState
 
 FAULT = Fault(number=1, at_ms=0, kind=FaultKind.KILL, victim=Victim.DECODE, pick=0)
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
+BARE = Ground(faults_allowed=False, has_store=False)
+FULL = Ground(faults_allowed=True, has_store=True)
 
-@given(st.integers(0, 1000), st.sets(st.sampled_from(FaultKind), min_size=1), st.integers(500, 20_000))
-def test_a_plan_is_that_of_its_seed_and_strikes_all_alike(seed: int, kinds: set[FaultKind], every_ms: int) -> None:
-    duration_ms = SETTLE_MS + 60 * every_ms
-    ordered = tuple(sorted(kinds))
-    faults = plan(random.Random(seed).randrange, kinds=ordered, duration_ms=duration_ms, every_ms=every_ms)
-    assert faults == plan(random.Random(seed).randrange, kinds=ordered, duration_ms=duration_ms, every_ms=every_ms)
+
+@given(st.integers(0, 1000), st.sets(st.sampled_from(FaultKind), min_size=1), st.integers(500, 20_000), st.booleans())
+def test_a_plan_is_that_of_its_seed_and_strikes_all_alike(
+    seed: int, kinds: set[FaultKind], every_ms: int, in_states: bool
+) -> None:
+    states = STATES if in_states and kinds & {FaultKind.KILL, FaultKind.STOP} else ()
+    suits = deck(FULL, kinds=tuple(sorted(kinds)), states=states)
+    duration_ms = SETTLE_MS + 150 * every_ms
+
+    def once() -> tuple[Fault, ...]:
+        return plan(random.Random(seed).randrange, suits=suits, duration_ms=duration_ms, every_ms=every_ms)
+
+    faults = once()
+    assert faults == once()
     assert [each.number for each in faults] == list(range(1, len(faults) + 1))
     assert faults[-1].at_ms <= duration_ms - SETTLE_MS
     gaps = [after.at_ms - before.at_ms for before, after in pairwise(faults)]
     assert all(every_ms // 2 <= gap < every_ms // 2 + every_ms for gap in gaps)
-    pairs = {(kind, victim) for kind in kinds for victim in VICTIMS[kind]}
-    times = Counter((each.kind, each.victim) for each in faults)
-    assert set(times) <= pairs
-    assert max(times[pair] for pair in pairs) - min(times[pair] for pair in pairs) <= 1
+    times = Counter(each.target for each in faults)
+    assert set(times) <= {way for suit in suits for card in suit.cards for way in card}
+    round_size = sum(suit.weight for suit in suits)
+    for suit in suits:
+        cards = [sum(times[way] for way in card) for card in suit.cards]
+        assert max(cards) - min(cards) <= 1, "each card of a suit as often as every other"
+        assert abs(sum(cards) - len(faults) * suit.weight / round_size) <= suit.weight
+        for card in suit.cards:
+            assert max(times[way] for way in card) - min(times[way] for way in card) <= 1
     for each in faults:
-        assert (each.for_ms in STOPS_MS) is (each.kind is FaultKind.STOP)
+        assert each.kind is not FaultKind.STOP or each.for_ms in STOPS_MS
+        assert bool(each.period_ms) is (each.kind is FaultKind.DELAY)
+        assert bool(each.corrupt_every) is (each.kind is FaultKind.CORRUPT)
+
+
+def _ways(ground: Ground, **wanted: Any) -> set[Target]:
+    return {way for suit in deck(ground, **wanted) for card in suit.cards for way in card}
+
+
+def test_every_state_of_every_table_is_struck_by_both_signals_in_worker_and_agent() -> None:
+    ways = _ways(FULL, kinds=[FaultKind.KILL, FaultKind.STOP], states=STATES)
+    struck = Counter((each.state, each.kind) for each in ways if each.state)
+    assert struck == {(state, kind): 2 for state in STATES for kind in (FaultKind.KILL, FaultKind.STOP)}
+    assert len(STATES) == len(SourceState) + len(MigrationState) + len(TargetState)
+
+
+def test_sixty_faults_of_all_kinds_strike_in_each_state() -> None:
+    suits = deck(FULL, kinds=tuple(FaultKind), states=STATES)
+    for seed in range(50):
+        faults = plan(random.Random(seed).randrange, suits=suits, duration_ms=600_000, every_ms=8_000)
+        assert len(faults) >= 65
+        assert {each.state for each in faults[:70]} >= set(STATES)
+
+
+def test_five_hundred_faults_are_forty_of_each_kind() -> None:
+    suits = deck(FULL, kinds=tuple(FaultKind), states=STATES)
+    faults = plan(random.Random(1).randrange, suits=suits, duration_ms=10**7, every_ms=8_000, num_max=500)
+    assert len(faults) == 500
+    assert min(Counter(each.kind for each in faults).values()) >= 40
+
+
+def test_a_router_is_killed_only_where_its_streams_outlive_it() -> None:
+    router = Target(FaultKind.KILL, Victim.ROUTER)
+    assert router in _ways(FULL, kinds=[FaultKind.KILL])
+    assert router not in _ways(BARE, kinds=[FaultKind.KILL])
+    assert router not in _ways(FULL, kinds=[FaultKind.KILL], router_dies=False)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "states", "router_dies", "says"),
+    [
+        ("redis-down", "", None, "redis-down needs a cluster that keeps its state in Redis"),
+        ("kill", "", True, "--kill-router: needs a cluster with Redis"),
+        ("kill,partition,delay", "", None, "--faults: partition, delay: the cluster takes no faults"),
+        ("corrupt", "", None, "--faults: corrupt: the cluster takes no faults"),
+        ("kill", "handoff.sending", None, "--states: the cluster takes no faults"),
+    ],
+)
+def test_what_the_cluster_does_not_allow_is_refused_by_name(
+    kinds: str, states: str, router_dies: bool | None, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        deck(BARE, kinds=parse_kinds(kinds), states=parse_states(states), router_dies=router_dies)
+
+
+def test_states_without_a_signal_are_refused() -> None:
+    with pytest.raises(ValueError, match="--states: only kill and stop"):
+        deck(FULL, kinds=[FaultKind.CANCEL], states=STATES)
+    with pytest.raises(ValueError, match=r"--states: there is no state 'handoff.lost'; there are handoff.holding"):
+        parse_states("handoff.lost")
+    assert parse_states("all") == STATES
+    assert parse_states("") == ()
 
 
 def test_a_run_that_is_too_short_says_how_long_it_must_be() -> None:
     with pytest.raises(ValueError, match=r"--duration: is 11 s, too short for a fault; 26 s are enough"):
-        plan(lambda below: below - 1, kinds=[FaultKind.KILL], duration_ms=11_000, every_ms=8_000)
-    assert plan(lambda below: below - 1, kinds=[FaultKind.KILL], duration_ms=26_000, every_ms=8_000)
+        check_duration(11_000, 8_000)
+    suits = deck(BARE, kinds=[FaultKind.KILL])
+    assert plan(lambda below: below - 1, suits=suits, duration_ms=26_000, every_ms=8_000)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +147,7 @@ def test_kinds_are_read_from_a_list(text: str, kinds: str) -> None:
 
 @pytest.mark.parametrize(("text", "says"), [("kill,earthquake", "there is no fault 'earthquake'"), (" ,", "must name")])
 def test_a_fault_that_there_is_not_is_named(text: str, says: str) -> None:
-    with pytest.raises(ValueError, match=f"--faults: .*{says}.*kill, stop, cancel"):
+    with pytest.raises(ValueError, match=f"--faults: .*{says}.*kill, stop, partition"):
         parse_kinds(text)
 
 
@@ -130,7 +225,7 @@ def test_a_fault_that_streams_do_not_get_over_is_told_until_they_do() -> None:
     assert tally.rows()[0].recovered_ms is None
     tally.ended(500, 2, cancelled=True)
     assert tally.strikes[0].recovered_ms == 490
-    tally.leaked("d0: 3 blocks owned")
+    tally.leaked(600, "d0: 3 blocks owned")
     assert tally.failures(recovery_limit_ms=10_000) == ["d0: 3 blocks owned"]
 
 

@@ -30,7 +30,7 @@ from kv_transfer.messages import (
     Wait,
 )
 from tandem.messages import AssignMode, CommitAsk, OwnerIs, RequestFailed, TransferStats
-from tandem.request import RequestId, Sampling, Token, TransferId
+from tandem.request import CANARY_PREFIX, RequestId, Sampling, Token, TransferId
 
 DECODE = AssignMode.DECODE
 EXPECTED = expected_tokens(PROMPT, Sampling(), 4, VOCAB)
@@ -424,3 +424,17 @@ def test_words_about_nothing_known_are_counted() -> None:
     assert bench.core.num_ignored == 2
     with pytest.raises(TypeError, match="int is no event"):
         bench.handle(3)
+
+
+def test_a_canary_is_let_in_where_others_wait_as_long_as_there_is_a_block() -> None:
+    """It is to tell a worker that is full from one that does not work."""
+    bench = Bench(DecodeConfig(admission=AdmissionConfig(max_requests=1)))
+    bench.receive()
+    prompt = PROMPT[:3]
+    for name, kind in (("other", Wait), (f"{CANARY_PREFIX}1", Grant)):
+        bench.handle(assign(name, mode=DECODE, tokens=prompt))
+        assert said(bench.handle(from_peer(offer(prompt), name)), kind), name
+    full = Bench(num_blocks=3)
+    full.receive()  # all of them
+    full.handle(assign(f"{CANARY_PREFIX}2", mode=DECODE, tokens=prompt))
+    assert said(full.handle(from_peer(offer(prompt), f"{CANARY_PREFIX}2")), Wait)

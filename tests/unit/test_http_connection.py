@@ -12,7 +12,7 @@ import pytest
 from edge import http_server, saying, service_over
 from scripted_driver import ScriptedDriver
 
-from router import openai_api
+from router import request_body
 from router.http_connection import HttpLimits
 from router.service import Service
 
@@ -132,7 +132,7 @@ def test_a_slow_body_is_not_a_late_head_and_one_connection_serves_many(monkeypat
         writer.write(large)
         assert b" 200 " in await reader.readline()
         await reader.readuntil(b"}}}")
-        monkeypatch.setattr(openai_api, "_BODY_TIMEOUT_S", HEAD_TIMEOUT_S)
+        monkeypatch.setattr(request_body, "_BODY_TIMEOUT_S", HEAD_TIMEOUT_S)
         writer.write(request[:-1])
         reply = await rest(reader)
         assert reply.startswith(b"HTTP/1.1 408")

@@ -63,9 +63,10 @@ def test_weights_are_counted() -> None:
 )
 def test_too_little_memory_is_told_with_what_helps(missing_bytes: int, hint: str) -> None:
     config = load({}, {}).config
-    needed = 3 * (134_515_008 * 4 + 512 * MiB + OTHER_BYTES)
+    needed = 3 * (134_515_008 * 4 + 512 * MiB + 128 * MiB + OTHER_BYTES)
     assert shortage(config, SMOLLM2, available_bytes=needed) is None
     told = shortage(config, SMOLLM2, available_bytes=needed - missing_bytes)
     assert told is not None
-    assert told.startswith("kv_memory: 3 workers need 513 MiB of weights, 512 MiB of KV and about 192 MiB besides each")
+    needs = "513 MiB of weights, 512 MiB of KV, 128 MiB to swap it to and about 192 MiB besides each"
+    assert told.startswith(f"kv_memory: 3 workers need {needs}")
     assert hint in told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -238,3 +238,36 @@ def test_stops_within_its_deadline_while_serving() -> None:
     assert shell.loop.stop(deadline_ms=WAIT_S * 1000)
     assert not shell.loop.alive
     assert shell.crashes.empty()
+
+
+def test_a_loop_is_busy_until_it_rests_and_when_its_core_hangs(shell: Shell) -> None:
+    """The core's thread may hang where no step is under way and no event waits: it must not look idle."""
+    shell.loop.start()
+    assert wait_for(lambda: not shell.loop.busy)
+    shell.runner.gate.clear()
+    shell.loop.post(Ask(request_id=RequestId("a"), prompt=(1, 2), num=2))
+    assert shell.runner.waiting.wait(WAIT_S)
+    assert shell.loop.busy
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def performs(actions: list[object]) -> None:
+        hangs.set()
+        assert goes_on.wait(WAIT_S)
+
+    shell.loop._perform = performs
+    shell.runner.gate.set()
+    assert hangs.wait(WAIT_S)
+    before = shell.loop.progress
+    assert shell.loop.num_inbox_events == 0
+    assert shell.loop.step_began_ms is None
+    assert shell.loop.busy
+    assert shell.loop.progress == before
+    goes_on.set()
+    assert wait_for(lambda: not shell.loop.busy)
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    until_ms = now_ms() + WAIT_S * 1000
+    while not condition() and now_ms() < until_ms:
+        threading.Event().wait(0.005)
+    return condition()

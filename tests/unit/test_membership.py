@@ -126,9 +126,24 @@ def test_a_heartbeat_clears_suspicion() -> None:
 def test_work_without_steps_makes_suspect_then_dead() -> None:
     membership = ready()
     seen: list[tuple[int, MemberState]] = []
-    for now_ms in range(1000, 15_000, 1000):
-        seen += [(now_ms, state) for state in states(membership.handle(now_ms, beat(steps=7, runnable=True)))]
-    assert seen == [(6000, MemberState.SUSPECT), (11_000, MemberState.DEAD)]
+    for now_ms in range(1000, 15_000, 100):
+        event = Passed() if now_ms % 1000 else beat(steps=7, runnable=True)
+        seen += [(now_ms, state) for state in states(membership.handle(now_ms, event))]
+    assert seen == [(2_800, MemberState.SUSPECT), (4_500, MemberState.DEAD)], "it was seen to move at 1000 at last"
+
+
+@given(wedged_ms=st.integers(10_000, 11_000), phase_ms=st.integers(0, 999))
+def test_a_wedged_worker_is_found_within_five_seconds(wedged_ms: int, phase_ms: int) -> None:
+    """Whenever it stops getting on, with heartbeats that go on as ever: the defaults leave no gap."""
+    membership = ready()
+    died_ms = None
+    for now_ms in range(100, 20_000, 100):
+        if now_ms % 1000 == phase_ms // 100 * 100:
+            membership.handle(now_ms, beat(steps=min(now_ms, wedged_ms), runnable=True))
+        elif MemberState.DEAD in states(membership.handle(now_ms, Passed())):
+            died_ms = now_ms
+    assert died_ms is not None
+    assert died_ms - wedged_ms <= 5_000
 
 
 def test_idle_or_moving_workers_are_not_stuck() -> None:
@@ -141,10 +156,10 @@ def test_idle_or_moving_workers_are_not_stuck() -> None:
 
 def test_a_step_clears_a_stall() -> None:
     membership = ready()
-    for now_ms in range(1000, 8000, 1000):
+    for now_ms in range(1000, 4000, 1000):
         membership.handle(now_ms, beat(steps=7, runnable=True))
     assert state_of(membership) is MemberState.SUSPECT
-    assert states(membership.handle(8000, beat(steps=8, runnable=True))) == [MemberState.READY]
+    assert states(membership.handle(4000, beat(steps=8, runnable=True))) == [MemberState.READY]
 
 
 def test_joining_has_its_own_deadline() -> None:

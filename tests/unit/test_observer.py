@@ -10,7 +10,7 @@ from cluster.observer import Observer
 from cluster.outlook import ClusterView, StepTime
 from router.move import MoveOutcome, MoveReason, MoveRecord
 from router.request import RequestSnapshot, RequestState, StatusSnapshot, Transferred, WorkerSnapshot
-from tandem.messages import BlockCounts, Role, WorkerInfo, WorkerLoad
+from tandem.messages import BlockCounts, Role, SwapCounts, WorkerInfo, WorkerLoad
 from tandem.request import RequestId, WorkerId
 
 
@@ -183,6 +183,15 @@ def test_a_disturbed_batch_is_no_sample() -> None:
     watching.look(status(1400, [worker("d0", running=1, steps=510)], alone))
     watching.look(status(1600, [worker("d0", running=1, steps=520)], alone))
     assert watching.step() != before
+
+
+def test_what_is_swapped_out_counts_as_held() -> None:
+    """It wants its blocks back: a worker that swaps is fuller than it looks."""
+    d0 = worker("d0")
+    assert d0.load is not None
+    swapping = replace(d0, load=replace(d0.load, swap=SwapCounts(total=50, used=7, requests=1)))
+    assert [each.held_blocks for each in view_of(status(1000, [d0], [])).workers] == [40]
+    assert [each.held_blocks for each in view_of(status(1000, [swapping], [])).workers] == [47]
 
 
 # ---- several routers -------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from cluster.membership import MemberState
 from cluster.processes import pick_port
 from router.events import NewRequest
 from router.metrics import EdgeMetrics
+from tandem.errors import Unavailable
 from tandem.messages import Role
 from tandem.request import RequestId, Sampling, WorkerId
 from tandem.v1 import admin_pb2 as pb
@@ -117,6 +118,11 @@ def test_a_router_that_does_not_answer_is_named() -> None:
                 assert [(each.id, each.up, each.address) for each in answer.routers] == [
                     ("router-0", True, internal["router-0"]), ("router-1", False, internal["router-1"]),
                 ]  # fmt: skip
+
+                with pytest.raises(Unavailable, match="no other router has the request, and router-1 did not answer"):
+                    await one.peers.cancel("a-1", None)
+                _, code, sentence = await refused(one.stub.Migrate(pb.MigrateRequest(request_id="a-1"), timeout=10))
+                assert (code, "router-1 did not answer" in sentence) == ("unavailable", True)
 
     asyncio.run(body())
 

@@ -495,3 +495,15 @@ def test_a_drain_ends_and_nothing_comes_back() -> None:
     assert not any("d1" in (each.at, each.moving_to) for each in model.requests.values())
     assert {move.reason for _, move in model.moves[:4]} == {MoveReason.DRAIN}
     assert all(move.target != "d1" for _, move in model.moves)
+
+
+def test_no_failure_outlives_the_worker_that_had_a_part_in_it() -> None:
+    rebalancer = Rebalancer()
+    seen = view([worker("d0", ready=False), worker("d1")], [request("a", "d0", left=500)])
+    [move] = rebalancer.plan(0, seen)
+    rebalancer.failed(100, move.request_id, move.source, move.target)
+    assert rebalancer.plan(200, seen) == []
+    rebalancer.gone(WorkerId("d7"))
+    assert rebalancer.plan(300, seen) == []
+    rebalancer.gone(move.target)  # and another one comes under its name
+    assert shown(rebalancer.plan(400, seen)) == shown([move])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from router_rig import D2, PROMPT, D, P, R, Rig, request, token
 
+from engine.prefix_cache import block_hashes
 from router.config import RouterConfig
 from router.core import TABLE
 from router.events import (
@@ -213,9 +214,126 @@ def test_a_commit_of_an_attempt_that_is_over_is_refused(rig: Rig) -> None:
     rig.token(P, 1, 0)
     transfer = rig.assigns()[-1].transfer_id
     rig.feed(LinkLost(worker_id=P, incarnation=1, reason="cut"))
+    rig.feed(Tick(), after_ms=301)
     ask = CommitAsk(request_id=R, transfer_id=transfer, from_epoch=1, next_index=1, tokens=())
     (_, answer) = rig.sent(OwnerIs, rig.report(D, commit_asks=(ask,)))[0]
     assert answer.refused
+
+
+# ---- recovery from KV that another worker still holds ----------------------------------------------------------------
+
+
+def test_a_target_that_has_all_of_it_goes_on_though_the_source_of_its_handoff_died(rig: Rig) -> None:
+    rig.token(P, 1, 0)
+    rig.actions.clear()
+    rig.feed(WorkerLost(worker_id=P, incarnation=1, reason="killed"))
+    assert (rig.state(), rig.assigns()) == (RequestState.ORPHANED, [])
+    rig.token(P, 1, 1)  # of a worker that is gone
+    ask = CommitAsk(request_id=R, transfer_id=TransferId("r.1"), from_epoch=1, next_index=1, tokens=(token(1, 0),))
+    ((_, answer),) = rig.sent(OwnerIs, rig.report(D, commit_asks=(ask,)))
+    assert (answer.refused, answer.worker_id, answer.epoch) == ("", D, 2)
+    rig.token(D, 2, 1, FinishReason.LENGTH)
+    assert rig.delivered() == [1]
+    (request,) = rig.core.status(rig.now_ms).requests
+    assert (request.num_replacements, request.state) == (0, RequestState.FINISHED)
+
+
+GIVES_UP = RequestFailed(
+    request_id=R,
+    epoch=1,
+    transfer_id=TransferId("r.1"),
+    code="handoff_failed",
+    message="it is gone",
+    retryable=True,
+)
+NO_COMMIT: list[Callable[[Rig], object]] = [
+    lambda rig: rig.feed(WorkerLost(worker_id=D, incarnation=1, reason="killed too")),
+    lambda rig: rig.feed(Tick(), after_ms=301),
+    lambda rig: rig.report(D, failed=(GIVES_UP,)),
+]
+
+
+@pytest.mark.parametrize("lose", NO_COMMIT)
+def test_an_orphaned_handoff_that_is_not_committed_is_placed_anew_and_its_target_is_not_to_blame(
+    rig: Rig, lose: Callable[[Rig], object]
+) -> None:
+    rig.token(P, 1, 0)
+    rig.feed(WorkerLost(worker_id=P, incarnation=1, reason="killed"))
+    rig.up("d1", Role.DECODE)
+    rig.up("p1", Role.PREFILL)
+    rig.actions.clear()
+    lose(rig)
+    rig.feed(Tick(), after_ms=200)
+    assert rig.state() is RequestState.PREFILLING
+    assert rig.assigns()[-1].tokens == (*PROMPT, 100)
+    (request,) = rig.core._requests.values()
+    assert request.avoid == set()
+
+
+def test_what_landed_of_a_lost_attempt_is_not_computed_again(rig: Rig) -> None:
+    """The source dies in mid-prefill; two of three blocks have come, and the target says so once they are its own."""
+    rig.up("p1", Role.PREFILL)
+    hashes = block_hashes(b"n", PROMPT, 16)
+    rig.report(D, blocks=BlockEvents(sequence=1, cleared=True))
+    rig.actions.clear()
+    rig.feed(WorkerLost(worker_id=P, incarnation=1, reason="killed"))
+    assert rig.assigns() == [], "it waits for what may be saved"
+    assert [worker for worker, _ in rig.sent(CancelAssigned)] == [D]
+    rig.report(D, blocks=BlockEvents(sequence=2, stored=tuple(hashes)))
+    rig.feed(Tick(), after_ms=100)
+    (assign,) = rig.assigns()
+    assert assign.mode is AssignMode.LOCAL
+    (request,) = rig.core.status(rig.now_ms).requests
+    assert request.decode_worker == D
+    assert "holds 32 tokens" in request.reason
+
+
+def test_a_longer_rest_goes_to_who_holds_most_of_it_only_when_it_was_lost() -> None:
+    rig = Rig(RouterConfig(local_prefill_tokens=16))
+    rig.up("p0", Role.PREFILL)
+    rig.up("d0", Role.DECODE)
+    prompt = tuple(range(200))
+    rig.report(D, blocks=BlockEvents(sequence=1, stored=tuple(block_hashes(b"n", prompt, 16)[:8]), cleared=True))
+    rig.feed(Submitted(request=request("r", prompt)))
+    assert {each.mode for each in rig.assigns()} == {AssignMode.DECODE, AssignMode.PREFILL}
+    rig.actions.clear()
+    rig.report(P, failed=(RequestFailed(request_id=R, epoch=1, code="boom", message="", retryable=True),))
+    rig.feed(Tick(), after_ms=1_000)
+    assert [each.mode for each in rig.assigns()] == [AssignMode.LOCAL], "72 tokens here, 200 there"
+
+
+def test_only_attempts_that_brought_nothing_are_in_vain(rig: Rig) -> None:
+    for number in range(8):
+        epoch, worker = rig.assigns()[-1].epoch, rig.sent(Assign)[-1][0]
+        rig.token(worker, epoch, number)
+        rig.report(worker, failed=(RequestFailed(request_id=R, epoch=epoch, code="x", message="", retryable=True),))
+        rig.feed(Tick(), after_ms=2_000)
+    assert rig.ends() == []
+    assert rig.core.status(rig.now_ms).requests[-1].num_replacements == 8
+
+
+def test_a_request_that_gets_on_and_kills_each_time_is_given_up_at_last() -> None:
+    rig = Rig(RouterConfig(replacements_all_max=5))
+    rig.up("p0", Role.PREFILL)
+    rig.up("d0", Role.DECODE)
+    rig.feed(Submitted(request=request(max_tokens=100)))
+    for number in range(6):
+        epoch, worker = rig.assigns()[-1].epoch, rig.sent(Assign)[-1][0]
+        rig.token(worker, epoch, number)
+        rig.report(worker, failed=(RequestFailed(request_id=R, epoch=epoch, code="x", message="", retryable=True),))
+        rig.feed(Tick(), after_ms=2_000)
+    assert "placed 6 times" in str(rig.error())
+
+
+def test_a_worker_that_comes_back_is_not_avoided_for_what_its_last_life_did(rig: Rig) -> None:
+    rig.report(D, failed=(RequestFailed(request_id=R, epoch=1, code="x", message="", retryable=True),))
+    (lost,) = rig.core._requests.values()
+    assert lost.avoid == {(D, 1)}
+    rig.feed(WorkerLost(worker_id=D, incarnation=1, reason="restarted"))
+    rig.up("d0", Role.DECODE, incarnation=2)
+    rig.feed(Tick(), after_ms=2_000)
+    assert rig.assigns()[-2].mode is AssignMode.DECODE
+    assert rig.sent(Assign)[-2][0] == D
 
 
 def test_failures_are_bounded_and_the_last_one_is_named(rig: Rig) -> None:
@@ -229,6 +347,29 @@ def test_failures_are_bounded_and_the_last_one_is_named(rig: Rig) -> None:
     assert isinstance(error, RequestLost)
     assert "number 3" in error.message
     assert len({each.epoch for each in rig.assigns()}) == 4
+
+
+def test_a_pair_that_failed_rests_and_others_serve_meanwhile(rig: Rig) -> None:
+    """Other requests need not find out that two workers do not get through to each other; they try it later."""
+    rig.up("d1", Role.DECODE)
+
+    def targets() -> list[WorkerId]:
+        return [worker for worker, assign in rig.sent(Assign) if assign.mode is AssignMode.DECODE]
+
+    def ask(number: int) -> WorkerId:
+        rig.feed(Submitted(request=request(f"other-{number}", tokens=(number,) * 40)))
+        return targets()[-1]
+
+    assert targets() == [D]
+    failed = RequestFailed(
+        request_id=R, epoch=1, code="handoff_failed", message="no frame gets through", retryable=True
+    )
+    rig.report(P, failed=(failed,))
+    rig.feed(Tick(), after_ms=RouterConfig().salvage_ms)
+    assert targets() == [D, D2]
+    assert {ask(number) for number in range(4)} == {D2}
+    rig.feed(Tick(), after_ms=RouterConfig().pair_rest_ms + 1)
+    assert D in {ask(number) for number in range(4, 8)}, "no list of what failed outlives its time"
 
 
 def test_a_failure_that_no_other_place_mends_ends_the_request(rig: Rig) -> None:

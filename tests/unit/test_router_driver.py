@@ -64,11 +64,27 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         self.cut_at: int | None = None
         self.num_tokens_max = 10**9  # says nothing after so many
 
-    async def Connect(
-        self, request_iterator: AsyncIterator[pb.RouterMessage], context: Any
-    ) -> AsyncIterator[pb.WorkerReport]:
+    async def Connect(self, request_iterator: AsyncIterator[pb.RouterMessage], context: Any) -> None:
         hello = await anext(request_iterator)
         self.sessions.append(hello.hello.session)
+        writing = asyncio.Lock()
+
+        async def beat() -> None:
+            while True:
+                async with writing:
+                    await context.write(pb.WorkerReport())
+                await asyncio.sleep(1)
+
+        beats = asyncio.create_task(beat())
+        try:
+            async for report in self._serve(request_iterator):
+                async with writing:
+                    await context.write(report)
+        finally:
+            async with writing:
+                beats.cancel()
+
+    async def _serve(self, request_iterator: AsyncIterator[pb.RouterMessage]) -> AsyncIterator[pb.WorkerReport]:
         async for message in request_iterator:
             assign = wire.decode_router_message(message)
             self.heard.append(assign)

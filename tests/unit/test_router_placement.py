@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.admission import RETRY_MAX_MS, refusal
 from router.config import RouterConfig
 from router.cost import CostModel
 from router.fleet import Fleet, Worker, WorkerState
@@ -290,6 +289,17 @@ def test_what_was_tried_in_vain_is_avoided_and_at_last_done_without_a_handoff() 
     assert placed.mode is AssignMode.LOCAL
 
 
+def test_a_resting_pair_is_used_when_there_is_no_other() -> None:
+    pool = Pool()
+    first, second = pool.add("p0", Role.PREFILL), pool.add("p1", Role.PREFILL)
+    target = pool.add("d0", Role.DECODE)
+    resting = frozenset({(first.key, target.key)})
+    placed = pool.place(replace(ask(), resting=resting))
+    assert (placed.prefill_worker.worker_id, placed.decode_worker.worker_id) == ("p1", "d0")
+    placed = pool.place(replace(ask(), resting=resting | {(second.key, target.key)}))
+    assert (placed.mode, placed.decode_worker.worker_id) == (AssignMode.PREFILL, "d0")
+
+
 def test_a_prompt_that_no_worker_can_hold() -> None:
     pool = Pool()
     pool.add("m0", Role.MIXED, total_blocks=10)
@@ -338,15 +348,6 @@ def test_equal_samples_neither_explode_nor_go_negative() -> None:
     assert cost.prefill_ms(100, 100) == pytest.approx(50.0, rel=0.01)
     assert cost.step_ms(1) == pytest.approx(12.0, rel=0.01)
     assert cost.prefill_ms(1, 1) > 0
-
-
-def test_admission_says_when_to_come_again() -> None:
-    config = RouterConfig(requests_max=2, queued_tokens_max=100)
-    assert refusal(config, num_requests=1, queued_tokens=0, new_tokens=500, predicted_wait_ms=0) is None
-    assert refusal(config, num_requests=1, queued_tokens=60, new_tokens=40, predicted_wait_ms=0) is None
-    full = refusal(config, num_requests=2, queued_tokens=0, new_tokens=1, predicted_wait_ms=1e9)
-    assert full is not None
-    assert full.retry_after_ms == RETRY_MAX_MS
 
 
 @pytest.mark.parametrize(

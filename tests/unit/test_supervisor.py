@@ -91,6 +91,10 @@ def ready(name: str, router: str = "router-0") -> RouterSaid:
     return state(name, "ready", router=router)
 
 
+def serving(reason: str = "", router: str = "router-0") -> RouterSaid:
+    return said("readiness", router=router, not_ready=reason)
+
+
 def drained(name: str, *, restart: bool = False) -> RouterSaid:
     return said("drained", id=name, incarnation=1, restart=restart)
 
@@ -145,9 +149,9 @@ def watched(events: list[Any], **flags: object) -> list[str]:
     return watching.said
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
-def test_ready_is_said_once_and_after_all_workers_are_up(order: tuple[int, ...]) -> None:
-    events = [each(name) for name in WORKERS for each in (up, ready)]
+@pytest.mark.parametrize("order", list(itertools.permutations(range(5))))
+def test_ready_is_said_once_and_after_all_workers_are_up_and_serve(order: tuple[int, ...]) -> None:
+    events = [*(each(name) for name in WORKERS for each in (up, ready)), serving()]
     lines = watched([*(events[index] for index in order), StopAsked(reason="the end")])
     told = [line for line in lines if "Tandem is ready" in line or " up, pid 7 (" in line]
     kinds = ["ready" if "Tandem" in line else "up" for line in told]
@@ -161,11 +165,17 @@ def test_a_worker_of_which_only_one_half_is_known_is_missing(kind: Any) -> None:
         watched(events, start_timeout_s=1)
 
 
+def test_a_cluster_whose_workers_are_up_and_do_not_serve_is_not_ready_and_says_why() -> None:
+    events = [*(each(name) for name in WORKERS for each in (up, ready)), serving("no pair has moved a block yet")]
+    with pytest.raises(StartFailed, match=r"not ready within start_timeout_s, 1 s: no pair has moved a block yet$"):
+        watched(events, start_timeout_s=1)
+
+
 def three_up() -> Watched:
     """A cluster that is ready, with one worker more than it needs."""
     watching = Watched(decode=2)
     names = ("prefill-0", "decode-0", "decode-1")
-    assert watching.take(*(each(name) for name in names for each in (up, ready))) == []
+    assert watching.take(*(each(name) for name in names for each in (up, ready)), serving()) == []
     assert any("is ready at" in line for line in watching.said)
     return watching
 
@@ -224,7 +234,9 @@ def two_routers() -> Watched:
     names = ("prefill-0", "decode-0", "decode-1")
     watching.take(*(up(name) for name in names), *(ready(name) for name in names))
     assert not any("is ready at" in line for line in watching.said), "one router has no worker yet"
-    watching.take(*(ready(name, "router-1") for name in names))
+    watching.take(*(ready(name, "router-1") for name in names), serving())
+    assert not any("is ready at" in line for line in watching.said), "one router has not seen that they serve"
+    watching.take(serving(router="router-1"))
     assert any("is ready at" in line for line in watching.said)
     return watching
 
@@ -284,7 +296,7 @@ def test_a_drain_is_passed_on_and_its_end_too() -> None:
 
 def test_the_last_router_that_dies_too_often_ends_the_cluster() -> None:
     watching = Watched(max_restarts=0)
-    watching.take(*(each(name) for name in WORKERS for each in (up, ready)))
+    watching.take(*(each(name) for name in WORKERS for each in (up, ready)), serving())
     with pytest.raises(StartFailed, match="no router is left"):
         watching.take(RouterEnded(router="router-0", generation=1, code=1))
     assert watching.said[-1].startswith("error: router-0 ended with status 1; it has died too often")
@@ -320,7 +332,7 @@ def test_a_ray_that_is_lost_before_all_is_ready_is_told_and_not_tried_again() ->
 
 def test_a_ray_that_is_lost_again_and_again_ends_the_cluster() -> None:
     watching = Watched(decode=1, max_restarts=1)
-    watching.take(*(each(name) for name in WORKERS for each in (up, ready)))
+    watching.take(*(each(name) for name in WORKERS for each in (up, ready)), serving())
     assert watching.take(PoolsEnded(code=-9)) == ["ray again=True"]
     with pytest.raises(StartFailed, match="has died too often and stays down"):
         watching.take(PoolsEnded(code=-9))
@@ -329,7 +341,7 @@ def test_a_ray_that_is_lost_again_and_again_ends_the_cluster() -> None:
 def test_a_worker_that_dies_at_every_start_is_given_up_and_the_others_serve_on() -> None:
     watching = Watched(decode=2, max_restarts=1)
     names = ("prefill-0", "decode-0", "decode-1")
-    watching.take(*(each(name) for name in names for each in (up, ready)))
+    watching.take(*(each(name) for name in names for each in (up, ready)), serving())
     assert watching.take(down("decode-1", "a")) == ["start decode-1"]
     assert watching.take(down("decode-1", "b")) == []
     assert any("decode-1 ended: b; it has died too often and stays down" in line for line in watching.said)
@@ -340,14 +352,15 @@ def test_a_worker_that_dies_at_every_start_is_given_up_and_the_others_serve_on()
     ]
 
 
-def test_the_last_decoder_may_be_starting_when_another_one_is_given_up() -> None:
+def test_workers_of_one_role_serve_on_alone_until_the_last_one_is_given_up() -> None:
     watching = Watched(decode=2, max_restarts=1)
     names = ("prefill-0", "decode-0", "decode-1")
-    watching.take(*(each(name) for name in names for each in (up, ready)))
+    watching.take(*(each(name) for name in names for each in (up, ready)), serving())
     assert watching.take(down("decode-1"), down("decode-0")) == ["start decode-1", "start decode-0"]
-    assert watching.take(down("decode-1")) == [], "decode-0 is on its way"
-    with pytest.raises(StartFailed, match="no worker that decodes is left"):
-        watching.take(down("decode-0"))
+    assert watching.take(down("decode-1"), down("decode-0")) == [], "no decode worker comes back"
+    assert watching.take(down("prefill-0")) == ["start prefill-0"]
+    with pytest.raises(StartFailed, match="no worker is left"):
+        watching.take(down("prefill-0"))
 
 
 def test_what_ray_says_of_its_parts_and_of_room_is_passed_on() -> None:

@@ -1,0 +1,94 @@
+"""What a status says that must not be: blocks that do not add up, and what is held by nobody once all is still."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from tandem.v1.admin_pb2 import BlockCountsStatus, StatusResponse, WorkerStatus
+
+HELD = ("owned", "exported", "granted", "quarantined")  # by somebody; the rest is free or prefix cache
+IDLE_LOOKS = 4  # in a row: reports of a worker's blocks come a moment after the end of its requests
+FILES_MORE_MAX = 24  # descriptors of a process beyond those at the first still moment: links to peers come and go
+
+
+def unbalanced(worker: WorkerStatus) -> list[str]:
+    """What is wrong with a worker's blocks at any moment, under any load."""
+    blocks = worker.kv_blocks
+    states = blocks.free + blocks.cached + sum(_held(blocks).values())
+    problems = [f"{worker.id}: {problem}" for problem in worker.audit]
+    if states != blocks.total:
+        problems.append(f"{worker.id}: the states of its blocks sum to {states}, its pool has {blocks.total}")
+    return problems
+
+
+def held(status: StatusResponse) -> list[str]:
+    """What keeps the cluster from being as it was before any load; empty: nothing."""
+    problems = []
+    for worker in status.workers:
+        if worker.state in ("dead", "left"):
+            continue
+        if worker.state != "ready":
+            problems.append(f"{worker.id} is {worker.state}")
+            continue
+        problems += [f"{worker.id} has {num} blocks {name}" for name, num in _held(worker.kv_blocks).items() if num]
+        if worker.running or worker.waiting:
+            problems.append(f"{worker.id} has {worker.running} requests running and {worker.waiting} waiting")
+    return problems
+
+
+@dataclass(slots=True)
+class IdleWatch:
+    """Finds, while a load runs, workers that hold blocks although no request has a part in them."""
+
+    looks: dict[tuple[str, int], int] = field(default_factory=dict)  # by worker and incarnation: in a row
+
+    def look(self, status: StatusResponse) -> list[str]:
+        """Takes the next status; says who has held something for nobody for IDLE_LOOKS looks."""
+        busy = {name for each in status.requests for name in (each.prefill_worker, each.decode_worker, each.moving_to)}
+        problems = []
+        for worker in status.workers:
+            key = (worker.id, worker.incarnation)
+            num = sum(_held(worker.kv_blocks).values())
+            idle = worker.state == "ready" and worker.id not in busy and not worker.running and not worker.waiting
+            self.looks[key] = self.looks.get(key, 0) + 1 if idle and num else 0
+            if self.looks[key] == IDLE_LOOKS:
+                problems.append(f"{worker.id} holds {num} blocks, and no request has a part in it")
+        return problems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """How many processes of one name there are, and what they have open."""
+
+    num_processes: int
+    num_files: int  # open in all of them
+
+
+def grown(before: Mapping[str, Footprint], now: Mapping[str, Footprint]) -> list[str]:
+    """Processes and open files that there were not at a still moment before."""
+    problems = []
+    for name, footprint in now.items():
+        then = before.get(name)
+        if then is None or footprint.num_processes > then.num_processes:
+            num = then.num_processes if then is not None else 0
+            problems.append(f"{footprint.num_processes} processes {name} run, {num} did before")
+        elif footprint.num_files > then.num_files + FILES_MORE_MAX * then.num_processes:
+            problems.append(f"{name} has {footprint.num_files} open files, {then.num_files} before")
+    return problems
+
+
+def exact_and_here(status: StatusResponse, local_pids: Iterable[int]) -> str:
+    """Why the cluster cannot be struck from here; empty when it can."""
+    inexact = [each.id for each in status.workers if each.state == "ready" and not each.exact]
+    if inexact:
+        return f"{', '.join(inexact)}: not in exact mode, so tokens cannot be compared"
+    here = set(local_pids)
+    strange = [each.id for each in status.workers if each.state == "ready" and each.pid not in here]
+    if strange:
+        return f"{', '.join(strange)}: runs on another machine, where no fault can be made from here"
+    return ""
+
+
+def _held(blocks: BlockCountsStatus) -> dict[str, int]:
+    return {name: getattr(blocks, name) for name in HELD}

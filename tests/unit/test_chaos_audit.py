@@ -1,0 +1,93 @@
+"""Leaks are found under load, when all is still, and in processes; what is well is not called a leak."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.soak import slope
+from cluster.chaos_audit import (
+    FILES_MORE_MAX,
+    IDLE_LOOKS,
+    Footprint,
+    IdleWatch,
+    exact_and_here,
+    grown,
+    held,
+    unbalanced,
+)
+from tandem.v1.admin_pb2 import BlockCountsStatus, RequestStatus, StatusResponse, WorkerStatus
+
+
+def worker(
+    name: str = "d0", *, state: str = "ready", counts: dict[str, int] | None = None, **other: Any
+) -> WorkerStatus:
+    blocks = {"total": 10, "free": 10, **(counts or {})}
+    fields = {"exact": True, "pid": 7, "incarnation": 1, **other}
+    return WorkerStatus(id=name, state=state, kv_blocks=BlockCountsStatus(**blocks), **fields)
+
+
+def test_blocks_that_do_not_add_up_are_found_under_load() -> None:
+    assert unbalanced(worker(counts={"free": 4, "owned": 3, "cached": 2, "granted": 1})) == []
+    (problem,) = unbalanced(worker(counts={"free": 4, "owned": 3}))
+    assert problem == "d0: the states of its blocks sum to 7, its pool has 10"
+    assert unbalanced(worker(audit=["block 3 is owned by nobody"])) == ["d0: block 3 is owned by nobody"]
+
+
+@pytest.mark.parametrize("state", ["owned", "exported", "granted", "quarantined"])
+def test_what_is_held_when_all_is_still_is_found(state: str) -> None:
+    status = StatusResponse(workers=[worker("p0"), worker(counts={"free": 8, state: 2})])
+    assert held(status) == [f"d0 has 2 blocks {state}"]
+    assert held(StatusResponse(workers=[worker(counts={"free": 8, "cached": 2}), worker("d1", state="dead")])) == []
+    assert held(StatusResponse(workers=[worker(state="joining")])) == ["d0 is joining"]
+    assert held(StatusResponse(workers=[worker(running=1)])) == ["d0 has 1 requests running and 0 waiting"]
+
+
+def test_a_worker_that_holds_blocks_for_nobody_is_found_while_others_work() -> None:
+    watch = IdleWatch()
+    leaks = worker(counts={"free": 8, "owned": 2})
+    busy = RequestStatus(prefill_worker="p0", decode_worker="d1")
+    assert [watch.look(StatusResponse(workers=[leaks], requests=[busy])) for _ in range(IDLE_LOOKS - 1)] == [
+        [] for _ in range(IDLE_LOOKS - 1)
+    ]
+    assert watch.look(StatusResponse(workers=[leaks], requests=[busy])) == [
+        "d0 holds 2 blocks, and no request has a part in it"
+    ]
+    mine = RequestStatus(prefill_worker="p0", decode_worker="d1", moving_to="d0")
+    for _ in range(3 * IDLE_LOOKS):
+        assert watch.look(StatusResponse(workers=[leaks], requests=[mine])) == []
+
+
+def test_processes_and_files_that_were_not_there_before_are_found() -> None:
+    before = {"agent": Footprint(num_processes=4, num_files=100)}
+    assert grown(before, {"agent": Footprint(num_processes=4, num_files=100 + 4 * FILES_MORE_MAX)}) == []
+    assert grown(before, {"agent": Footprint(num_processes=5, num_files=100)}) == [
+        "5 processes agent run, 4 did before"
+    ]
+    (files,) = grown(before, {"agent": Footprint(num_processes=4, num_files=101 + 4 * FILES_MORE_MAX)})
+    assert files.endswith("100 before")
+    assert grown(before, {"stray": Footprint(num_processes=1, num_files=1)}) == ["1 processes stray run, 0 did before"]
+
+
+def test_what_cannot_be_struck_from_here_is_named() -> None:
+    status = StatusResponse(workers=[worker(), worker("d1", pid=8)])
+    assert exact_and_here(status, [7, 8]) == ""
+    assert exact_and_here(status, [7]) == "d1: runs on another machine, where no fault can be made from here"
+    inexact = StatusResponse(workers=[worker(exact=False)])
+    assert exact_and_here(inexact, [7]) == "d0: not in exact mode, so tokens cannot be compared"
+
+
+def test_a_slope_is_that_within_processes_and_noise_is_none() -> None:
+    """Two processes of very different levels, each of which grows by 100 an hour, and two that only jitter."""
+    grows = [(pid, float(age), 1000.0 * pid + 100 * age / 3600) for pid in (1, 2) for age in range(0, 600, 5)]
+    found = slope("worker", grows)
+    assert found is not None
+    assert found.per_hour == pytest.approx(100)
+    assert found.grows
+    flat = [(pid, float(age), 1000.0 * pid + (age // 5) % 2) for pid in (1, 2) for age in range(0, 600, 5)]
+    still = slope("worker", flat)
+    assert still is not None
+    assert abs(still.per_hour) <= still.noise_per_hour
+    assert not still.grows
+    assert slope("worker", grows[:2]) is None
