@@ -124,7 +124,7 @@ def running(model: str, *, redis: bool) -> Iterator[LocalCluster]:
 def _shoot(phase: Phase, *, seed: int, flags: argparse.Namespace) -> Tally:
     with running(phase.model, redis=flags.redis) as cluster:
         shooting = ChaosRun(
-            Place(address=cluster.grpc_address, supervisor_pid=cluster.pid),
+            Place.of(cluster.run_file()),
             load=phase.load,
             seed=seed,
             say=lambda line: print(line, file=sys.stderr, flush=True),

@@ -15,6 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cluster.config import default_run_dir
+from cluster.run_file import RunFile, find
+
 TANDEM = str(Path(sys.executable).parent / "tandem")
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 60.0
@@ -80,6 +83,10 @@ class LocalCluster:
             self._lines.append(line)
             if "ready" in line and "http" in line:
                 self._ready.set()
+
+    def run_file(self) -> RunFile:
+        """What `serve` wrote down of it."""
+        return find(default_run_dir(os.environ), self.port)
 
     def status(self) -> dict[str, Any]:
         """What `tandem status --json` prints."""

@@ -159,7 +159,7 @@ def _soak(flags: argparse.Namespace) -> tuple[Tally, list[Taken]]:
         sampler = Sampler(cluster.pid)
         thread = threading.Thread(target=sampler.run, name="sampler", daemon=True)
         shooting = ChaosRun(
-            Place(address=cluster.grpc_address, supervisor_pid=cluster.pid),
+            Place.of(cluster.run_file()),
             load=SMALL,
             seed=flags.seed,
             say=lambda line: print(line, file=sys.stderr, flush=True),

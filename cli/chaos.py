@@ -63,7 +63,7 @@ def run(
         raise ConfigError(str(error)) from None
     found = find(run_dir_of(run_dir), port)
     shooting = ChaosRun(
-        Place(address=found.grpc_address, supervisor_pid=found.pid),
+        Place.of(found),
         load=Load(num_clients=clients),
         seed=seed,
         say=lambda line: print(line, file=sys.stderr, flush=True),

@@ -13,7 +13,7 @@ def show_config(effective: Effective) -> None:
     """Print the effective settings with their origins: flags, TANDEM_* variables, --config file, defaults."""
     table = Table("setting", "value", "from", box=None, pad_edge=False)
     for key, value in effective.config.model_dump(mode="json").items():
-        shown = str(value)
+        shown = "" if value is None else str(value)
         if key in ("kv_memory", "swap_memory"):
             config = effective.config
             shown = ByteSize(config.swap_bytes if key == "swap_memory" else config.kv_memory).human_readable()

@@ -14,12 +14,16 @@ from cli.chaos import chaos
 from cli.configuration import show_config
 from cli.down import down
 from cli.drain import drain
+from cli.keys import keys
 from cli.migrate import Refused, migrate
 from cli.serve import serve
 from cli.settings import with_settings
 from cli.status import status
 from cluster.config import ConfigError
+from cluster.key_file import KeyFileError
 from cluster.run_file import NoCluster
+from cluster.secret_files import SecretError
+from tandem.tls import TlsError
 
 app = typer.Typer(
     name="tandem",
@@ -35,6 +39,7 @@ app.command("drain")(drain)
 app.command("down")(down)
 app.command("bench")(bench)
 app.add_typer(chaos)
+app.add_typer(keys)
 app.command("config")(with_settings(show_config))
 
 
@@ -42,7 +47,7 @@ def main() -> None:
     """The entry of the command line. Status 2: a setting is wrong; 1: it could not be done."""
     try:
         app()
-    except ConfigError as error:
+    except (ConfigError, KeyFileError, SecretError, TlsError) as error:
         _fail(str(error), 2)
     except BadWorkload as error:
         _fail(str(error), 2)

@@ -63,7 +63,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         canaries: Canaries,
         peers: Peers,
         addresses: Callable[[], Addresses],
-        cancel: Callable[[str, str], bool],
+        cancel: Callable[[str, str, str | None], bool],
         metrics: Callable[[], bytes],
         stop: Callable[[str], None],
     ) -> None:
@@ -125,7 +125,9 @@ class Admin(admin_pb2_grpc.AdminServicer):
                 found = await self._found(name)
                 if found.router != self._peers.me:
                     there = pb.MigrateRequest(request_id=found.id, to=request.to, local=True)
-                    answer: pb.MoveStatus = await self._peers.stub(found.router).Migrate(there, timeout=MIGRATE_S)
+                    answer: pb.MoveStatus = await self._peers.stub(found.router).Migrate(
+                        there, timeout=MIGRATE_S, metadata=self._peers.metadata
+                    )
                     return answer
                 name = found.id
             record = await self._operations.migrate(name, request.to)
@@ -148,7 +150,8 @@ class Admin(admin_pb2_grpc.AdminServicer):
 
     async def CancelHere(self, request: pb.CancelHereRequest, context: _Context) -> pb.CancelHereResponse:
         """Ends a request of this router, for a client that came to another one."""
-        return pb.CancelHereResponse(found=self._cancel(request.request_id, "cancelled by a client"))
+        only = request.owner if request.HasField("owner") else None
+        return pb.CancelHereResponse(found=self._cancel(request.request_id, "cancelled by a client", only))
 
     async def MetricsHere(self, request: pb.MetricsHereRequest, context: _Context) -> pb.MetricsHereResponse:
         """What this router has counted, for a page of all routers."""
@@ -200,6 +203,7 @@ def worker_status(member: Member, worker: WorkerSnapshot | None) -> pb.WorkerSta
         reason=member.reason,
         exact_reason=dict(info.labels).get("exact_reason", ""),
         steps=member.steps,
+        refused=min(member.refused, (1 << 32) - 1),
         control=info.control,
     )
     if load is not None:

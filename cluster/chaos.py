@@ -27,6 +27,9 @@ from cluster.chaos_processes import (
     until_struck,
 )
 from cluster.chaos_tally import Tally
+from cluster.member_access import access_here
+from cluster.run_file import RunFile
+from tandem.cluster_access import ClusterAccess
 from tandem.v1 import admin_pb2, admin_pb2_grpc, faults_pb2, faults_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 SETTLE_TIMEOUT_S = 60.0
@@ -63,10 +66,16 @@ class NoVictim(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where the cluster is: its gRPC address, and its supervisor's process."""
+    """Where the cluster is: its gRPC address, its supervisor's process, and what its members ask to be shown."""
 
     address: str
     supervisor_pid: int
+    access: ClusterAccess
+
+    @classmethod
+    def of(cls, run: RunFile) -> Place:
+        """Of a cluster that runs here. Raises SecretError, TlsError."""
+        return cls(address=run.grpc_address, supervisor_pid=run.pid, access=access_here(run))
 
 
 class ChaosRun:
@@ -100,7 +109,9 @@ class ChaosRun:
         problem = exact_and_here(status, psutil.pids())
         if problem:
             raise NotReady(problem)
-        allowed = [await _allows_faults(each.control) for each in status.workers if each.state == "ready"]
+        allowed = [
+            await _allows_faults(each.control, self._place.access) for each in status.workers if each.state == "ready"
+        ]
         return Ground(faults_allowed=bool(allowed) and all(allowed), has_store=bool(status.store))
 
     async def run(self, faults: Sequence[Fault], duration_ms: int) -> Tally:
@@ -238,7 +249,7 @@ class ChaosRun:
         on_agent = fault.victim in AGENTS
         process = psutil.Process(worker.agent_pid if on_agent else worker.pid)
         stops = fault.kind is FaultKind.STOP
-        async with grpc.aio.insecure_channel(worker.control) as channel:
+        async with self._place.access.dial(worker.control) as channel:
             await faults_pb2_grpc.FaultsStub(channel).Ambush(  # type: ignore[no-untyped-call]
                 faults_pb2.AmbushRequest(
                     state=fault.state,
@@ -248,6 +259,7 @@ class ChaosRun:
                     within_ms=round(STATE_WAIT_S * 1000),
                 ),
                 timeout=FAULTS_TIMEOUT_S,
+                metadata=self._place.access.metadata,
             )
         provoking = [asyncio.create_task(self._provoke(worker))] if fault.state in FAILING else []
         try:
@@ -273,7 +285,7 @@ class ChaosRun:
 
     async def _strike_link(self, admin: admin_pb2_grpc.AdminStub, fault: Fault) -> None:
         worker = await self._worker(admin, ANY_ROLE, fault)
-        async with grpc.aio.insecure_channel(worker.control) as channel:
+        async with self._place.access.dial(worker.control) as channel:
             self._struck(fault, worker.id)
             await faults_pb2_grpc.FaultsStub(channel).Disturb(  # type: ignore[no-untyped-call]
                 faults_pb2.DisturbRequest(
@@ -283,6 +295,7 @@ class ChaosRun:
                     corrupt_every=fault.corrupt_every,
                 ),
                 timeout=FAULTS_TIMEOUT_S,
+                metadata=self._place.access.metadata,
             )
         await asyncio.sleep(fault.for_ms / 1000)
 
@@ -328,12 +341,13 @@ def _first(several: ExceptionGroup[Exception]) -> Exception:
     return _first(error) if isinstance(error, ExceptionGroup) else error
 
 
-async def _allows_faults(control: str) -> bool:
+async def _allows_faults(control: str, access: ClusterAccess) -> bool:
     """Whether the worker at this address takes faults."""
     request = faults_pb2.AmbushRequest()  # names no state: refused as such by who has the service
-    async with grpc.aio.insecure_channel(control) as channel:
+    async with access.dial(control) as channel:
+        stub = faults_pb2_grpc.FaultsStub(channel)  # type: ignore[no-untyped-call]
         try:
-            await faults_pb2_grpc.FaultsStub(channel).Ambush(request, timeout=FAULTS_TIMEOUT_S)  # type: ignore[no-untyped-call]
+            await stub.Ambush(request, timeout=FAULTS_TIMEOUT_S, metadata=access.metadata)
         except grpc.aio.AioRpcError as error:
             return error.code() is grpc.StatusCode.INVALID_ARGUMENT
     return True

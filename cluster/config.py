@@ -14,8 +14,8 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 ENVIRONMENT_PREFIX = "TANDEM_"
-# Variables that are no settings of a cluster: the settings file, the kernels' choice, and two of the tests.
-OTHER_VARIABLES = frozenset({"CONFIG", "KERNELS", "REQUIRE", "HANDOFF_SEEDS"})
+# Variables that are no settings of a cluster: the settings file, the kernels' choice, a client's key, two of tests.
+OTHER_VARIABLES = frozenset({"CONFIG", "KERNELS", "REQUIRE", "HANDOFF_SEEDS", "API_KEY"})
 MiB = 1 << 20
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 WILDCARDS = ("0.0.0.0", "::")
@@ -59,6 +59,9 @@ class ClusterConfig(BaseModel):
     max_rows: int = Field(64, ge=1, le=4096, description="sequences in one step")
     threads: int = Field(0, ge=0, le=1024, description="compute threads of a worker; 0: its share of the cores")
     transport: Literal["auto", "shm", "gloo"] = Field("auto", description="how KV blocks move between workers")
+    frame_tags: Literal["auto", "always", "never"] = Field(
+        "auto", description="keyed tags on KV bytes between agents; auto: where they leave the host"
+    )
     prefix_cache: bool = Field(True, description="keep KV blocks for requests that begin alike")
     local_prefill_tokens: int = Field(
         256, ge=0, le=1 << 20, description="a decode worker that knows a prompt best prefills a rest this short itself"
@@ -67,6 +70,16 @@ class ClusterConfig(BaseModel):
         0, ge=0, le=1 << 20, description="full blocks that are copied while a moved request stands still, at most"
     )
     rebalance: bool = Field(True, description="running requests move between workers where that helps them or others")
+
+    api_keys: Path | None = Field(None, description="YAML file of API keys; without it everybody may ask")
+    tls_cert: Path | None = Field(None, description="PEM certificate of HTTP and gRPC, and of the members' own gRPC")
+    tls_key: Path | None = Field(None, description="PEM key of tls_cert")
+    tls_ca: Path | None = Field(None, description="PEM authority of tls_cert, by which members know each other")
+    tls_client_ca: Path | None = Field(None, description="PEM authority; only clients that it signed may connect")
+    tls_name: str = Field("", description="name in the members' certificates; empty: the address that is dialled")
+    join_token_file: Path | None = Field(
+        None, description="file with the token that workers join with; without it each start makes one"
+    )
 
     redis: str = Field(
         "",
@@ -98,6 +111,23 @@ class ClusterConfig(BaseModel):
     @classmethod
     def _lower(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
+
+    @field_validator("api_keys", "tls_cert", "tls_key", "tls_ca", "tls_client_ca", "join_token_file")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.absolute()  # processes of the cluster have folders of their own
+
+    @model_validator(mode="after")
+    def _secure(self) -> ClusterConfig:
+        given = [name for name in ("tls_cert", "tls_key", "tls_ca") if getattr(self, name) is not None]
+        if len(given) in (1, 2):
+            missing = ", ".join(sorted({"tls_cert", "tls_key", "tls_ca"} - set(given)))
+            raise ValueError(f"{missing}: missing, {' and '.join(given)} alone cannot be used")
+        if self.tls_client_ca is not None and not given:
+            raise ValueError(
+                "tls_client_ca: asks for certificates of clients, which needs tls_cert, tls_key and tls_ca"
+            )
+        return self
 
     @field_validator("redis")
     @classmethod
@@ -139,6 +169,11 @@ class ClusterConfig(BaseModel):
     def num_workers(self) -> int:
         """Workers of all roles."""
         return self.prefill + self.decode + self.mixed
+
+    @property
+    def scheme(self) -> str:
+        """Of the HTTP address."""
+        return "http" if self.tls_cert is None else "https"
 
     def threads_per_worker(self, cores: int) -> int:
         """Compute threads of one worker on a machine of `cores` cores: never more busy threads than cores in all."""

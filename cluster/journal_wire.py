@@ -30,6 +30,8 @@ def encode_entry(new: NewRequest, keep: Keep) -> bytes:
         digest=keep.digest,
         idempotency_key=keep.key,
         resume_ms=keep.resume_ms,
+        owner=new.owner,
+        cache_salt=new.cache_salt,
     )
     return entry.SerializeToString()
 
@@ -50,6 +52,8 @@ def decode_entry(content: bytes) -> tuple[NewRequest, Keep]:
         deadline_ms=entry.deadline_ms,
         priority=entry.priority,
         model=entry.model,
+        owner=entry.owner,
+        cache_salt=entry.cache_salt,
     )
     keep = Keep(form=entry.form, digest=entry.digest, key=entry.idempotency_key, resume_ms=entry.resume_ms)
     return new, keep

@@ -93,6 +93,7 @@ class Heartbeat:
     steps: int
     runnable: bool
     agent_pid: int
+    refused: int = 0  # strangers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +178,7 @@ class Member:
     runnable: bool = False
     moved_ms: int = 0  # when its step counter last moved, or it last had nothing to do
     agent_pid: int = 0
+    refused: int = 0
     reason: str = ""
 
 
@@ -195,6 +197,7 @@ class Membership:
     members_max: int = 1024  # names, those of the dead included
     look_ms: int | None = None  # None: nothing is promised
     looked_ms: int | None = None
+    model: str = ""  # that every worker must run; empty: whichever the first one runs
     members: dict[WorkerId, Member] = field(default_factory=dict)
 
     def handle(self, now_ms: int, event: Event) -> list[Action]:
@@ -248,6 +251,9 @@ class Membership:
         if known is not None and known.incarnation >= event.incarnation:
             reason = f"incarnation {event.incarnation} of {info.worker_id} is over; the latest is {known.incarnation}"
             return [RegistrationRefused(worker_id=info.worker_id, reason=reason)]
+        if self.model and info.model != self.model:
+            reason = f"{info.worker_id} runs the model {info.model!r}, this cluster serves {self.model!r}"
+            return [RegistrationRefused(worker_id=info.worker_id, reason=reason)]
         stranger = next((member for member in self.alive() if member.info.namespace != info.namespace), None)
         if stranger is not None:
             reason = (
@@ -255,6 +261,9 @@ class Membership:
                 f"{stranger.info.namespace!r}: one cluster serves one model"
             )
             return [RegistrationRefused(worker_id=info.worker_id, reason=reason)]
+        differs = next((told for each in self.alive() if (told := _difference(info, each.info))), "")
+        if differs:
+            return [RegistrationRefused(worker_id=info.worker_id, reason=differs)]
         if known is None and not self._has_room():
             reason = f"{self.members_max} workers are in the cluster, no more may"
             return [RegistrationRefused(worker_id=info.worker_id, reason=reason)]
@@ -283,6 +292,7 @@ class Membership:
             member.moved_ms = now_ms
         member.heard_ms = now_ms
         member.steps, member.runnable, member.agent_pid = event.steps, event.runnable, event.agent_pid
+        member.refused = event.refused
         if 2 * (now_ms - member.moved_ms) >= self.stall_ms:
             return self._stalled(now_ms, member)
         return self._observe(member, O.HEARD, "heartbeat")
@@ -317,3 +327,14 @@ class Membership:
                 worker_id=member.info.worker_id, incarnation=member.incarnation, state=state, reason=reason
             )
         ]  # fmt: skip
+
+
+def _difference(new: WorkerInfo, old: WorkerInfo) -> str:
+    """What of their blocks is not alike, in a sentence; empty when all is."""
+    for name in ("dtype", "block_size", "block_bytes"):
+        if getattr(new, name) != getattr(old, name):
+            return (
+                f"{new.worker_id} has {name} {getattr(new, name)!r}, but {old.worker_id} has "
+                f"{getattr(old, name)!r}: one cluster has one layout of blocks"
+            )
+    return ""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import grpc
 import grpc.aio
 
+from tandem.cluster_access import ClusterAccess
 from tandem.errors import Unavailable
 from tandem.v1 import admin_pb2 as pb
 from tandem.v1 import admin_pb2_grpc
@@ -22,14 +23,20 @@ OPTIONS = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_back
 class Peers:
     """Stubs for the routers but this one, by name. All methods on one event loop."""
 
-    def __init__(self, me: str, internal: Mapping[str, str]) -> None:
+    def __init__(self, me: str, internal: Mapping[str, str], access: ClusterAccess | None = None) -> None:
         self.me = me
+        self._access = access or ClusterAccess()
         self.internal = dict(internal)
         self._channels = {
-            name: grpc.aio.insecure_channel(address, options=OPTIONS)
+            name: self._access.dial(address, OPTIONS)
             for name, address in internal.items()
             if name != me
         }  # fmt: skip
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """To send with every call of a stub."""
+        return self._access.metadata
 
     def stub(self, router: str) -> admin_pb2_grpc.AdminStub:
         """The operators' service of another router."""
@@ -43,26 +50,29 @@ class Peers:
 
     async def _status(self, name: str, request: pb.StatusRequest) -> pb.StatusResponse | None:
         try:
-            answer: pb.StatusResponse = await self.stub(name).Status(request, timeout=ANSWER_S)
+            answer: pb.StatusResponse = await self.stub(name).Status(request, timeout=ANSWER_S, metadata=self.metadata)
         except grpc.aio.AioRpcError as error:
             log.debug("%s does not tell its status: %s %s", name, error.code().name, error.details())
             return None
         return answer
 
-    async def cancel(self, request_id: str) -> bool:
+    async def cancel(self, request_id: str, only: str | None) -> bool:
         """Ends a request at whichever of the others has it; False when none has it.
 
-        Raises Unavailable when that is not known, because one of them does not answer.
+        `only`: if it is this owner's; None: whosesoever it is. Raises Unavailable when it is not known whether one has
+        it, because one of them does not answer.
         """
-        answers = await asyncio.gather(*(self._cancel(name, request_id) for name in self._channels))
+        answers = await asyncio.gather(*(self._cancel(name, request_id, only) for name in self._channels))
         if not any(answers):
             check_all_answered(dict(zip(self._channels, answers, strict=True)))
         return any(answers)
 
-    async def _cancel(self, name: str, request_id: str) -> bool | None:
+    async def _cancel(self, name: str, request_id: str, only: str | None) -> bool | None:
         try:
-            request = pb.CancelHereRequest(request_id=request_id)
-            answer: pb.CancelHereResponse = await self.stub(name).CancelHere(request, timeout=ANSWER_S)
+            request = pb.CancelHereRequest(request_id=request_id, owner=only)
+            answer: pb.CancelHereResponse = await self.stub(name).CancelHere(
+                request, timeout=ANSWER_S, metadata=self.metadata
+            )
         except grpc.aio.AioRpcError as error:
             log.debug("%s does not answer a cancellation: %s %s", name, error.code().name, error.details())
             return None
@@ -76,7 +86,7 @@ class Peers:
     async def _metrics(self, name: str) -> str:
         try:
             answer: pb.MetricsHereResponse = await self.stub(name).MetricsHere(
-                pb.MetricsHereRequest(), timeout=ANSWER_S
+                pb.MetricsHereRequest(), timeout=ANSWER_S, metadata=self.metadata
             )
         except grpc.aio.AioRpcError as error:
             log.debug("%s does not tell its metrics: %s %s", name, error.code().name, error.details())

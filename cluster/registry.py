@@ -71,6 +71,7 @@ class Registry(worker_pb2_grpc.RegistryServicer):
             steps=request.steps,
             runnable=request.runnable,
             agent_pid=request.agent_pid,
+            refused=request.refused,
         )
         self._take(beat)
         return pb.HeartbeatReply(

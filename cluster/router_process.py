@@ -18,11 +18,13 @@ import resource
 import secrets
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 import grpc.aio
 import uvloop
 
@@ -30,6 +32,8 @@ from cluster.admin import Addresses, Admin
 from cluster.canary import Canaries
 from cluster.config import ClusterConfig, without_password
 from cluster.drain_relay import DrainWord
+from cluster.key_file import KeyFile
+from cluster.member_access import member_access
 from cluster.membership import Membership, StateChanged
 from cluster.operations import Operations
 from cluster.peers import Peers
@@ -39,7 +43,9 @@ from cluster.router_settings import RouterSettings
 from cluster.run_file import reachable
 from cluster.served_model import describe
 from cluster.state import RedisStore, identity_of
+from router.api_keys import KeyRing
 from router.config import RouterConfig
+from router.door import Door
 from router.driver import Driver
 from router.grpc_api import CONNECTIONS_MAX as GRPC_CONNECTIONS_MAX
 from router.grpc_api import GrpcServer, build_grpc_server
@@ -50,7 +56,9 @@ from router.metrics import EdgeMetrics
 from router.openai_api import build_app
 from router.service import ServedModel, Service
 from router.transcripts import Transcripts
+from tandem.cluster_access import MembersOnly
 from tandem.request import WorkerId
+from tandem.tls import server_context
 from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -116,10 +124,15 @@ class RouterProcess:
         self.supervisor = Supervisor()
         self.stopping = asyncio.Event()
         edge = describe(config)
+        self.access = member_access(config, settings.join_token)
+        self.keys = None if config.api_keys is None else KeyFile(config.api_keys)
+        self.door = Door(None if self.keys is None else self.keys.load())
         self.driver = Driver(
             RouterConfig(router_id=settings.router_id, local_prefill_tokens=config.local_prefill_tokens),
             transcripts=Transcripts(shared=shared is not None),
             born_us=None if shared is None else shared.born_us,
+            access=self.access,
+            account=self.door,
         )
         self.journal = None if shared is None else Journal(self.driver, shared.store)
         self.membership = Membership(
@@ -127,6 +140,7 @@ class RouterProcess:
             dead_after_misses=config.dead_after_misses,
             stall_ms=config.stall_ms,
             look_ms=LOOK_MS,
+            model=edge.name,
         )
         self.registry = Registry(membership=self.membership, driver=self.driver, on_change=self._changed)
         self.operations = Operations(
@@ -152,6 +166,7 @@ class RouterProcess:
             metrics=EdgeMetrics(settings.router_id),
             journal=self.journal,
             not_ready=self.canaries.not_ready,
+            door=self.door,
         )
         self.addresses = Addresses(model=self.model.id, http="", grpc="", store=without_password(config.redis))
 
@@ -168,7 +183,7 @@ class RouterProcess:
     async def run(self) -> None:
         """Serves until it is told to stop, then ends requests, streams and servers, each within a bound."""
         open_files = raise_open_files()
-        self.peers = Peers(self.settings.router_id, self.settings.internal)
+        self.peers = Peers(self.settings.router_id, self.settings.internal, self.access)
         self.service.metrics.others = self.peers.metrics
         public = build_grpc_server(
             self.service,
@@ -178,15 +193,21 @@ class RouterProcess:
             connections_max=min(GRPC_CONNECTIONS_MAX, open_files // 4),
         )
         # Its port is held by the supervisor, also while no router has it.
+        members = MembersOnly(self.access, on_refused=self.service.metrics.stranger)
         internal = build_grpc_server(
             self.service,
             extra=(self._add_registry, self._add_admin),
+            members=members,
             cancel_elsewhere=self.peers.cancel,
             shares_port=True,
         )
         with socket.socket(fileno=self.settings.listener) as listener:
             http = await serve_http(
-                build_app(self.service), listener=listener, grace_s=GRACE_S, limits=limits_within(open_files)
+                build_app(self.service),
+                listener=listener,
+                grace_s=GRACE_S,
+                limits=limits_within(open_files),
+                tls=http_tls(self.config),
             )
             tasks: list[asyncio.Task[None]] = []
             try:
@@ -203,6 +224,8 @@ class RouterProcess:
                 ]
                 if self.journal is not None:
                     tasks.append(asyncio.create_task(self.journal.run()))
+                if self.keys is not None:
+                    tasks.append(asyncio.create_task(self.keys.follow(self._take_keys)))
                 self.supervisor.say("listening", pid=os.getpid())
                 tasks.append(asyncio.create_task(self.supervisor.beat()))
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -217,14 +240,18 @@ class RouterProcess:
 
     async def _listen(self, http: HttpServer, public: GrpcServer, internal: GrpcServer) -> None:
         """Binds both gRPC ports. Raises OSError with the flag that changes them."""
-        await internal.start(self.config.host, self.settings.internal_port)
+        tls = self.access.tls
+        within = None if tls is None else tls.server_credentials(tls.ca)
+        await internal.start(self.config.host, self.settings.internal_port, within)
+        client_ca = b"" if self.config.tls_client_ca is None else self.config.tls_client_ca.read_bytes()
+        outside = None if tls is None else tls.server_credentials(client_ca)
         try:
-            port = await public.start(self.config.host, self.config.grpc_port)
+            port = await public.start(self.config.host, self.config.grpc_port, outside)
         except OSError as error:
             raise OSError(f"{error}; choose another port with --grpc-port") from None
         host = reachable(self.config.host)
         self.addresses = dataclasses.replace(
-            self.addresses, http=f"http://{host}:{http.port}", grpc=f"{host}:{port}"
+            self.addresses, http=f"{self.config.scheme}://{host}:{http.port}", grpc=f"{host}:{port}"
         )  # fmt: skip
 
     async def _hand_over(self) -> None:
@@ -256,6 +283,12 @@ class RouterProcess:
         admin_pb2_grpc.add_AdminServicer_to_server(admin, server)  # type: ignore[no-untyped-call]
         return admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 
+    def _take_keys(self, ring: KeyRing | None) -> None:
+        """The keys may have changed, and time has passed: whoever is not welcome any more has to leave."""
+        if ring is not None:
+            self.door.ring = ring
+        self.service.end_unwelcome()
+
     def _command(self, command: dict[str, Any]) -> None:
         worker_id, incarnation, reason = WorkerId(command["id"]), int(command["incarnation"]), str(command["reason"])
         if command["word"] == "ended":
@@ -279,6 +312,13 @@ class RouterProcess:
         )
         exact = self.config.exact and all(each.info.exact for each in self.membership.alive())
         self.service.model = dataclasses.replace(self.model, exact=exact)
+
+
+def http_tls(config: ClusterConfig) -> ssl.SSLContext | None:
+    """What HTTP listens with; None without TLS."""
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return server_context(cert=config.tls_cert, key=config.tls_key, client_ca=config.tls_client_ca)
 
 
 def raise_open_files() -> int:

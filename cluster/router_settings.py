@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.config import ClusterConfig
 
@@ -15,6 +15,7 @@ class RouterSettings:
     router_id: str
     config: ClusterConfig
     listener: int  # file descriptor of the HTTP socket, which all routers share
+    join_token: str = field(repr=False)  # that members of the cluster show each other
     internal: dict[str, str]  # host:port for workers and routers, of each router by its name, this one among them
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cluster.config import ClusterConfig
 from cluster.drain_relay import Tell
+from cluster.own_secrets import OwnSecrets
 from cluster.processes import hold_port, pick_port
 from cluster.router_child import RouterChild, RouterEnded, RouterSaid
 from cluster.router_settings import RouterSettings
@@ -32,11 +33,13 @@ class Routers:
         *,
         listener: socket.socket,
         log_dir: Path,
+        secrets: OwnSecrets,
         post: Callable[[RouterSaid | RouterEnded], None],
     ) -> None:
         self._config = config
         self._listener = listener
         self._log_dir = log_dir
+        self._secrets = secrets
         self._post = post
         self._children: dict[str, RouterChild] = {}
         self._generations: dict[str, int] = {}
@@ -53,7 +56,11 @@ class Routers:
         """Starts a router, or starts it again."""
         self._generations[name] = generation = self._generations.get(name, 0) + 1
         settings = RouterSettings(
-            router_id=name, config=self._config, listener=self._listener.fileno(), internal=self.internal
+            router_id=name,
+            config=self._config,
+            listener=self._listener.fileno(),
+            join_token=self._secrets.join_token,
+            internal=self.internal,
         )
         self._children[name] = RouterChild(
             settings, generation=generation, log_file=self.log_file(name), post=self._post

@@ -29,6 +29,11 @@ class RunFile:
     grpc_port: int
     model: str
     log_dir: str
+    join_token_file: str = ""  # as what this machine's commands speak to the members
+    tls_ca: str = ""  # files, where the router speaks TLS; with them this machine's commands do
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_name: str = ""
     internal: Mapping[str, str] = field(default_factory=dict)  # of each router: where this machine's commands ask it
     router_pids: Mapping[str, int] = field(default_factory=dict)  # of the routers that are up
 

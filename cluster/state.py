@@ -223,6 +223,15 @@ class RedisStore:
         new, keep = self._read(wire.decode_entry, found[1])
         return Kept(new=new, keep=keep, tokens=(), ended=None, fence=0)
 
+    async def owner_of(self, request_id: RequestId) -> str | None:
+        """See RequestStore."""
+        try:
+            async with asyncio.timeout(2 * CALL_TIMEOUT_S):
+                entry = await self._redis.hget(f"{self._prefix}request:{request_id}", "entry")
+        except (RedisError, OSError, TimeoutError) as error:
+            raise StoreDown(f"{type(error).__name__}: {error}") from None
+        return None if entry is None else str(self._read(wire.decode_entry, entry)[0].owner)
+
     async def take_over(self, request_id: RequestId) -> Kept | None:
         """See RequestStore."""
         found = await self._call(self._take_over, self._holder, request_id)

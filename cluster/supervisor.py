@@ -22,9 +22,10 @@ from typing import Any, assert_never
 import psutil
 
 from cluster import run_file
-from cluster.config import FAKE_MODEL, WILDCARDS, ClusterConfig
+from cluster.config import FAKE_MODEL, WILDCARDS, ClusterConfig, ConfigError
 from cluster.drain_relay import DrainRelay, DrainWord
 from cluster.memory import shortage
+from cluster.own_secrets import OwnSecrets, check_security, curl_flags, remove_secrets, tls_files, write_secrets
 from cluster.pool_events import PoolEvent, PoolsAlive, RayLost, RayMended, RayUp, WorkerDown, WorkerUp, WorkerWaits
 from cluster.pools_child import PoolsChild, PoolsEnded
 from cluster.processes import PortInUse, adopt_orphans, bury_orphans, descendants, kill_all, pick_port, wait_gone
@@ -110,6 +111,7 @@ class Supervisor:
         self._zombies: set[int] = set()
         self._run: RunFile | None = None
         self._model = config.model  # the name that it is served under
+        self._secrets = OwnSecrets()  # until it starts
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -121,7 +123,7 @@ class Supervisor:
             self.config = self._check()
             run_file.fresh_log_dir(self.config.run_dir, self.config.port)
             return self._serve()
-        except (StartFailed, OSError) as error:
+        except (StartFailed, ConfigError, OSError) as error:
             self._say(f"error: {error}")
             return 1
 
@@ -148,7 +150,14 @@ class Supervisor:
         config = self.config
         self._threads = config.threads_per_worker(len(os.sched_getaffinity(0)))
         assert self._listener is not None
-        self._routers = Routers(config, listener=self._listener, log_dir=self._log_dir, post=self._events.put)
+        self._secrets = write_secrets(config)
+        self._routers = Routers(
+            config,
+            listener=self._listener,
+            log_dir=self._log_dir,
+            secrets=self._secrets,
+            post=self._events.put,
+        )
         self._run = RunFile(
             pid=os.getpid(),
             started_s=psutil.Process().create_time(),
@@ -157,6 +166,8 @@ class Supervisor:
             grpc_port=config.grpc_port,
             model=config.model,
             log_dir=str(self._log_dir),
+            join_token_file=self._secrets.join_token_file,
+            **tls_files(config),
             internal=self._routers.internal,
         )
         run_file.write(config.run_dir, self._run)
@@ -182,6 +193,7 @@ class Supervisor:
             raise StartFailed(str(error)) from None
         config = config.model_copy(update={"port": port, "grpc_port": grpc_port})
         self._log_dir = run_file.log_dir_of(config.run_dir, port)
+        check_security(config)
         if config.address and config.host in (*LOOPBACK, *WILDCARDS):
             raise StartFailed(f"host: workers on {config.address} cannot reach {config.host}; give --host an address")
         if config.model != FAKE_MODEL:
@@ -195,6 +207,12 @@ class Supervisor:
             if too_little is not None:
                 raise StartFailed(too_little)
         return config
+
+    def _remove_files(self) -> None:
+        if self._run is None:
+            return
+        run_file.remove(self.config.run_dir, self._run)
+        remove_secrets(self.config)
 
     def _watch(self) -> str:
         """Takes one event after another until one says stop; returns why."""
@@ -253,7 +271,7 @@ class Supervisor:
         if left:
             self._say(f"error: still running: {[process.pid for process in left]}")
         if self._run is not None:
-            run_file.remove(self.config.run_dir, self._run)
+            self._remove_files()
             self._say("stopped")
 
     def _build_kernels(self) -> None:
@@ -424,6 +442,7 @@ class Supervisor:
                 registries=self._routers_here.internal,
                 bind_host=bind_host,
                 log_file=str(self._log_dir / f"{worker_id}.log"),
+                join_token=self._secrets.join_token,
             )
         )
 
@@ -544,7 +563,7 @@ class Supervisor:
             return
         self._is_ready = True
         config = self.config
-        url = f"http://{reachable(config.host)}:{config.port}"
+        url = f"{config.scheme}://{reachable(config.host)}:{config.port}"
         grpc = f"{reachable(config.host)}:{config.grpc_port}"
         self._say(
             f"Tandem is ready at {url} (gRPC {grpc}) after {time.monotonic() - self._began_s:.1f} s. "
@@ -552,7 +571,9 @@ class Supervisor:
         )
         question = {"role": "user", "content": "What is the capital of France?"}
         body = json.dumps({"model": self._model, "messages": [question], "max_tokens": 32, "temperature": 0})
-        self._say(f"  curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+        self._say(
+            f"  curl -s{curl_flags(config)} {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+        )
 
     # ---- signals -----------------------------------------------------------------------------------------------------
 
@@ -567,8 +588,7 @@ class Supervisor:
             return
         os.write(2, b"stopping by force\n")  # print may be in the middle of a line
         kill_all(descendants(), timeout_s=2.0)
-        if self._run is not None:
-            run_file.remove(self.config.run_dir, self._run)
+        self._remove_files()
         os._exit(FORCED)
 
 

@@ -24,6 +24,7 @@ import grpc.aio
 
 from cluster.ambush import WatchedCore
 from cluster.fault_service import FaultService
+from cluster.member_access import member_access
 from cluster.run_file import reachable
 from cluster.worker_core import WorkerCore, WorkerCoreConfig
 from cluster.worker_model import WorkerModel, load_model
@@ -43,14 +44,16 @@ from engine.swapping import Swapping
 from engine.swapping_runner import SwappingRunner, copy_bytes_per_ms
 from kv_transfer.actions import AgentLost, Registered, Report, RouterJoined, SendTransfer
 from kv_transfer.agent_client import AgentClient, AgentInfo
-from kv_transfer.agent_settings import AgentSettings, TransportChoice
+from kv_transfer.agent_settings import AgentSettings, FrameTags, TransportChoice
 from kv_transfer.endpoint import layout_digest
 from kv_transfer.gate import Gate
 from kv_transfer.handoff import HandoffConfig
 from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame
+from kv_transfer.seal import agents_secret
 from kv_transfer.session import TransferSessions
 from prefill_worker.config import PrefillConfig
 from router.clients import MESSAGE_BYTES_MAX
+from tandem.cluster_access import MembersOnly
 from tandem.errors import Unavailable
 from tandem.grpc_requests import ParsedRequests
 from tandem.messages import WorkerAddress, WorkerInfo
@@ -103,6 +106,7 @@ class WorkerHost:
         self._watched: WatchedCore | None = None  # None: no faults are allowed
         self._gates: dict[int, Gate] = {link: Gate() for link in (faults_pb2.LINK_ROUTERS, faults_pb2.LINK_WORKERS)}
         self._stuck = False
+        self._num_refused = 0  # callers that are no members of the cluster
         self._timings_ms: dict[str, int] = {}
         self._lap_s = time.monotonic()
 
@@ -123,6 +127,7 @@ class WorkerHost:
         return started
 
     def _start(self) -> Started:
+        self._access = member_access(self.settings.config, self.settings.join_token)
         model = load_model(self.settings)
         self._cleanup.callback(self._close_model, model)
         self._lap("model")
@@ -179,7 +184,9 @@ class WorkerHost:
                 bind_host=self.settings.bind_host,
                 advertised_host=self.settings.advertised_host,
                 transport=TransportChoice(self.settings.config.transport),
+                frame_tags=FrameTags(self.settings.config.frame_tags),
             ),
+            secret=agents_secret(self.settings.join_token),
             on_event=self._post,
             on_restart=self._agent_restarted,
             log_file=Path(self.settings.log_file),
@@ -333,8 +340,9 @@ class WorkerHost:
 
     async def _bind(self) -> str:
         """A server that is bound but takes no calls yet: registration needs its port, its services a registration."""
-        self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[ParsedRequests()])
-        port = self._server.add_insecure_port(f"{reachable(self.settings.bind_host)}:0")
+        guard = MembersOnly(self._access, on_refused=self._refused)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[guard, ParsedRequests()])
+        port = self._access.listen(self._server, f"{reachable(self.settings.bind_host)}:0")
         return f"{reachable(self.settings.reachable_host)}:{port}"
 
     async def _register(self, info: WorkerInfo) -> None:
@@ -343,6 +351,7 @@ class WorkerHost:
             info=info,
             incarnation=self.settings.incarnation,
             gone_s=self.settings.router_gone_s,
+            access=self._access,
         )
         try:
             await self._registrations.register()
@@ -360,6 +369,7 @@ class WorkerHost:
             incarnation=self._me.incarnation,
             on_message=self._post,
             on_peer_gone=self._peer_gone,
+            access=self._access,
             gate=self._gates[faults_pb2.LINK_WORKERS],
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]
@@ -383,6 +393,9 @@ class WorkerHost:
                 self._router_sessions.discard(session)
         self._post(event)
 
+    def _refused(self) -> None:
+        self._num_refused += 1
+
     def _peer_gone(self, worker_id: WorkerId, incarnation: int) -> None:
         self._post(PeerGone(worker_id=worker_id, incarnation=incarnation))
 
@@ -399,7 +412,12 @@ class WorkerHost:
     def _pulse(self) -> Pulse:
         agent, engine = self._agent.info, self._engine
         assert engine is not None, "heartbeats begin after the engine"
-        return Pulse(progress=engine.progress, runnable=engine.busy, agent_pid=agent.pid if agent is not None else 0)
+        return Pulse(
+            progress=engine.progress,
+            runnable=engine.busy,
+            agent_pid=agent.pid if agent is not None else 0,
+            refused=self._num_refused + self._agent.num_refused,
+        )
 
     async def _hang_up(self) -> None:
         self._beating.cancel()

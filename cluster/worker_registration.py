@@ -13,6 +13,7 @@ import grpc.aio
 
 from cluster.standing import Standing
 from tandem import wire
+from tandem.cluster_access import ClusterAccess
 from tandem.messages import WorkerInfo
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
@@ -21,6 +22,12 @@ log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 5.0
 RETRY_S = 0.2
+# Not understood, no member of this cluster, or of another version.
+_REFUSALS = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
 REFUSED_S = 1.0  # until a registry that has refused is asked again: its router may be another one by then
 DIALLED_S = 2.0  # a router that has not dialled by then may be another one, which does not know the worker
 
@@ -36,6 +43,7 @@ class Pulse:
     progress: int
     runnable: bool
     agent_pid: int
+    refused: int = 0  # calls and messages of strangers, so far
 
 
 class Registrations:
@@ -44,11 +52,20 @@ class Registrations:
     Raises RegistrationOver, from `register` or `beat`, when the worker's standing with them is over.
     """
 
-    def __init__(self, *, registries: Mapping[str, str], info: WorkerInfo, incarnation: int, gone_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        registries: Mapping[str, str],
+        info: WorkerInfo,
+        incarnation: int,
+        gone_s: float,
+        access: ClusterAccess | None = None,
+    ) -> None:
+        access = access or ClusterAccess()
         self._standing = Standing(
             registries=tuple(registries), began_ms=_now_ms(), gone_ms=round(gone_s * 1000)
         )  # fmt: skip
-        self._each = [_Registration(name, address, info, incarnation) for name, address in registries.items()]
+        self._each = [_Registration(name, address, info, incarnation, access) for name, address in registries.items()]
 
     async def register(self) -> None:
         """Returns once one of the registries has taken the worker in."""
@@ -85,14 +102,15 @@ class Registrations:
 class _Registration:
     """One worker at one registry."""
 
-    def __init__(self, name: str, address: str, info: WorkerInfo, incarnation: int) -> None:
+    def __init__(self, name: str, address: str, info: WorkerInfo, incarnation: int, access: ClusterAccess) -> None:
         self.name = name
+        self._access = access
         self.dialled = asyncio.Event()
         self._request = wire.encode_worker_info(info)
         self._request.incarnation = incarnation
         self._heartbeat_s = 1.0
-        self._channel = grpc.aio.insecure_channel(
-            address, options=[("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
+        self._channel = access.dial(
+            address, [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
         )
         self._stub = worker_pb2_grpc.RegistryStub(self._channel)  # type: ignore[no-untyped-call]
 
@@ -101,7 +119,7 @@ class _Registration:
         while True:
             pause_s = RETRY_S
             try:
-                reply = await self._stub.Register(self._request, timeout=CALL_TIMEOUT_S)
+                reply = await self._stub.Register(self._request, timeout=CALL_TIMEOUT_S, metadata=self._access.metadata)
             except grpc.aio.AioRpcError as error:
                 self._silent(standing, error)
             else:
@@ -131,9 +149,10 @@ class _Registration:
                 steps=now.progress,
                 runnable=now.runnable,
                 agent_pid=now.agent_pid,
+                refused=now.refused,
             )
             try:
-                reply = await self._stub.Heartbeat(request, timeout=CALL_TIMEOUT_S)
+                reply = await self._stub.Heartbeat(request, timeout=CALL_TIMEOUT_S, metadata=self._access.metadata)
             except grpc.aio.AioRpcError as error:
                 self._silent(standing, error)
                 _check(standing)
@@ -154,8 +173,8 @@ class _Registration:
         await self._channel.close(None)
 
     def _silent(self, standing: Standing, error: grpc.aio.AioRpcError) -> None:
-        if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
-            standing.refused(_now_ms(), self.name, f"it does not understand: {error.details()}")
+        if error.code() in _REFUSALS:
+            standing.refused(_now_ms(), self.name, str(error.details()))
 
 
 def _check(standing: Standing) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.config import ClusterConfig
 from tandem.messages import Role
@@ -23,6 +23,7 @@ class WorkerSettings:
     bind_host: str  # that its own services listen on
     log_file: str
     advertised_host: str = ""  # that its router and peers reach it at; empty: bind_host
+    join_token: str = field(default="", repr=False)  # that it shows to router and peers, and asks of them
     router_gone_s: int = 60  # without a word from any registry the worker ends
 
     @property

@@ -293,7 +293,9 @@ class DecodeCore:
             salt=self._num_assigned,
             owner=f"{assign.request_id}/{assign.epoch}/{assign.transfer_id or assign.mode}",
             machine=machine,
-            hashes=block_hashes(self._batch.config.namespace, assign.tokens, self._ledger.block_size),
+            hashes=block_hashes(
+                self._batch.config.namespace, assign.tokens, self._ledger.block_size, salt=assign.cache_salt
+            ),
         )
 
     def _heard(self, now_ms: int, message: TransferMessage) -> list[Action]:
@@ -462,6 +464,7 @@ class DecodeCore:
             num_computed=num_computed,
             blocks=blocks,
             owner=request.owner,
+            cache_salt=request.assign.cache_salt,
             hashes=request.hashes,
             num_published=request.num_reused,
         )

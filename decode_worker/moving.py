@@ -181,6 +181,7 @@ class MoveSources:
                     sequence.tokens[: sequence.num_computed],
                     size,
                     sequence.hashes[: sequence.num_computed // size],
+                    salt=sequence.cache_salt,
                 )
             ),
             lease_ms=config.lease_ms,

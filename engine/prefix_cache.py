@@ -3,7 +3,8 @@
 A hash names a prefix everywhere: here, in the router's index, in events and when a transfer skips what the target
 holds. The chain is that of vLLM's automatic prefix caching, with a cryptographic hash so that two tenants cannot be
 made to collide: h[-1] = H(namespace), h[i] = H(h[i-1] || token ids of block i as little-endian uint32), where H is
-BLAKE2b with 16 bytes.
+BLAKE2b with 16 bytes. A salt goes into h[-1] as BLAKE2b's own: two tenants with different salts share no hash, so that
+neither can find out by the time to its first token what the other one has asked.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from hashlib import blake2b
 BlockHash = bytes  # 16 bytes
 
 HASH_BYTES = 16
+SALT_BYTES = 16  # the most that BLAKE2b takes
 
 
-def root_hash(namespace: bytes) -> BlockHash:
-    """The parent of every first block. `namespace` names all that determines KV values (model, dtype, block size)."""
-    return blake2b(namespace, digest_size=HASH_BYTES).digest()
+def root_hash(namespace: bytes, salt: bytes = b"") -> BlockHash:
+    """The parent of every first block. `namespace` names all that determines KV values (model, dtype, block size).
+
+    `salt` is empty or has SALT_BYTES: blocks are shared only among those who have the same.
+    """
+    return blake2b(namespace, digest_size=HASH_BYTES, salt=salt).digest()
 
 
 def chain_hash(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
@@ -29,7 +34,12 @@ def chain_hash(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
 
 
 def block_hashes(
-    namespace: bytes, tokens: Sequence[int], block_size: int, previous: Sequence[BlockHash] = ()
+    namespace: bytes,
+    tokens: Sequence[int],
+    block_size: int,
+    previous: Sequence[BlockHash] = (),
+    *,
+    salt: bytes = b"",
 ) -> list[BlockHash]:
     """Hashes of all full blocks of `tokens`, in order; a last partial block has none.
 
@@ -37,7 +47,7 @@ def block_hashes(
     known already: they are taken over, not computed again, so that a growing sequence costs one hash a block.
     """
     hashes = list(previous)
-    parent = hashes[-1] if hashes else root_hash(namespace)
+    parent = hashes[-1] if hashes else root_hash(namespace, salt)
     for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
         parent = chain_hash(parent, tokens[start : start + block_size])
         hashes.append(parent)

@@ -33,6 +33,7 @@ class Sequence:
     leaving: bool = False  # it is being copied elsewhere: who wants its blocks waits for it to go, or to give up
     num_cached_tokens: int = 0  # found in the prefix cache at its (last) start
     num_preemptions: int = 0
+    cache_salt: bytes = b""  # its blocks are shared only among sequences of the same
     hashes: list[BlockHash] = field(default_factory=list)  # of the leading full blocks, as far as known
     num_published: int = 0  # leading blocks that are in the prefix index
     arrival: int = 0  # set by Batch.add: the age

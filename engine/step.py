@@ -156,7 +156,6 @@ class Batch:
         self.ledger = ledger
         self.config = config
         self.swapping = Swapping(ledger.block_size) if swapping is None else swapping
-        self._root = root_hash(config.namespace)
         self._sequences: dict[RequestId, Sequence] = {}
         self._num_added = 0
         self._num_steps = 0
@@ -428,7 +427,7 @@ class Batch:
         size = self.ledger.block_size
         hashes = sequence.hashes
         for block in range(len(hashes), num_blocks):
-            parent = hashes[-1] if hashes else self._root
+            parent = hashes[-1] if hashes else root_hash(self.config.namespace, sequence.cache_salt)
             hashes.append(chain_hash(parent, sequence.tokens[block * size : (block + 1) * size]))
 
     def _publish(self, sequence: Sequence) -> None:

@@ -26,6 +26,7 @@ from kv_transfer.agent_wire import AgentReady, Disturb, Ping
 from kv_transfer.endpoint import Endpoint, format_endpoint, parse_endpoint
 from kv_transfer.framed_socket import FramedSocket, LinkLost, address_family
 from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame
+from kv_transfer.seal import SECRET_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -174,9 +175,10 @@ def main(arguments: list[str]) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a gloo pair takes five, a link two
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is for the worker; this process goes with it
     logging.basicConfig(level=logging.WARNING, format=f"agent {os.getpid()} %(levelname)s %(message)s")
+    secret = sys.stdin.buffer.read(SECRET_BYTES)  # not a flag: others may read those
     control = FramedSocket(socket.socket(fileno=start.control_fd), send_timeout_s=EVENT_TIMEOUT_S)
     try:
-        Agent(AgentContext(start), control).run()
+        Agent(AgentContext(start, secret), control).run()
     except LinkLost as error:
         logger.info("the worker is gone: %s", error)
     except (OSError, ValueError, RuntimeError) as error:

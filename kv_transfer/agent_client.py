@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from kv_transfer.agent_settings import AgentSettings, AgentStart, check_transport, to_arguments
-from kv_transfer.agent_wire import AgentReady, Disturb, Ping, validate
+from kv_transfer.agent_wire import AgentReady, Disturb, Ping, StrangersRefused, validate
 from kv_transfer.framed_socket import FramedSocket, LinkLost
 from kv_transfer.messages import (
     AgentCommand,
@@ -60,7 +60,7 @@ class AgentInfo:
 
 class AgentClient:
     """One worker's agent over all its lives. `pool` is a descriptor of host memory, or where the pool is on a GPU; it
-    stays the caller's, and open until `close` has returned.
+    stays the caller's, and open until `close` has returned. `secret` is what all agents of the cluster share.
 
     `on_event` is called on threads of this object, one call at a time, and must not block. An agent that gives no sign
     of life for `settings.stuck_timeout_ms` is killed: what it holds would stay in quarantine. When an agent dies, every
@@ -82,6 +82,7 @@ class AgentClient:
         settings: AgentSettings,
         on_event: Callable[[AgentEvent], None],
         on_restart: Callable[[AgentInfo | None], None],
+        secret: bytes = b"",
         log_file: Path | None = None,
     ) -> None:
         check_transport(settings, pool)
@@ -92,6 +93,8 @@ class AgentClient:
         self._settings = settings
         self._on_event = on_event
         self._on_restart = on_restart
+        self._secret = secret
+        self.num_refused = 0  # strangers at the agent, and what was forged or replayed
         self._log_file = log_file  # of what agents print; None: where this process prints
         self._telling = threading.Lock()  # one event at a time
         self._changed = threading.Condition()  # guards what follows
@@ -208,13 +211,14 @@ class AgentClient:
                     process = subprocess.Popen(
                         [*self.program, *to_arguments(start)],
                         pass_fds=passed,
-                        stdin=subprocess.DEVNULL,
+                        stdin=subprocess.PIPE,
                         stdout=log,
                         stderr=log,
                     )
             except OSError:
                 own.close()
                 raise
+        _hand_over(process, self._secret)
         sock = FramedSocket(own, send_timeout_s=START_TIMEOUT_S)
         with self._changed:
             self._process = process
@@ -251,6 +255,9 @@ class AgentClient:
                 continue
             num_silent = 0
             if isinstance(event, Ping):
+                continue
+            if isinstance(event, StrangersRefused):
+                self.num_refused += event.num
                 continue
             if not isinstance(event, (FrameLanded, FrameAcked, FrameFailed, TransferQuiet)):
                 logger.error("the transfer agent sent an unexpected %s", type(event).__name__)
@@ -363,6 +370,13 @@ def _key(command: AgentCommand) -> tuple[TransferId, int]:
     if isinstance(command, SendFrame):
         return command.header.transfer_id, command.header.epoch
     return command.transfer_id, command.epoch
+
+
+def _hand_over(process: subprocess.Popen[bytes], secret: bytes) -> None:
+    """Gives the agent its secret. One that died already is noticed elsewhere."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError), process.stdin as pipe:
+        pipe.write(secret)
 
 
 def _pass_on(sock: FramedSocket, message: AgentCommand | Ping | Disturb) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import struct
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kv_transfer.agent_context import AgentContext
 from kv_transfer.agent_meeting import LinkMeeting
-from kv_transfer.agent_settings import TransportChoice
+from kv_transfer.agent_settings import FrameTags, TransportChoice
 from kv_transfer.agent_wire import MAGIC, PROTOCOL_VERSION, Denied, Hello, OpenChannel, Welcome
 from kv_transfer.endpoint import Endpoint
-from kv_transfer.framed_socket import FramedSocket, LinkLost
+from kv_transfer.framed_socket import FramedSocket, LinkForged, LinkLost
+from kv_transfer.seal import SALT_BYTES, LinkKeys
 from kv_transfer.transports.channel import SourceEnd
 
 
@@ -33,9 +35,11 @@ def connect(context: AgentContext, peer: Endpoint, *, pair_epoch: int) -> Connec
     """Opens a link and a channel to the peer, bounded. Raises LinkLost, ChannelLost and PeerRefused."""
     sock = FramedSocket(_open(context, peer), send_timeout_s=context.operation_timeout_s, gate=context.gate)
     try:
-        transport = _greet(context, peer, sock)
+        transport, keys = _greet(context, peer, sock)
         near = transport is context.pool.near
         channel = context.pool.near_source() if near else _open_far(context, sock, pair_epoch)
+        if not near and tags_frames(context, sock):
+            channel.tag_key = keys.key("frames")
         return Connection(sock=sock, channel=channel)
     except BaseException:
         sock.close()
@@ -47,6 +51,17 @@ def own_user(connection: socket.socket) -> bool:
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, _ = struct.unpack("3i", raw)
     return bool(uid == os.getuid())
+
+
+def tags_frames(context: AgentContext, sock: FramedSocket) -> bool:
+    """Whether frames of a far link need tags. Both ends come to the same: each sees the same two addresses."""
+    chosen = context.settings.frame_tags
+    if chosen is not FrameTags.AUTO:
+        return chosen is FrameTags.ALWAYS
+    connection = sock.connection
+    if connection.family == socket.AF_UNIX:
+        return False
+    return bool(connection.getpeername()[0] != connection.getsockname()[0])  # else it never leaves this host
 
 
 def _open(context: AgentContext, peer: Endpoint) -> socket.socket:
@@ -68,7 +83,10 @@ def _open(context: AgentContext, peer: Endpoint) -> socket.socket:
     return remote
 
 
-def _greet(context: AgentContext, peer: Endpoint, sock: FramedSocket) -> TransportChoice:
+def _greet(context: AgentContext, peer: Endpoint, sock: FramedSocket) -> tuple[TransportChoice, LinkKeys]:
+    salt = secrets.token_bytes(SALT_BYTES)
+    keys = LinkKeys(secret=context.secret, source_salt=salt)
+    sock.sealing, sock.opening = LinkKeys(secret=context.secret).seal("hello"), keys.seal("welcome")
     local = sock.connection.family == socket.AF_UNIX
     hello = Hello(
         magic=MAGIC,
@@ -82,18 +100,25 @@ def _greet(context: AgentContext, peer: Endpoint, sock: FramedSocket) -> Transpo
         cuda_pool=context.pool.cuda_pool if local else b"",
         block_bytes=context.start.block_bytes,
         num_blocks=context.start.num_blocks,
+        salt=salt,
     )
     sock.send(hello, (*context.pool.descriptors, context.nonce_fd) if local else ())
-    answer = sock.receive(context.connect_timeout_s)
+    try:
+        answer = sock.receive(context.connect_timeout_s)
+    except LinkForged:
+        context.refuse_stranger()
+        raise PeerRefused("what the peer's agent says has not the seal of this cluster") from None
     if isinstance(answer, Denied):
         raise PeerRefused(f"refused by the peer's agent: {answer.reason}")
     if not isinstance(answer, Welcome):
         raise LinkLost(f"no welcome within {context.connect_timeout_s:g} s")
+    keys = replace(keys, target_salt=answer.salt)
+    sock.sealing, sock.opening = keys.seal("to_target"), keys.seal("to_source")
     if answer.transport == context.pool.near:
         if answer.nonce != context.nonce:
             raise PeerRefused("the peer's agent does not share memory with this one")
-        return context.pool.near
-    return context.pool.far
+        return context.pool.near, keys
+    return context.pool.far, keys
 
 
 def _open_far(context: AgentContext, sock: FramedSocket, pair_epoch: int) -> SourceEnd:

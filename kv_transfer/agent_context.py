@@ -11,7 +11,7 @@ import time
 from kv_transfer.agent_attempts import Answer, Attempts, Verdict
 from kv_transfer.agent_pool import open_pool
 from kv_transfer.agent_settings import AgentStart
-from kv_transfer.agent_wire import Disturb, Ping
+from kv_transfer.agent_wire import Disturb, Ping, StrangersRefused
 from kv_transfer.endpoint import Endpoint
 from kv_transfer.gate import Gate
 from kv_transfer.messages import (
@@ -30,13 +30,15 @@ from tandem.request import TransferId
 # A worker's expectation and its peer's first frame come by different ways: how long a frame waits to become expected.
 GRANT_WAIT_S = 0.2
 MAX_EVENTS = 1 << 16
+REFUSALS_TOLD_S = 1.0
 
 
 class AgentContext:
     """Thread-safe. Events leave in the order in which the lock was taken, so that quiet is always the last word."""
 
-    def __init__(self, start: AgentStart) -> None:
+    def __init__(self, start: AgentStart, secret: bytes = b"") -> None:
         self.start = start
+        self.secret = secret  # of the cluster: who has it may speak with this agent
         self.settings = start.settings
         self.pool = open_pool(start)
         self.gate = Gate()  # on links to and from peers
@@ -46,7 +48,9 @@ class AgentContext:
         threading.Thread(target=self.pool.warm_up, name="warm-up", daemon=True).start()
         self.incarnation = secrets.randbits(63)
         self.token = secrets.token_bytes(16)
-        self.events: queue.SimpleQueue[AgentEvent | Ping] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[AgentEvent | Ping | StrangersRefused] = queue.SimpleQueue()
+        self._num_refused = 0  # strangers that the worker has not been told of
+        self._refused_s = float("-inf")
         self._num_urgent = 0
         self._counting = threading.Lock()
         self._attempts = Attempts()
@@ -125,6 +129,21 @@ class AgentContext:
         with self._changed:
             self._attempts.dropped(header)
             self._settle(header.transfer_id, header.epoch)
+
+    def refuse_stranger(self) -> bool:
+        """Counts a peer, or what one said, as forged, replayed or a stranger's. False: no need to log it, too.
+
+        Strangers may come as fast as they like: the worker is told once a second at most.
+        """
+        with self._counting:
+            self._num_refused += 1
+            now_s = time.monotonic()
+            if now_s - self._refused_s < REFUSALS_TOLD_S:
+                return False
+            self._refused_s = now_s
+            num, self._num_refused = self._num_refused, 0
+        self.events.put(StrangersRefused(num=num))
+        return True
 
     # ---- frames that leave ----
 

@@ -6,12 +6,14 @@ import hmac
 import logging
 import os
 import queue
+import secrets
 import socket
 import threading
 import time
+from dataclasses import replace
 
 from kv_transfer.agent_attempts import Verdict
-from kv_transfer.agent_connect import own_user
+from kv_transfer.agent_connect import own_user, tags_frames
 from kv_transfer.agent_context import AgentContext
 from kv_transfer.agent_meeting import LinkMeeting
 from kv_transfer.agent_wire import (
@@ -27,10 +29,11 @@ from kv_transfer.agent_wire import (
     Ping,
     Welcome,
 )
-from kv_transfer.framed_socket import FramedSocket, LinkLost
+from kv_transfer.framed_socket import FramedSocket, LinkForged, LinkLost
 from kv_transfer.messages import FrameHeader
+from kv_transfer.seal import SALT_BYTES, LinkKeys
 from kv_transfer.transports import shm
-from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, TargetEnd
+from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, FrameForged, TargetEnd
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +52,8 @@ class IncomingLink(threading.Thread):
         self._num_open = 0  # frames that were announced and not answered
         self._counting = threading.Lock()
         self._channel: TargetEnd | None = None
-        self._arriving: queue.SimpleQueue[tuple[FrameHeader, int] | None] = queue.SimpleQueue()
+        self._arriving: queue.SimpleQueue[Announce | None] = queue.SimpleQueue()
+        self._tag_key = b""  # of the frames, where they need tags
         self._taker: threading.Thread | None = None
 
     def run(self) -> None:
@@ -57,6 +61,9 @@ class IncomingLink(threading.Thread):
         try:
             if self._greet():
                 self._listen()
+        except LinkForged as error:
+            if self._context.refuse_stranger():
+                logger.warning("the link from agent %x ended: %s", self._source_agent, error)
         except (LinkLost, ChannelLost) as error:
             logger.info("the link from agent %x ended: %s", self._source_agent, error)
         except Exception:  # our own mistake: the link ends, so that the source fails its frames, and the agent lives
@@ -82,9 +89,13 @@ class IncomingLink(threading.Thread):
     # ---- hello ----
 
     def _greet(self) -> bool:
+        secret = self._context.secret
+        self._sock.opening = LinkKeys(secret=secret).seal("hello")
         hello = self._sock.receive(self._context.connect_timeout_s)
         if not isinstance(hello, Hello):
             raise LinkLost("no hello")
+        keys = LinkKeys(secret=secret, source_salt=hello.salt, target_salt=secrets.token_bytes(SALT_BYTES))
+        self._sock.sealing = replace(keys, target_salt=b"").seal("welcome")
         reason = self._objection(hello)
         if reason is not None:
             self._sock.send(Denied(reason=reason))
@@ -93,14 +104,21 @@ class IncomingLink(threading.Thread):
         pool = self._context.pool
         nonce = self._try_near(hello)
         if nonce is not None:
-            self._sock.send(Welcome(nonce=nonce, transport=pool.near.value))
+            self._welcome(keys, nonce, pool.near.value)
             return True
         if pool.near in (hello.transport, self._context.settings.transport):
             self._sock.send(Denied(reason=f"transport: is {pool.near}, and no memory is shared"))
             return False
-        self._sock.send(Welcome(nonce=b"", transport=pool.far.value))
+        if tags_frames(self._context, self._sock):
+            self._tag_key = keys.key("frames")
+        self._welcome(keys, b"", pool.far.value)
         pool.load_far()  # the source does the same now
         return True
+
+    def _welcome(self, keys: LinkKeys, nonce: bytes, transport: str) -> None:
+        """From here on both ends seal with keys of this link alone."""
+        self._sock.send(Welcome(nonce=nonce, salt=keys.target_salt, transport=transport))
+        self._sock.sealing, self._sock.opening = keys.seal("to_source"), keys.seal("to_target")
 
     def _objection(self, hello: Hello) -> str | None:
         own = self._context
@@ -111,6 +129,7 @@ class IncomingLink(threading.Thread):
         if hello.target_agent != own.incarnation:
             return f"target_agent: is {hello.target_agent}, this one is {own.incarnation}"
         if not hmac.compare_digest(hello.token, own.token):
+            own.refuse_stranger()
             return "token: is not the one of this agent's endpoint"
         if hello.layout_digest != own.start.layout_digest or hello.block_bytes != own.start.block_bytes:
             return "layout_digest: the blocks of the two workers are not alike"
@@ -172,12 +191,13 @@ class IncomingLink(threading.Thread):
         elif answer.verdict is not Verdict.TAKE:
             self._nack(header, answer.reason)
         elif self._taker is None:
-            self._take(header, checksum)
+            self._take(message)
         else:
-            self._post(header, checksum)
+            self._post(message)
 
-    def _post(self, header: FrameHeader, checksum: int) -> None:
+    def _post(self, message: Announce) -> None:
         assert self._channel is not None
+        header = message.header
         try:
             self._channel.post(header)
         except ValueError as error:
@@ -187,17 +207,20 @@ class IncomingLink(threading.Thread):
         except BaseException:
             self._context.dropped(header)
             raise
-        self._arriving.put((header, checksum))
+        self._arriving.put(message)
         self._sock.send(
             Go(transfer_id=header.transfer_id, epoch=header.epoch, sequence=header.sequence),
         )
 
-    def _take(self, header: FrameHeader, checksum: int) -> None:
+    def _take(self, message: Announce) -> None:
         """Has a frame that was allowed in its blocks, checked and told; or dropped and told."""
         assert self._channel is not None
+        header, checksum = message.header, message.checksum
         try:
-            self._channel.take(header, checksum)
+            self._channel.take(header, checksum, message.tag)
         except (FrameCorrupt, ValueError) as error:
+            if isinstance(error, FrameForged) and self._context.refuse_stranger():
+                logger.warning("a frame from agent %x is refused: %s", self._source_agent, error)
             self._context.dropped(header)
             self._nack(header, str(error))
             return
@@ -228,6 +251,7 @@ class IncomingLink(threading.Thread):
         own = self._context
         timeout_s = own.settings.group_timeout_s
         self._channel = own.pool.far_target(LinkMeeting(self._sock, pair_epoch=message.pair_epoch, timeout_s=timeout_s))
+        self._channel.tag_key = self._tag_key
         self._taker = threading.Thread(target=self._take_all, name="taker", daemon=True)
         self._taker.start()
 
@@ -239,10 +263,10 @@ class IncomingLink(threading.Thread):
             if frame is None:
                 return
             if broken:
-                self._context.dropped(frame[0])
+                self._context.dropped(frame.header)
                 continue
             try:
-                self._take(*frame)
+                self._take(frame)
             except (LinkLost, ChannelLost) as error:
                 logger.info("the channel from agent %x broke: %s", self._source_agent, error)
                 broken = True

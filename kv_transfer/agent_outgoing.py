@@ -22,7 +22,7 @@ from kv_transfer.agent_context import AgentContext
 from kv_transfer.agent_wire import Ack, Announce, Go, Nack, Ping
 from kv_transfer.endpoint import Endpoint
 from kv_transfer.frame_queue import URGENT, FrameQueue, Waiting, urgency
-from kv_transfer.framed_socket import LinkLost
+from kv_transfer.framed_socket import LinkForged, LinkLost
 from kv_transfer.messages import FrameHeader
 from kv_transfer.transports.channel import ChannelLost
 from tandem.request import TransferId
@@ -105,6 +105,8 @@ class OutgoingLink(threading.Thread):
             except PeerRefused as error:
                 self._give_up(str(error))
             except (LinkLost, ChannelLost) as error:
+                if isinstance(error, LinkForged) and self._context.refuse_stranger():
+                    logger.warning("the link to %s:%d: %s", self._peer.host, self._peer.port, error)
                 self._lost(str(error))
             except Exception as error:  # our own mistake, or the system's: the frames fail, the agent lives
                 logger.exception("the link to %s:%d", self._peer.host, self._peer.port)
@@ -137,7 +139,8 @@ class OutgoingLink(threading.Thread):
                 continue
             deadline_s = time.monotonic() + self._context.operation_timeout_s
             self._announced[key] = _Announced(waiting=waiting, checksum=checksum, deadline_s=deadline_s)
-            connection.sock.send(Announce(header=header, checksum=checksum))
+            tag = connection.channel.tag(header)
+            connection.sock.send(Announce(header=header, checksum=checksum, tag=tag))
 
     def _next(self) -> Waiting | None:
         """Takes the frame that is due off the queue when there is room for it."""

@@ -27,6 +27,14 @@ class TransportChoice(StrEnum):
     NCCL = "nccl"
 
 
+class FrameTags(StrEnum):
+    """Which frames carry a keyed tag of their bytes. What is said of them is sealed in any case."""
+
+    AUTO = "auto"  # those that leave the host
+    ALWAYS = "always"  # all that go over a connection, also within one host
+    NEVER = "never"  # none: the network is trusted
+
+
 TRANSPORTS = {
     Memory.HOST: (TransportChoice.AUTO, TransportChoice.SHM, TransportChoice.GLOO),
     Memory.CUDA: (TransportChoice.AUTO, TransportChoice.CUDA_IPC, TransportChoice.NCCL),
@@ -40,6 +48,7 @@ class AgentSettings:
     bind_host: str = "127.0.0.1"  # an address of this host, never a wildcard when `advertised_host` is left empty
     advertised_host: str = ""  # what peers connect to; empty: the bind address
     transport: TransportChoice = TransportChoice.AUTO
+    frame_tags: FrameTags = FrameTags.AUTO
     connect_timeout_ms: int = 2_000
     operation_timeout_ms: int = 5_000
     group_timeout_ms: int = 10_000  # until both ends of a gloo or NCCL pair have joined
@@ -119,6 +128,7 @@ def to_arguments(start: AgentStart) -> list[str]:
         ("bind_host", settings.bind_host),
         ("advertised_host", settings.advertised_host),
         ("transport", settings.transport.value),
+        ("frame_tags", settings.frame_tags.value),
         *((name, getattr(settings, name)) for name in _NUMBERS),
     ]
     return [f"--{name.replace('_', '-')}={value}" for name, value in pairs]
@@ -137,6 +147,7 @@ def from_arguments(arguments: Sequence[str]) -> AgentStart:
     parser.add_argument("--bind-host", default=defaults.bind_host)
     parser.add_argument("--advertised-host", default=defaults.advertised_host)
     parser.add_argument("--transport", type=TransportChoice, default=defaults.transport)
+    parser.add_argument("--frame-tags", type=FrameTags, default=defaults.frame_tags)
     for name in _NUMBERS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
     flags = parser.parse_args(arguments)
@@ -151,6 +162,7 @@ def from_arguments(arguments: Sequence[str]) -> AgentStart:
             bind_host=flags.bind_host,
             advertised_host=flags.advertised_host,
             transport=flags.transport,
+            frame_tags=flags.frame_tags,
             **{name: getattr(flags, name) for name in _NUMBERS},
         ),
     )

@@ -26,7 +26,7 @@ from kv_transfer.messages import (
 from tandem.request import TransferId
 
 MAGIC = b"tandem-kv"
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 # ---- between a worker and its agent, once, at the start ------------------------------------------------------------
@@ -69,6 +69,7 @@ class Hello:
     cuda_pool: bytes  # how to open it there, over a local socket; else empty
     block_bytes: int
     num_blocks: int
+    salt: bytes  # of the seals of this link, see kv_transfer/seal.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,7 @@ class Welcome:
     """The target's agent takes the link. `nonce` is what it read in the memory that came as a descriptor, or empty."""
 
     nonce: bytes
+    salt: bytes
     transport: str  # what frames on this link move over
 
 
@@ -104,10 +106,11 @@ class Meet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announce:
-    """Source to target: this frame is ready, and this is its checksum."""
+    """Source to target: this frame is ready, with its checksum, and the keyed tag of its bytes where it needs one."""
 
     header: FrameHeader
     checksum: int
+    tag: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,8 +150,15 @@ class Ping:
     answer: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrangersRefused:
+    """The agent to its worker: so many more peers or messages were refused that were forged, replayed or strangers'."""
+
+    num: int
+
+
 LinkMessage = Hello | Welcome | Denied | OpenChannel | Meet | Announce | Go | Ack | Nack | Ping
-Message = AgentCommand | AgentEvent | AgentReady | Disturb | LinkMessage
+Message = AgentCommand | AgentEvent | AgentReady | StrangersRefused | Disturb | LinkMessage
 
 # ---- the codec -----------------------------------------------------------------------------------------------------
 
@@ -190,6 +200,7 @@ _MESSAGES: dict[int, tuple[type[Any], tuple[tuple[str, str], ...]]] = {
     7: (FrameFailed, (("transfer_id", _TEXT), ("epoch", _U64), ("sequence", _MAYBE), ("reason", _TEXT))),
     8: (TransferQuiet, (("transfer_id", _TEXT), ("epoch", _U64))),
     9: (Disturb, (("for_ms", _U32), ("period_ms", _U32), ("corrupt_every", _U32))),
+    10: (StrangersRefused, (("num", _U64),)),
     32: (
         Hello,
         (
@@ -204,13 +215,14 @@ _MESSAGES: dict[int, tuple[type[Any], tuple[tuple[str, str], ...]]] = {
             ("cuda_pool", _BYTES),
             ("block_bytes", _U64),
             ("num_blocks", _U64),
+            ("salt", _BYTES),
         ),
     ),
-    33: (Welcome, (("nonce", _BYTES), ("transport", _TEXT))),
+    33: (Welcome, (("nonce", _BYTES), ("salt", _BYTES), ("transport", _TEXT))),
     34: (Denied, (("reason", _TEXT),)),
     35: (OpenChannel, (("pair_epoch", _U64),)),
     36: (Meet, (("pair_epoch", _U64), ("key", _TEXT), ("value", _BYTES))),
-    37: (Announce, (("header", _HEADER), ("checksum", _U64))),
+    37: (Announce, (("header", _HEADER), ("checksum", _U64), ("tag", _BYTES))),
     38: (Go, _FRAME_KEY),
     39: (Ack, (*_FRAME_KEY, ("checksum", _U64))),
     40: (Nack, (*_FRAME_KEY, ("reason", _TEXT))),

@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from kv_transfer.agent_wire import Message, decode, encode
 from kv_transfer.gate import Gate
+from kv_transfer.seal import Forged, Seal
 
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_DESCRIPTORS = 2
@@ -26,8 +27,15 @@ class LinkLost(Exception):
     """The other end is gone, hangs, or speaks another language. The message says which."""
 
 
+class LinkForged(LinkLost):
+    """Somebody who is no member of the cluster speaks on the link, or repeats what a member said."""
+
+
 class FramedSocket:
-    """Sends from any thread, one message at a time; receives on one thread only. `gate`: when anything may pass."""
+    """Sends from any thread, one message at a time; receives on one thread only. `gate`: when anything may pass.
+
+    With `sealing` every message that leaves is sealed, with `opening` every one that arrives must be.
+    """
 
     def __init__(self, connection: socket.socket, *, send_timeout_s: float, gate: Gate | None = None) -> None:
         connection.setblocking(False)
@@ -37,6 +45,8 @@ class FramedSocket:
         self._held: list[tuple[bytes, tuple[int, ...]]] = []  # written while nothing passed; guarded by _sending
         self._sending = threading.Lock()
         self._received = bytearray()
+        self.sealing: Seal | None = None
+        self.opening: Seal | None = None
         self.descriptors: list[int] = []  # that came with what was received; whoever takes one out closes it
 
     def fileno(self) -> int:
@@ -47,6 +57,8 @@ class FramedSocket:
         """Sends the whole message within the send timeout. Raises LinkLost."""
         body = encode(message)
         with self._sending:
+            if self.sealing is not None:
+                body = self.sealing.seal(body)
             self._held.append((_LENGTH.pack(len(body)) + body, descriptors))
             if self._gate.wait_s(time.monotonic()) <= SHUT_WAIT_S and self._passes(SHUT_WAIT_S):
                 self._flush()
@@ -89,7 +101,9 @@ class FramedSocket:
         body = bytes(self._received[_LENGTH.size : end])
         del self._received[:end]
         try:
-            return decode(body)
+            return decode(body if self.opening is None else self.opening.open(body))
+        except Forged as error:
+            raise LinkForged(f"a message is refused: {error}") from None
         except ValueError as error:
             raise LinkLost(f"a malformed message: {error}") from None
 

@@ -19,6 +19,7 @@ import grpc
 from kv_transfer.gate import Gate
 from kv_transfer.messages import TransferMessage
 from kv_transfer.wire import decode_transfer_message, encode_transfer_message
+from tandem.cluster_access import ClusterAccess
 from tandem.messages import WorkerAddress
 from tandem.request import WorkerId
 from tandem.v1 import worker_pb2 as pb
@@ -55,7 +56,8 @@ class TransferSessions(pb_grpc.TransferServicer):
     protocol repeats what is not answered.
 
     `incarnation` is this worker's own: streams meant for another are refused. It is None, and every stream is taken,
-    until whoever registers the worker sets it. `gate`: when anything may pass, either way.
+    until whoever registers the worker sets it. `access` is shown to peers; who may call is the server's matter. `gate`:
+    when anything may pass, either way.
     """
 
     def __init__(
@@ -65,11 +67,13 @@ class TransferSessions(pb_grpc.TransferServicer):
         on_message: Callable[[TransferMessage], None],
         on_peer_gone: Callable[[WorkerId, int], None],
         incarnation: int | None = None,
+        access: ClusterAccess | None = None,
         gate: Gate | None = None,
     ) -> None:
         self.incarnation = incarnation
         self._gate = gate or Gate()
         self._worker_id = worker_id
+        self._access = access or ClusterAccess()
         self._on_message = on_message
         self._on_peer_gone = on_peer_gone
         self._peers: OrderedDict[tuple[WorkerId, int, str], _Peer] = OrderedDict()
@@ -89,7 +93,7 @@ class TransferSessions(pb_grpc.TransferServicer):
         peer = self._peers.get(key)
         if peer is None:
             self._make_room()
-            peer = self._peers[key] = _Peer(to, self._on_peer_gone, self._gate)
+            peer = self._peers[key] = _Peer(to, self._on_peer_gone, self._access, self._gate)
         self._peers.move_to_end(key)
         peer.send(message)
 
@@ -169,8 +173,11 @@ async def _beat(
 class _Peer:
     """The stream to one incarnation of one peer: a queue and a task that exists while there is something to write."""
 
-    def __init__(self, address: WorkerAddress, on_gone: Callable[[WorkerId, int], None], gate: Gate) -> None:
+    def __init__(
+        self, address: WorkerAddress, on_gone: Callable[[WorkerId, int], None], access: ClusterAccess, gate: Gate
+    ) -> None:
         self._address = address
+        self._access = access
         self._gate = gate
         self._on_gone = on_gone
         self._queue: deque[TransferMessage] = deque()
@@ -203,7 +210,7 @@ class _Peer:
                 await asyncio.sleep(RECONNECT_DELAY_S)  # at once after a loss: whether the peer lives is news
             self._alive = False
             try:
-                async with grpc.aio.insecure_channel(self._address.control, options=CHANNEL_OPTIONS) as channel:
+                async with self._access.dial(self._address.control, CHANNEL_OPTIONS) as channel:
                     await self._talk(channel)
                 reason = "the stream ended"
             except TimeoutError:
@@ -224,7 +231,7 @@ class _Peer:
 
     async def _talk(self, channel: grpc.aio.Channel) -> None:
         """Until the stream breaks or the peer shows no sign of life. Raises AioRpcError and TimeoutError."""
-        metadata = ((INCARNATION_KEY, str(self._address.incarnation)),)
+        metadata = (*self._access.metadata, (INCARNATION_KEY, str(self._address.incarnation)))
         call: Call = pb_grpc.TransferStub(channel).Exchange(metadata=metadata)  # type: ignore[no-untyped-call]
         writing: asyncio.Task[None] | None = None
         try:

@@ -213,7 +213,8 @@ class PrefillCore:
         return self._batch.refusal(num_tokens=len(assign.tokens), request_id=assign.request_id)
 
     def _new(self, now_ms: int, session: int, assign: Assign, peer: WorkerAddress) -> _Request:
-        hashes = block_hashes(self._batch.config.namespace, assign.tokens, self._ledger.block_size)
+        namespace, salt = self._batch.config.namespace, assign.cache_salt
+        hashes = block_hashes(namespace, assign.tokens, self._ledger.block_size, salt=salt)
         sequence = Sequence(
             request_id=assign.request_id,
             epoch=assign.epoch,
@@ -222,6 +223,7 @@ class PrefillCore:
             sampling=assign.sampling,
             owner=f"{assign.request_id}/{assign.epoch}/prefill",
             preemptible=False,  # its blocks are being sent
+            cache_salt=salt,
             hashes=list(hashes),
         )
         offer = Offer(

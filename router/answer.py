@@ -206,8 +206,8 @@ class Answer:
 class Answers:
     """All answers of one client's request: `n` for each prompt, in order. `close` it in every case.
 
-    `form`: how the edge answers, where the request is kept for a client that comes back; else None. `skip`: so many
-    tokens the client has.
+    `owner`: the name of the API key that asked. `form`: how the edge answers, where the request is kept for a client
+    that comes back; else None. `skip`: so many tokens the client has.
     """
 
     def __init__(
@@ -215,11 +215,13 @@ class Answers:
         service: Service,
         request_id: RequestId,
         *,
+        owner: str = "",
         num_prompts: int = 1,
         form: Mapping[str, object] | None = None,
         skip: int = 0,
     ) -> None:
         self.request_id = request_id
+        self.owner = owner
         self.num_prompts = num_prompts
         self.form = form
         self.skip = skip

@@ -15,6 +15,7 @@ import grpc.aio
 
 from router.config import RouterConfig
 from tandem import wire
+from tandem.cluster_access import ClusterAccess
 from tandem.messages import RouterMessage, WorkerReport
 from tandem.request import WorkerId
 from tandem.v1 import worker_pb2 as pb
@@ -49,6 +50,7 @@ class WorkerLink:
         worker_id: WorkerId,
         control: str,
         config: RouterConfig,
+        access: ClusterAccess,
         next_session: Callable[[], int],
         on_up: Callable[[], None],
         on_report: Callable[[WorkerReport], None],
@@ -57,6 +59,7 @@ class WorkerLink:
         self._worker_id = worker_id
         self._control = control
         self._config = config
+        self._access = access
         self._next_session = next_session
         self._on_up = on_up
         self._on_report = on_report
@@ -94,7 +97,7 @@ class WorkerLink:
     async def _run(self) -> None:
         pause_ms = self._config.redial_ms
         while True:
-            channel = grpc.aio.insecure_channel(self._control, options=CHANNEL_OPTIONS)
+            channel = self._access.dial(self._control, CHANNEL_OPTIONS)
             try:
                 was_up, reason = await self._stream(channel)
             finally:
@@ -113,7 +116,9 @@ class WorkerLink:
             # Not wait_for: until Python 3.12 it swallows a cancellation that meets the end of what it waits for.
             async with asyncio.timeout(timeout_s):
                 await channel.channel_ready()
-            call = worker_pb2_grpc.WorkerStub(channel).Connect()  # type: ignore[no-untyped-call]
+            call = worker_pb2_grpc.WorkerStub(channel).Connect(  # type: ignore[no-untyped-call]
+                metadata=self._access.metadata
+            )
             hello = pb.RouterHello(router_id=self._config.router_id, session=self._next_session())
             async with asyncio.timeout(timeout_s):
                 await call.write(pb.RouterMessage(hello=hello))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import assert_never
+from typing import Protocol, assert_never
 
 from router.answer import TokenStream
 from router.clients import WorkerLink
@@ -45,6 +45,7 @@ from router.fleet import Fleet
 from router.move import MoveReason, MoveRecord
 from router.request import StatusSnapshot
 from router.transcripts import Ended, Keep, Kept, Transcripts
+from tandem.cluster_access import ClusterAccess
 from tandem.errors import (
     Cancelled,
     DeadlinePassed,
@@ -146,6 +147,18 @@ def replay_of(kept: Kept) -> RequestStream:
     return stream
 
 
+class Account(Protocol):
+    """Who keeps count of what each client has got."""
+
+    def produced(self, request_id: RequestId, num_tokens: int) -> None:
+        """Tokens of an answer came, whether or not anybody reads them."""
+        ...
+
+    def ended(self, request_id: RequestId) -> None:
+        """The request runs no more."""
+        ...
+
+
 class Driver:
     """Feeds the core and performs what it wants. All methods are called on the event loop that `start` ran on.
 
@@ -159,8 +172,12 @@ class Driver:
         *,
         transcripts: Transcripts | None = None,
         born_us: int | None = None,
+        access: ClusterAccess | None = None,
+        account: Account | None = None,
     ) -> None:
         self.config = RouterConfig() if config is None else config
+        self._access = access or ClusterAccess()
+        self._account = account
         self.transcripts = Transcripts(shared=False) if transcripts is None else transcripts
         born_us = time.time_ns() // 1000 if born_us is None else born_us
         self._core = RouterCore(self.config, first_epoch=born_us)
@@ -361,6 +378,7 @@ class Driver:
             worker_id=info.worker_id,
             control=info.control,
             config=self.config,
+            access=self._access,
             next_session=lambda: next(self._sessions),
             on_up=lambda: self._feed(LinkUp(worker_id=key[0], incarnation=key[1])),
             on_report=lambda report: self._reported(key, report),
@@ -463,6 +481,8 @@ class Driver:
                 assert_never(action)
 
     def _deliver(self, request_id: RequestId, tokens: tuple[Token, ...]) -> None:
+        if self._account is not None:
+            self._account.produced(request_id, len(tokens))
         self.transcripts.deliver(request_id, tokens)
         stream = self._streams.get(request_id)
         if stream is None:
@@ -475,6 +495,8 @@ class Driver:
             asyncio.get_running_loop().call_soon(self.cancel, request_id, reason)
 
     def _end(self, request_id: RequestId, usage: Usage | None, error: TandemError | None) -> None:
+        if self._account is not None:
+            self._account.ended(request_id)
         stream = self._streams.pop(request_id, None)
         if stream is not None:
             stream._end(usage, error)

@@ -25,7 +25,9 @@ class NewRequest:
     """A request that passed the edge's validation. `tokens` is the prompt; `deadline_ms` counts from now.
 
     `deadline_ms` 0: the router's own bound. `priority`: 0 to PRIORITY_MAX, the highest first. `model` is for status
-    only. `canary`: the cluster asks itself; it goes to this pair at once, or fails, and status does not show it.
+    only. `owner` is the name of the API key that asked, empty when none is needed: nobody else hears of the request.
+    `cache_salt`, empty or 16 bytes: prefixes are shared only among requests of the same. `canary`: the cluster asks
+    itself; it goes to this pair at once, or fails, and status does not show it.
     """
 
     request_id: RequestId
@@ -34,6 +36,8 @@ class NewRequest:
     deadline_ms: int = 0
     priority: int = 0
     model: str = ""
+    owner: str = ""
+    cache_salt: bytes = b""
     slo: Slo | None = None
     canary: Pair | None = None
 

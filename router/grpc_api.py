@@ -13,11 +13,14 @@ from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined
 from grpc_reflection.v1alpha import reflection
 
 from router.answer import Answers, Piece
+from router.api_keys import CALLER
 from router.chat import check_num_messages, check_role
+from router.grpc_door import GrpcDoor
 from router.metrics import Api
 from router.service import Ask, Service
 from router.tokenizer import Tokenizer
 from router.validation import BODY_BYTES_MAX, SamplingFields
+from tandem.cluster_access import MembersOnly
 from tandem.errors import InvalidRequest, Overloaded, TandemError
 from tandem.grpc_requests import ParsedRequests
 from tandem.v1 import inference_pb2, inference_pb2_grpc
@@ -48,7 +51,7 @@ if TYPE_CHECKING:
 # Adds a service to the server and returns its full name.
 AddService = Callable[[grpc.aio.Server], str]
 # Ends a request that another router may have; whether one had it. Raises TandemError when that is not known.
-CancelElsewhere = Callable[[str], Awaitable[bool]]
+CancelElsewhere = Callable[[str, str | None], Awaitable[bool]]
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
@@ -70,7 +73,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Attach(self, request: inference_pb2.AttachRequest, context: _Context) -> None:
         """Streams the rest of an answer, in the form that was asked for when it began."""
         try:
-            answers = await self._service.resume(request.request_id, request.from_index)
+            answers = await self._service.resume(request.request_id, request.from_index, CALLER.get())
         except TandemError as error:
             self._service.metrics.refused(Api.GRPC, error)
             await _abort(context, error)
@@ -91,10 +94,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Cancel(self, request: inference_pb2.CancelRequest, context: _Context) -> inference_pb2.CancelResponse:
         """Ends a request and all its answers, whichever router has it."""
-        found = self._service.cancel(request.request_id, "cancelled by a client")
+        only = CALLER.get().only
+        found = self._service.cancel(request.request_id, "cancelled by a client", only)
         if not found and self._cancel_elsewhere is not None:
             try:
-                found = await self._cancel_elsewhere(request.request_id)
+                found = await self._cancel_elsewhere(request.request_id, only)
             except TandemError as error:
                 await _abort(context, error)
         return inference_pb2.CancelResponse(found=found)
@@ -147,6 +151,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 prompts=[prompt],
                 fields=fields,
                 priority=request.priority,
+                caller=CALLER.get(),
                 slo_class=request.slo_class,
                 ttft_target_ms=request.ttft_target_ms,
                 tpot_target_ms=request.tpot_target_ms,
@@ -193,11 +198,17 @@ class GrpcServer:
         self._service = service
         self._follower: asyncio.Task[None] | None = None
 
-    async def start(self, host: str, port: int) -> int:
-        """Serves on host:port, 0 takes a free one; returns the port. Raises OSError when it cannot be bound."""
+    async def start(self, host: str, port: int, credentials: grpc.ServerCredentials | None = None) -> int:
+        """Serves on host:port, 0 takes a free one, over TLS with `credentials`; returns the port.
+
+        Raises OSError when it cannot be bound.
+        """
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            self.port = self._server.add_insecure_port(address)
+            if credentials is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise OSError(f"gRPC cannot bind {address}: {error}") from error
         await self._server.start()
@@ -229,6 +240,7 @@ def build_grpc_server(
     service: Service,
     *,
     extra: Sequence[AddService] = (),
+    members: MembersOnly | None = None,
     cancel_elsewhere: CancelElsewhere | None = None,
     shares_port: bool = False,
     keepalive_s: float = _KEEPALIVE_S,
@@ -237,6 +249,7 @@ def build_grpc_server(
 ) -> GrpcServer:
     """The server, not started yet. `extra` add their services to it and are seen by reflection.
 
+    Every call is judged: by the service's door, which asks for API keys, or with `members` as a member's.
     `shares_port`: other processes may serve at the same port; without it, that is a mistake and an error.
     A client is pinged every `keepalive_s` and is gone when it does not answer within as long; a connection that has
     not said within `handshake_timeout_s` that it speaks HTTP/2 is closed; so is one that is one too many.
@@ -249,7 +262,8 @@ def build_grpc_server(
         ("grpc.max_allowed_incoming_connections", connections_max),
     ]
     options = [*_OPTIONS, ("grpc.so_reuseport", int(shares_port)), *times]
-    server = grpc.aio.server(options=options, interceptors=[ParsedRequests()])
+    guard = members or GrpcDoor(service.door, on_refused=service.metrics.refused)
+    server = grpc.aio.server(options=options, interceptors=[guard, ParsedRequests()])
     inference_pb2_grpc.add_InferenceServicer_to_server(  # type: ignore[no-untyped-call]
         InferenceServicer(service, cancel_elsewhere), server
     )

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import socket
+import ssl
 
 import uvicorn
 from fastapi import FastAPI
@@ -27,8 +28,29 @@ _KEEPALIVE = (
 )
 
 
+_HANDSHAKE_TIMEOUT_S = 10.0  # of TLS
+
+
 class _Server(uvicorn.Server):
-    """uvicorn without signal handlers: signals are the process's, not a server's."""
+    """uvicorn without signal handlers, which are the process's, and with a bound on the TLS handshake."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens on `sockets`. uvicorn has no setting for the handshake: a client that says nothing has a minute."""
+        config, loop = self.config, asyncio.get_running_loop()
+
+        def connection() -> asyncio.Protocol:
+            return config.http_protocol_class(  # type: ignore[call-arg]
+                config=config, server_state=self.server_state, app_state={}, _loop=loop
+            )
+
+        timeout_s = _HANDSHAKE_TIMEOUT_S if config.ssl is not None else None
+        self.servers = [
+            await loop.create_server(
+                connection, sock=each, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=timeout_s
+            )
+            for each in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self):  # type: ignore[no-untyped-def]
@@ -72,9 +94,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def serve_http(
-    app: FastAPI, *, listener: socket.socket, grace_s: float = 5.0, limits: HttpLimits | None = None
+    app: FastAPI,
+    *,
+    listener: socket.socket,
+    grace_s: float = 5.0,
+    limits: HttpLimits | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> HttpServer:
-    """Starts serving `app` to who comes to `listener`. `grace_s` bounds how long a stop waits for running replies.
+    """Starts serving `app` to who comes to `listener`, over TLS with `tls`.
+
+    `grace_s` bounds how long a stop waits for running replies.
 
     Raises TimeoutError when the server did not start.
     """
@@ -89,6 +118,7 @@ async def serve_http(
         lifespan="off",
         timeout_keep_alive=limits.idle_timeout_s,
         timeout_graceful_shutdown=max(1, round(grace_s)),
+        ssl_context_factory=None if tls is None else lambda config, default: tls,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))

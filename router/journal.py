@@ -37,6 +37,10 @@ class RequestStore(Protocol):
         """
         ...
 
+    async def owner_of(self, request_id: RequestId) -> str | None:
+        """Whose the request is; None when it is not known. Changes nothing."""
+        ...
+
     async def take_over(self, request_id: RequestId) -> Kept | None:
         """The request under a fence above all before, for this router to go on with; unless it has ended."""
         ...
@@ -87,6 +91,14 @@ class Journal:
         if isinstance(known, str):
             raise DuplicateRequest(f"a request of id {known!r} is being served")
         return fence if known is None else known
+
+    async def owner_of(self, request_id: RequestId) -> str | None:
+        """Whose the request is; None when nobody knows it. Raises StoreAway."""
+        try:
+            return await self._store.owner_of(request_id)
+        except StoreDown as error:
+            self._is_down(error)
+            raise StoreAway(f"the shared store does not answer, try again: {error}") from None
 
     async def take_over(self, request_id: RequestId) -> Kept | None:
         """The request, to go on with it here; None when nobody knows it. Raises StoreAway."""

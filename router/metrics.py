@@ -26,6 +26,7 @@ class Api(StrEnum):
     CHAT = "chat"
     COMPLETIONS = "completions"
     GRPC = "grpc"
+    HTTP = "http"  # its other pages
 
 
 class EdgeMetrics:
@@ -41,6 +42,7 @@ class EdgeMetrics:
         self.registry = CollectorRegistry()
         self._requests = self._plain(Counter, table.REQUESTS_TOTAL)
         self._refusals = self._plain(Counter, table.REFUSALS_TOTAL)
+        self._strangers = self._plain(Counter, table.STRANGERS_TOTAL)
         self._running = self._plain(Gauge, table.REQUESTS_RUNNING)
         self._resumed = self._plain(Counter, table.RESUMED_TOTAL)
         self._prompt_tokens = self._plain(Counter, table.PROMPT_TOKENS_TOTAL)
@@ -57,6 +59,10 @@ class EdgeMetrics:
     def refused(self, api: Api, error: TandemError) -> None:
         """A request was not taken in."""
         self._refusals.labels(api.value, error.code).inc()
+
+    def stranger(self) -> None:
+        """Somebody without the join token, or of another version, called what is for members of the cluster."""
+        self._strangers.inc()
 
     def first_tokens(self, num_tokens: int, after_s: float) -> None:
         """A request's first tokens came `after_s` seconds after it was taken in."""

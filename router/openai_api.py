@@ -18,6 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from router.answer import Answers, Piece
+from router.api_keys import CALLER
+from router.http_door import HttpDoor
 from router.metrics import CONTENT_TYPE, Api
 from router.openai_document import ModelLimits, document_of
 from router.openai_page import page_of
@@ -61,6 +63,7 @@ def build_app(service: Service) -> FastAPI:
     """The application; others may add routers and pages to it."""
     # FastAPI's own pages load their script from a CDN.
     app = FastAPI(title="Tandem", description=_DESCRIPTION, version="1", docs_url=None, redoc_url=None)
+    app.add_middleware(HttpDoor, door=service.door, on_refused=service.metrics.refused)
     _add_completions(app, service)
     _add_models(app, service)
     _add_health(app, service)
@@ -151,6 +154,8 @@ async def _open(
         fields=fields,
         n=n,
         priority=asked.priority or 0,
+        caller=CALLER.get(),
+        cache_salt=asked.cache_salt or "",
         slo_class=asked.slo_class or "",
         ttft_target_ms=asked.ttft_target_ms or 0,
         tpot_target_ms=asked.tpot_target_ms or 0,
@@ -170,7 +175,7 @@ async def _resume(service: Service, api: Api, request: Request) -> Response:
     request_id, _, index = last.rpartition(EVENT_ID_MARK)
     if not request_id or not index.isascii() or not index.isdigit() or len(index) > EVENT_INDEX_DIGITS_MAX:
         raise InvalidRequest(LAST_EVENT_ID, f"is {show(last)}, must be the id of an event of a stream of this cluster")
-    answers = await service.resume(request_id, int(index))
+    answers = await service.resume(request_id, int(index), CALLER.get())
     assert answers.form is not None, "what can be resumed has its form"
     if answers.form["api"] != api:
         answers.close("it was asked for where it is not")

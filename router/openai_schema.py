@@ -107,6 +107,9 @@ class CommonRequest(BaseModel):
     priority: int | None = Field(
         default=None, description="0 (default) to 3: higher ones are placed first, and others make room for them."
     )
+    cache_salt: str | None = Field(
+        default=None, description="Prefixes are shared only among requests of the same salt, within those of the key."
+    )
     slo_class: str | None = Field(
         default=None,
         description="When a target below would be missed: `interactive` (default) is refused, `sheddable` the more "

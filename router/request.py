@@ -142,6 +142,7 @@ class Request:
             peer=None if peer is None else peer.address,
             deadline_ms=deadline_ms,
             move=move,
+            cache_salt=self.new.cache_salt,
         )
 
     def hash_blocks(self, namespace: str, block_size: int) -> None:
@@ -149,7 +150,9 @@ class Request:
         if self.namespace != (namespace, block_size):
             self.namespace, self.hashes = (namespace, block_size), []
         if len(self.hashes) < self.num_tokens // block_size:
-            self.hashes = block_hashes(namespace.encode(), self.tokens, block_size, self.hashes)
+            self.hashes = block_hashes(
+                namespace.encode(), self.tokens, block_size, self.hashes, salt=self.new.cache_salt
+            )
 
     def tell(self, now_ms: int, what: str) -> None:
         """Remembers what happened, in milliseconds since it was submitted."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from router.answer import Answer, Answers, TokenStream
+from router.api_keys import ANYBODY, Caller
+from router.door import Door
 from router.driver import replay_of
 from router.events import NewRequest
 from router.journal import Journal
@@ -22,6 +24,7 @@ from router.validation import (
     ANSWER_MARK,
     Limits,
     SamplingFields,
+    check_cache_salt,
     check_num_choices,
     check_priority,
     check_prompt,
@@ -93,7 +96,8 @@ class Ask:
     """One request of a client, of the right types and not yet checked. An empty `request_id`: make one.
 
     `idempotency_key`: the same again is the same request. `resume_ms`: so long it goes on when its client is cut off.
-    `form`: what the edge needs to answer in the same form when the client comes back.
+    `form`: what the edge needs to answer in the same form when the client comes back. `cache_salt` is the client's own:
+    it sets its prefixes apart within those of its tenant.
     """
 
     api: Api
@@ -102,6 +106,8 @@ class Ask:
     fields: SamplingFields
     n: int = 1
     priority: int = 0
+    caller: Caller = ANYBODY
+    cache_salt: str = ""
     slo_class: str = ""
     ttft_target_ms: int = 0
     tpot_target_ms: int = 0
@@ -125,6 +131,7 @@ class Service:
         model: ServedModel,
         metrics: EdgeMetrics,
         journal: Journal | None = None,
+        door: Door | None = None,
         not_ready: Callable[[], str] = str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -133,6 +140,7 @@ class Service:
         self.model = model
         self.metrics = metrics
         self.journal = journal
+        self.door = Door() if door is None else door
         self.not_ready = not_ready
         self.clock = clock
         self.limits = Limits(
@@ -187,11 +195,12 @@ class Service:
         With more than one answer, each is a request of its own: id#0, id#1, ...
 
         Raises:
-            TandemError: nothing runs then. InvalidRequest, DuplicateRequest, Overloaded, Unavailable.
+            TandemError: nothing runs then. InvalidRequest, DuplicateRequest, RateLimited, Overloaded, Unavailable.
         """
         stops = check_stops(ask.fields.stop)
         check_num_choices(ask.n, len(ask.prompts))
         check_priority(ask.priority)
+        check_cache_salt(ask.cache_salt)
         check_slo(ask.slo_class, ask.ttft_target_ms, ask.tpot_target_ms)
         check_resuming(ask.idempotency_key, ask.resume_ms, num_answers=ask.n * len(ask.prompts))
         request_id = check_request_id(ask.request_id) if ask.request_id else new_request_id(ask.api)
@@ -199,12 +208,14 @@ class Service:
         if keep is not None and keep.key:
             known = self.driver.transcripts.of_key(keep.key)
             if known is not None:
-                return await self._same(known, keep)
+                return await self._same(known, keep, ask.caller)
         if request_id in self._in_flight:
             raise DuplicateRequest(f"request_id: {request_id!r} is in flight")
         requests = self._requests(ask, request_id)
+        num_tokens = sum(len(request.tokens) for request in requests)
+        self.door.begin(ask.caller, [request.request_id for request in requests], num_tokens=num_tokens)
         form = None if keep is None else json.loads(keep.form)
-        group = Answers(self, request_id, num_prompts=len(ask.prompts), form=form)
+        group = Answers(self, request_id, owner=ask.caller.name, num_prompts=len(ask.prompts), form=form)
         named = frozenset(ask.fields.stop_token_ids)
         self._in_flight[request_id] = group
         fence: int | None = None
@@ -213,7 +224,8 @@ class Service:
                 claim = await self.journal.claim(requests[0], keep)
                 if isinstance(claim, Kept):
                     self.forget(group)
-                    return await self._same(claim, keep)
+                    self.door.ended(request_id)
+                    return await self._same(claim, keep, ask.caller)
                 fence = claim
             for request in requests:
                 stream = self.driver.submit(request, keep, fence=fence)
@@ -221,24 +233,30 @@ class Service:
                 group.answers.append(Answer(self, ask.api, request, stream, stops=stops, named=named))
         except BaseException:
             group.close("another answer of the same request was refused")
+            for request in requests:
+                self.door.ended(request.request_id)
             raise
         return group
 
-    async def resume(self, request_id: str, from_index: int) -> Answers:
+    async def resume(self, request_id: str, from_index: int, caller: Caller = ANYBODY) -> Answers:
         """The answer of a request that runs or ended lately, from token `from_index` on, wherever it was served.
 
-        A reader of before is ended. Raises InvalidRequest, UnknownRequest, RequestLost, Unavailable.
+        A reader of before is ended. What is not this caller's is not known to it.
+
+        Raises InvalidRequest, UnknownRequest, RequestLost, Unavailable.
         """
         known = check_request_id(request_id)
         if from_index < 0:
             raise InvalidRequest("from_index", f"is {from_index}, must be at least 0")
         kept = self.driver.transcripts.find(known)
+        if kept is not None and not caller.may_touch(kept.new.owner):
+            raise _unknown(known)
         if kept is None:
-            kept, stream = await self._take_over(known)
+            kept, stream = await self._take_over(known, caller)
         else:
             stream = self.driver.read_again(known)
         form = json.loads(kept.keep.form)
-        group = Answers(self, known, form=form, skip=from_index)
+        group = Answers(self, known, owner=kept.new.owner, form=form, skip=from_index)
         answer = Answer(
             self,
             Api(form["api"]),
@@ -259,24 +277,35 @@ class Service:
         self._in_flight[known] = group
         return group
 
-    async def _take_over(self, request_id: RequestId) -> tuple[Kept, TokenStream]:
+    async def _take_over(self, request_id: RequestId, caller: Caller) -> tuple[Kept, TokenStream]:
         """From the router that had it, or of what is remembered of it."""
+        if self.journal is not None and not caller.is_operator:  # before anything is taken from anybody
+            owner = await self.journal.owner_of(request_id)
+            if owner is None or not caller.may_touch(owner):
+                raise _unknown(request_id)
         found = None if self.journal is None else await self.journal.take_over(request_id)
         here = self.driver.transcripts.find(request_id)
         if here is not None:  # it came here meanwhile
             return here, self.driver.read_again(request_id)
         if found is None:
-            raise UnknownRequest(f"no request of id {request_id!r} is known, that could be resumed")
+            raise _unknown(request_id)
         over = found.ended is not None or (found.tokens and found.tokens[-1].finish is not None)
-        return found, replay_of(found) if over else self.driver.take_over(found)
+        if over:
+            return found, replay_of(found)
+        self.door.adopt(found.new.owner, request_id)
+        try:
+            return found, self.driver.take_over(found)
+        except BaseException:
+            self.door.ended(request_id)
+            raise
 
-    async def _same(self, known: Kept, keep: Keep) -> Answers:
+    async def _same(self, known: Kept, keep: Keep, caller: Caller) -> Answers:
         """The request that came with the same idempotency key, or id, if it is the same."""
         if not keep.key:
             raise DuplicateRequest(f"request_id: {known.new.request_id!r} is in flight")
         if known.keep.digest != keep.digest:
             raise DuplicateRequest(f"idempotency_key: {show(keep.key)} came with another request before")
-        return await self.resume(known.new.request_id, 0)
+        return await self.resume(known.new.request_id, 0, caller)
 
     def _check_ahead(self, kept: Kept, from_index: int) -> None:
         """What a client has beyond what is kept is computed again, to the same tokens: only exact mode promises."""
@@ -294,21 +323,40 @@ class Service:
         if not wanted or ask.n * len(ask.prompts) > 1:
             return None
         form = {"api": ask.api, "stops": stops, "named": sorted(set(ask.fields.stop_token_ids)), **ask.form}
-        asked = [[*ask.prompts[0]], repr(ask.fields), ask.priority, {**form, "created_s": 0}]
+        asked = [[*ask.prompts[0]], repr(ask.fields), ask.priority, ask.cache_salt, {**form, "created_s": 0}]
         return Keep(
             form=json.dumps(form).encode(),
             digest=hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).digest(),
-            key=ask.idempotency_key,
+            key=ask.caller.own(ask.idempotency_key),
             resume_ms=ask.resume_ms,
         )
 
-    def cancel(self, request_id: str, reason: str) -> bool:
-        """Ends a request and all its answers; False when it is not known."""
+    def cancel(self, request_id: str, reason: str, only: str | None = None) -> bool:
+        """Ends a request and all its answers; False when it is not known here.
+
+        `only`: if it is this owner's, else it is not known either; None: whosesoever it is.
+        """
+        if only is not None and self.owner_of(request_id) != only:
+            return False
         group = self._in_flight.get(RequestId(request_id))
         if group is None:
             return self.driver.cancel(RequestId(request_id), reason)
         found = [self.driver.cancel(answer.request_id, reason) for answer in group.answers if not answer.done]
         return any(found)
+
+    def owner_of(self, request_id: str) -> str | None:
+        """Whose a request here, or one of its answers, is: the name of its API key. None: no such request."""
+        whole = RequestId(request_id.partition(ANSWER_MARK)[0])
+        group = self._in_flight.get(whole)
+        if group is not None:
+            return group.owner
+        kept = self.driver.transcripts.find(whole)
+        return None if kept is None else kept.new.owner
+
+    def end_unwelcome(self) -> None:
+        """Ends what runs of callers whose keys have been revoked or have expired since they were let in."""
+        for request_id, reason in self.door.unwelcome():
+            self.driver.cancel(request_id, reason)
 
     def forget(self, group: Answers) -> None:
         """The id of a request whose client has its answer, or is gone, may be used again."""
@@ -337,10 +385,17 @@ class Service:
                     sampling=sampling,
                     priority=ask.priority,
                     model=self.model.id,
+                    owner=ask.caller.name,
+                    cache_salt=ask.caller.cache_salt(ask.cache_salt),
                     slo=check_slo(ask.slo_class, ask.ttft_target_ms, ask.tpot_target_ms),
                 )
                 requests.append(request)
         return requests
+
+
+def _unknown(request_id: RequestId) -> UnknownRequest:
+    """The same for what is not there and for what is somebody else's."""
+    return UnknownRequest(f"no request of id {request_id!r} is known, that could be resumed")
 
 
 def new_request_id(api: Api) -> RequestId:

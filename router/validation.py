@@ -22,6 +22,7 @@ LOGPROBS_MAX = 20
 CHOICES_EACH_MAX = 16  # `n`
 CHOICES_MAX = 128  # prompts times `n`
 REQUEST_ID_CHARACTERS_MAX = 128
+CACHE_SALT_CHARACTERS_MAX = 256
 KEY_CHARACTERS_MAX = 255
 RESUME_MS_MAX = 600_000
 TARGET_MS_MAX = 3_600_000
@@ -115,6 +116,17 @@ def check_resuming(key: str, resume_ms: int, *, num_answers: int) -> None:
     if num_answers > 1 and (key or resume_ms):
         name = "idempotency_key" if key else "resume_ms"
         raise InvalidRequest(name, f"is for requests of one answer, this one asks for {num_answers}")
+
+
+def check_cache_salt(value: str) -> str:
+    """The salt, when it is short enough. Raises InvalidRequest."""
+    if len(value) > CACHE_SALT_CHARACTERS_MAX:
+        raise InvalidRequest("cache_salt", f"has {len(value)} characters, at most {CACHE_SALT_CHARACTERS_MAX}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("cache_salt", f"has a lone surrogate at character {error.start}") from None
+    return value
 
 
 def check_prompt(tokens: Sequence[int], limits: Limits, name: str = "prompt") -> tuple[int, ...]:

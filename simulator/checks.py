@@ -90,7 +90,7 @@ class Checks:
         num = request.sampling.max_tokens
         tokens = expected_tokens(request.tokens, request.sampling, num, self._vocab_size)
         self._requests[request.request_id] = _Expected(request, tokens, healthy)
-        self._learn_contents([*request.tokens, *tokens])
+        self._learn_contents([*request.tokens, *tokens], request.cache_salt)
 
     def client_gone(self, request_id: RequestId) -> None:
         self._requests[request_id].gone = True
@@ -354,7 +354,7 @@ class Checks:
 
     # ---- contents ----------------------------------------------------------------------------------------------------
 
-    def _learn_contents(self, tokens: Sequence[int]) -> None:
+    def _learn_contents(self, tokens: Sequence[int], salt: bytes) -> None:
         """What each full block of these tokens must hold, made by a runner that nobody disturbs."""
         size = self._block_size
         num_blocks = -(-len(tokens) // size)
@@ -369,7 +369,8 @@ class Checks:
             num_prompt_tokens=len(tokens),
         )
         alone.run(StepPlan(rows=(row,)))
-        for block, block_hash in enumerate(block_hashes(self._namespace.encode(), tokens, size)):
+        hashes = block_hashes(self._namespace.encode(), tokens, size, salt=salt)
+        for block, block_hash in enumerate(hashes):
             self._contents[block_hash] = alone.read_block(block)
 
 

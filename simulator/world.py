@@ -186,6 +186,7 @@ class World:
             tokens=(*shared, *own),
             sampling=sampling,
             priority=max(0, choices.choose(6) - 3),
+            cache_salt=b"" if self._num_requests % 8 else b"another tenant's",
         )
         self.tell(f"{request.request_id}: {len(request.tokens)} tokens, then {sampling.max_tokens}")
         self.checks.submitted(request, healthy=self.healed)

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
@@ -17,6 +18,7 @@ import grpc.aio
 from tandem.errors import ERRORS, InvalidRequest, TandemError, error_of
 from tandem.request import FinishReason
 from tandem.resuming import Attach, Resuming
+from tandem.tls import Tls, load_tls
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ RESUME_S = 30.0
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 CANCEL_TIMEOUT_S = 2.0
+
+_Metadata = tuple[tuple[str, str], ...]
 
 _OPTIONS = [
     ("grpc.keepalive_time_ms", 10_000),  # a router that stands still is noticed
@@ -60,6 +64,21 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool
     logprobs: int
     logit_bias: Mapping[int, float]
+
+
+class SecurityOptions(TypedDict, total=False):
+    """What a cluster may ask for. Any of the last four makes the client speak TLS.
+
+    `api_key` is shown with every call. `ca` is a PEM file of the authority that signed the router's certificate, `tls`
+    alone trusts those of the system. `cert` and `key` are PEM files of the client's own, where the router wants one.
+    TlsError is raised when one of the files cannot be used.
+    """
+
+    api_key: str
+    tls: bool
+    ca: str | Path
+    cert: str | Path
+    key: str | Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,13 +148,25 @@ class ModelInfo:
 class Client:
     """Talks to a cluster from ordinary code; safe to share among threads. Close it, or use it in a `with`."""
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, timeout_s: float = 600.0, resume_s: float = RESUME_S) -> None:
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_s: float = 600.0,
+        resume_s: float = RESUME_S,
+        **security: Unpack[SecurityOptions],
+    ) -> None:
         """`target` is host:port of the routers' gRPC; `timeout_s` bounds each call.
 
         A stream that breaks is resumed, for up to `resume_s` seconds each time, and the request goes on meanwhile: with
         routers that share a store whichever of them is there, else the one that has it. 0: a break is the end.
         """
-        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        tls, self._metadata = _secured(security)
+        if tls is None:
+            self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        else:
+            options = [*_OPTIONS, *tls.channel_options]
+            self._channel = grpc.secure_channel(target, tls.channel_credentials, options=options)
         self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout_s = timeout_s
         self._resume_s = resume_s
@@ -179,7 +210,7 @@ class Client:
         call: Any = None
         try:
             while not resuming.finished:
-                call = _next(self._stub, resuming, request, self._timeout_s)
+                call = _next(self._stub, resuming, request, self._timeout_s, self._metadata)
                 try:
                     for response in call:
                         if _is_news(resuming, response):
@@ -192,7 +223,7 @@ class Client:
         except BaseException:  # the reader leaves, and the request would wait for it
             if request.resume_ms and not resuming.finished and (resuming.num_tokens or not request_id):
                 with suppress(grpc.RpcError):
-                    self._stub.Cancel(_cancel(request), timeout=CANCEL_TIMEOUT_S)
+                    self._stub.Cancel(_cancel(request), timeout=CANCEL_TIMEOUT_S, metadata=self._metadata)
             raise
         finally:
             if call is not None:
@@ -212,7 +243,7 @@ class Client:
 
     def _call(self, method: Any, request: object) -> Any:
         try:
-            return method(request, timeout=self._timeout_s)
+            return method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _translated(error) from None
 
@@ -220,13 +251,25 @@ class Client:
 class AsyncClient:
     """Talks to a cluster from an event loop. Close it, or use it in an `async with`."""
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, timeout_s: float = 600.0, resume_s: float = RESUME_S) -> None:
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_s: float = 600.0,
+        resume_s: float = RESUME_S,
+        **security: Unpack[SecurityOptions],
+    ) -> None:
         """`target` is host:port of the routers' gRPC; `timeout_s` bounds each call.
 
         A stream that breaks is resumed, for up to `resume_s` seconds each time, and the request goes on meanwhile: with
         routers that share a store whichever of them is there, else the one that has it. 0: a break is the end.
         """
-        self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+        tls, self._metadata = _secured(security)
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+        else:
+            options = [*_OPTIONS, *tls.channel_options]
+            self._channel = grpc.aio.secure_channel(target, tls.channel_credentials, options=options)
         self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout_s = timeout_s
         self._resume_s = resume_s
@@ -271,7 +314,7 @@ class AsyncClient:
         call: Any = None
         try:
             while not resuming.finished:
-                call = _next(self._stub, resuming, request, self._timeout_s)
+                call = _next(self._stub, resuming, request, self._timeout_s, self._metadata)
                 try:
                     async for response in call:
                         if _is_news(resuming, response):
@@ -284,7 +327,7 @@ class AsyncClient:
         except BaseException:  # the reader leaves, and the request would wait for it
             if request.resume_ms and not resuming.finished and (resuming.num_tokens or not request_id):
                 with suppress(grpc.RpcError):
-                    await self._stub.Cancel(_cancel(request), timeout=CANCEL_TIMEOUT_S)
+                    await self._stub.Cancel(_cancel(request), timeout=CANCEL_TIMEOUT_S, metadata=self._metadata)
             raise
         finally:
             if call is not None:
@@ -304,7 +347,7 @@ class AsyncClient:
 
     async def _call(self, method: Any, request: object) -> Any:
         try:
-            return await method(request, timeout=self._timeout_s)
+            return await method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _translated(error) from None
 
@@ -335,14 +378,24 @@ def _request(
     return request
 
 
-def _next(stub: Any, resuming: Resuming, request: GenerateRequest, timeout_s: float) -> Any:
+def _secured(security: SecurityOptions) -> tuple[Tls | None, _Metadata]:
+    """The certificates, and the metadata that goes with every call."""
+    api_key = security.get("api_key", "")
+    metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+    files = {name: Path(security[name]) for name in ("ca", "cert", "key") if security.get(name)}
+    if not files and not security.get("tls", False):
+        return None, metadata
+    return load_tls(ca=files.get("ca"), cert=files.get("cert"), key=files.get("key")), metadata
+
+
+def _next(stub: Any, resuming: Resuming, request: GenerateRequest, timeout_s: float, metadata: _Metadata) -> Any:
     """The call that goes on with the stream."""
     match resuming.next_call():
         case Attach(from_index=index):
             asked = inference_pb2.AttachRequest(request_id=request.request_id, from_index=index)
-            return stub.Attach(asked, timeout=timeout_s)
+            return stub.Attach(asked, timeout=timeout_s, metadata=metadata)
         case _:
-            return stub.Generate(request, timeout=timeout_s)
+            return stub.Generate(request, timeout=timeout_s, metadata=metadata)
 
 
 def _is_news(resuming: Resuming, response: GenerateResponse) -> bool:

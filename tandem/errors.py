@@ -3,12 +3,15 @@
 TandemError
   +-- InvalidRequest      a field is wrong; names it, its value and its limit        400  INVALID_ARGUMENT
   |     +-- UnknownModel                                                             404  NOT_FOUND
+  +-- Unauthenticated     no API key, or one that is wrong, revoked or expired       401  UNAUTHENTICATED
+  +-- PermissionDenied    the API key is good, but not for this                      403  PERMISSION_DENIED
   +-- UnknownRequest      no such request is known                                   404  NOT_FOUND
   +-- DuplicateRequest    the id is in use                                           409  ALREADY_EXISTS
   +-- TakenOver           another router has the request: its stream goes on there    409  ABORTED
   +-- MoveImpossible      a running request cannot be moved (so, now); says why        409  FAILED_PRECONDITION
   +-- DrainRefused        a worker cannot be drained (so, now); says why             409  FAILED_PRECONDITION
   +-- Overloaded          over capacity; says when to come again                     429  RESOURCE_EXHAUSTED
+  |     +-- RateLimited   over a limit of its API key; says when to come again       429  RESOURCE_EXHAUSTED
   +-- Unavailable         no worker can serve this now                               503  UNAVAILABLE
   |     +-- Stopping      the router ends; another one, or the next, goes on         503  UNAVAILABLE
   |     +-- StoreAway     what only the shared store knows cannot be had now          503  UNAVAILABLE
@@ -56,6 +59,24 @@ class UnknownModel(InvalidRequest):
     code = "model_not_found"
     http_status = 404
     grpc_status = "NOT_FOUND"
+
+
+class Unauthenticated(TandemError):
+    """The caller shows no API key, or none that is good. The message never says what was shown."""
+
+    code = "invalid_api_key"
+    http_status = 401
+    grpc_status = "UNAUTHENTICATED"
+    openai_type = "invalid_request_error"
+
+
+class PermissionDenied(TandemError):
+    """The API key is good, but this is not for it."""
+
+    code = "permission_denied"
+    http_status = 403
+    grpc_status = "PERMISSION_DENIED"
+    openai_type = "invalid_request_error"
 
 
 class UnknownRequest(TandemError):
@@ -113,6 +134,12 @@ class Overloaded(TandemError):
     def __init__(self, message: str, *, retry_after_ms: int) -> None:
         super().__init__(message)
         self.retry_after_ms = retry_after_ms
+
+
+class RateLimited(Overloaded):
+    """The API key has used up its allowance; come again after `retry_after_ms`."""
+
+    code = "rate_limit_exceeded"
 
 
 class Unavailable(TandemError):
@@ -177,12 +204,15 @@ ERRORS: dict[str, type[TandemError]] = {
         TandemError,
         InvalidRequest,
         UnknownModel,
+        Unauthenticated,
+        PermissionDenied,
         UnknownRequest,
         DuplicateRequest,
         TakenOver,
         MoveImpossible,
         DrainRefused,
         Overloaded,
+        RateLimited,
         Unavailable,
         Stopping,
         StoreAway,

@@ -54,6 +54,7 @@ class Assign:
     peer: WorkerAddress | None  # None with LOCAL
     deadline_ms: int  # until the handoff or migration is committed
     move: bool = False  # DECODE: the peer decodes it already, and goes on until it is fenced
+    cache_salt: bytes = b""  # of its block hashes: empty, or 16 bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

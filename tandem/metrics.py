@@ -39,7 +39,7 @@ class Metric:
 
 # The values that a label may take. `api` is the door a request came in by; `code` is a code of tandem.errors.
 LABEL_VALUES: dict[str, str] = {
-    "api": "chat, completions or grpc",
+    "api": "chat, completions, grpc, or http for its other pages",
     "code": "a code of tandem.errors",
     "outcome": "stop, length, or a code of tandem.errors",
     "router": "the name of the router that counted; every metric has it",
@@ -62,6 +62,12 @@ REFUSALS_TOTAL = Metric(
     unit=Unit.REQUESTS,
     labels=("api", "code"),
     help="Requests refused before any work was done for them, by error code.",
+)
+STRANGERS_TOTAL = Metric(
+    name="tandem_router_refused_strangers_requests_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.REQUESTS,
+    help="Calls to the registry that were refused: no join token, a wrong one, or another protocol version.",
 )
 REQUESTS_RUNNING = Metric(
     name="tandem_router_running_requests",
@@ -112,6 +118,7 @@ E2E_SECONDS = Metric(
 METRICS: tuple[Metric, ...] = (
     REQUESTS_TOTAL,
     REFUSALS_TOTAL,
+    STRANGERS_TOTAL,
     REQUESTS_RUNNING,
     RESUMED_TOTAL,
     PROMPT_TOKENS_TOTAL,

@@ -292,6 +292,7 @@ def _encode_assign(assign: Assign) -> pb.Assign:
         peer=None if assign.peer is None else encode_address(assign.peer),
         deadline_ms=assign.deadline_ms,
         move=assign.move,
+        cache_salt=assign.cache_salt,
     )
 
 
@@ -307,6 +308,8 @@ def _decode_assign(message: pb.Assign) -> Assign:
         raise ValueError(f"assign.transfer_id, assign.peer: are missing, the mode {mode.value} needs both")
     if message.move and mode is not AssignMode.DECODE:
         raise ValueError(f"assign.move: is set, must not be when the mode is {mode.value}")
+    if len(message.cache_salt) not in (0, HASH_BYTES):
+        raise ValueError(f"assign.cache_salt: has {len(message.cache_salt)} bytes, must have 0 or {HASH_BYTES}")
     within("assign.num_prompt_tokens", message.num_prompt_tokens, 1, len(message.tokens))
     return Assign(
         request_id=RequestId(named("assign.request_id", message.request_id)),
@@ -319,6 +322,7 @@ def _decode_assign(message: pb.Assign) -> Assign:
         peer=decode_address(message.peer) if message.HasField("peer") else None,
         deadline_ms=message.deadline_ms,
         move=message.move,
+        cache_salt=message.cache_salt,
     )
 
 

@@ -21,14 +21,23 @@ class FrameCorrupt(Exception):
     """The bytes that arrived are not those that were announced; nothing reads them. The channel goes on."""
 
 
+class FrameForged(FrameCorrupt):
+    """The bytes that arrived have the checksum that was announced, and are not those of a member of the cluster."""
+
+
 class SourceEnd(ABC):
     """The end that frames leave from."""
 
     needs_go: ClassVar[bool]
+    tag_key: bytes = b""  # frames carry a keyed tag of their bytes; empty: they need none
 
     @abstractmethod
     def prepare(self, header: FrameHeader) -> int:
         """Makes the frame ready to leave and gives its checksum. Raises ValueError on blocks that are not there."""
+
+    def tag(self, header: FrameHeader) -> bytes:
+        """The keyed tag of a prepared frame, or empty."""
+        return b""
 
     @abstractmethod
     def push(self, header: FrameHeader) -> None:
@@ -46,15 +55,18 @@ class SourceEnd(ABC):
 class TargetEnd(ABC):
     """The end that frames arrive at."""
 
+    tag_key: bytes = b""  # as of SourceEnd
+
     @abstractmethod
     def post(self, header: FrameHeader) -> None:
         """Gets memory ready for the frame, in the order of announcements. Raises ChannelLost when none frees up."""
 
     @abstractmethod
-    def take(self, header: FrameHeader, checksum: int) -> None:
+    def take(self, header: FrameHeader, checksum: int, tag: bytes = b"") -> None:
         """Waits for the frame, bounded, and has it checked in its target blocks when it returns.
 
-        Called in the order of `post`. Raises FrameCorrupt, ChannelLost, and ValueError on blocks that are not there.
+        `tag` is what came with the announcement. Called in the order of `post`. Raises FrameCorrupt, ChannelLost, and
+        ValueError on blocks that are not there.
         """
 
     @abstractmethod

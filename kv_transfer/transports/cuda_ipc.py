@@ -101,7 +101,7 @@ class DevicePullTarget(TargetEnd):
     def post(self, header: FrameHeader) -> None:
         """Nothing to do: the blocks are granted."""
 
-    def take(self, header: FrameHeader, checksum: int) -> None:
+    def take(self, header: FrameHeader, checksum: int, tag: bytes = b"") -> None:
         """One copy, and one pass over what was copied."""
         check_frame(header, self._target.block_bytes)
         self._source.check(header.source_blocks)

@@ -11,7 +11,8 @@ from typing import NoReturn
 
 import torch
 
-from kv_transfer.transports.memory import check_blocks
+from kv_transfer.seal import frame_tag
+from kv_transfer.transports.memory import bytes_at, check_blocks
 
 WORD_BYTES = 8
 FACTOR = -7046029254386353131  # odd, so that no word's bits are lost: 2^64 / golden ratio, as a signed number
@@ -72,6 +73,12 @@ class DeviceMemory:
             mixed.bitwise_xor_(mixed >> 32).mul_(FACTOR)
             total: int = int(mixed.sum())  # waits for the device
         return total & ((1 << 64) - 1)
+
+    def tag(self, frame: torch.Tensor, key: bytes) -> bytes:
+        """On the host, to which the frame is copied: slow, and exact."""
+        with self._device():
+            here = frame.cpu()
+        return frame_tag(key, memoryview(bytes_at(here.data_ptr(), here.numel())))
 
     def damage(self, frame: torch.Tensor) -> None:
         """The first byte."""

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 
 from kv_transfer.gate import Damage
+from kv_transfer.seal import frame_tag
 from kv_transfer.transports.channel import ChannelLost
 from kv_transfer.transports.meeting import Meeting, meeting_store
 from kv_transfer.transports.memory import CopyFrame, MappedPool, bytes_at, hash_frame
@@ -105,6 +106,10 @@ class HostMemory:
     def checksum(self, frame: torch.Tensor) -> int:
         """One pass."""
         return hash_frame(frame.data_ptr(), (0,), frame.numel())
+
+    def tag(self, frame: torch.Tensor, key: bytes) -> bytes:
+        """One pass."""
+        return frame_tag(key, memoryview(bytes_at(frame.data_ptr(), frame.numel())))
 
     def damage(self, frame: torch.Tensor) -> None:
         """The first byte."""

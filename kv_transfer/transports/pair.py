@@ -7,6 +7,7 @@ pass that copies it on into its granted blocks, or before.
 
 from __future__ import annotations
 
+import hmac
 import queue
 import re
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kv_transfer.gate import Damage
 from kv_transfer.messages import FrameHeader
-from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, SourceEnd, TargetEnd
+from kv_transfer.transports.channel import ChannelLost, FrameCorrupt, FrameForged, SourceEnd, TargetEnd
 from kv_transfer.transports.pull import check_frame
 
 if TYPE_CHECKING:
@@ -78,6 +79,9 @@ class FrameMemory(Protocol):
     def checksum(self, frame: torch.Tensor) -> int:
         """Of what the frame holds now."""
 
+    def tag(self, frame: torch.Tensor, key: bytes) -> bytes:
+        """The keyed tag of what the frame holds now: see kv_transfer/seal.py."""
+
     def damage(self, frame: torch.Tensor) -> None:
         """Flips a bit: a fault to test with."""
 
@@ -109,6 +113,10 @@ class PairSource(SourceEnd):
         self._staged[key] = buffer
         self._prepared[key] = buffer[: header.num_bytes]
         return self._memory.gather(self._prepared[key], blocks)
+
+    def tag(self, header: FrameHeader) -> bytes:
+        """One more pass over the bytes, where the link needs it."""
+        return self._memory.tag(self._prepared[_key(header)], self.tag_key) if self.tag_key else b""
 
     def push(self, header: FrameHeader) -> None:
         """Sends the frame; what the connection does not take at once goes on in the group's own thread or stream."""
@@ -191,7 +199,7 @@ class PairTarget(TargetEnd):
             raise ChannelLost(f"receive: {first_line(error)}") from None
         self._posted.put((work, slot))
 
-    def take(self, header: FrameHeader, checksum: int) -> None:
+    def take(self, header: FrameHeader, checksum: int, tag: bytes = b"") -> None:
         """Waits for the bytes in staging, and has them in the target blocks, checked."""
         work, slot = self._posted.get_nowait()
         try:
@@ -202,11 +210,24 @@ class PairTarget(TargetEnd):
         try:
             if self._damage.due():
                 self._memory.damage(frame)
+            if self.tag_key:
+                self._check_tag(frame, checksum, tag)
             found = self._memory.land(header.target_blocks, frame, checksum)
             if found != checksum:
                 raise FrameCorrupt(f"checksum {found:016x}, announced {checksum:016x}")
         finally:
             self._slots.put(slot)
+
+    def _check_tag(self, frame: torch.Tensor, checksum: int, tag: bytes) -> None:
+        """Before anything of the frame is in a block."""
+        if hmac.compare_digest(self._memory.tag(frame, self.tag_key), tag):
+            return
+        found = self._memory.checksum(frame)
+        if found != checksum:
+            raise FrameCorrupt(f"checksum {found:016x}, announced {checksum:016x}")
+        raise FrameForged(
+            "the tag of its bytes is missing" if not tag else "its bytes are not those of the peer: forged"
+        )
 
     def close(self) -> None:
         """Drops the group. A receive that still waits has only staging to write, and ends by its own timeout."""

@@ -50,7 +50,7 @@ class PullTarget(TargetEnd):
     def post(self, header: FrameHeader) -> None:
         """Nothing to do: the blocks are granted."""
 
-    def take(self, header: FrameHeader, checksum: int) -> None:
+    def take(self, header: FrameHeader, checksum: int, tag: bytes = b"") -> None:
         """One pass over the frame."""
         size = self._target.block_bytes
         check_frame(header, size)

@@ -33,7 +33,7 @@ class BlockCountsStatus(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., owned: _Optional[int] = ..., exported: _Optional[int] = ..., granted: _Optional[int] = ..., quarantined: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("id", "role", "state", "pid", "agent_pid", "incarnation", "running", "waiting", "exact", "kv_blocks", "model", "dtype", "audit", "reason", "exact_reason", "steps", "last_step_ms", "swap", "control")
+    __slots__ = ("id", "role", "state", "pid", "agent_pid", "incarnation", "running", "waiting", "exact", "kv_blocks", "model", "dtype", "audit", "reason", "exact_reason", "steps", "last_step_ms", "swap", "refused", "control")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class WorkerStatus(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_MS_FIELD_NUMBER: _ClassVar[int]
     SWAP_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     CONTROL_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: str
@@ -71,8 +72,9 @@ class WorkerStatus(_message.Message):
     steps: int
     last_step_ms: float
     swap: SwapStatus
+    refused: int
     control: str
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., agent_pid: _Optional[int] = ..., incarnation: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., exact: _Optional[bool] = ..., kv_blocks: _Optional[_Union[BlockCountsStatus, _Mapping]] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., audit: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ..., exact_reason: _Optional[str] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ..., swap: _Optional[_Union[SwapStatus, _Mapping]] = ..., control: _Optional[str] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., agent_pid: _Optional[int] = ..., incarnation: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., exact: _Optional[bool] = ..., kv_blocks: _Optional[_Union[BlockCountsStatus, _Mapping]] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., audit: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ..., exact_reason: _Optional[str] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ..., swap: _Optional[_Union[SwapStatus, _Mapping]] = ..., refused: _Optional[int] = ..., control: _Optional[str] = ...) -> None: ...
 
 class SwapStatus(_message.Message):
     __slots__ = ("total", "used", "requests", "swapped_out", "brought_back", "recomputed")
@@ -266,10 +268,12 @@ class DrainProgress(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., state: _Optional[str] = ..., requests: _Optional[int] = ..., blocks: _Optional[int] = ..., elapsed_ms: _Optional[int] = ...) -> None: ...
 
 class CancelHereRequest(_message.Message):
-    __slots__ = ("request_id",)
+    __slots__ = ("request_id", "owner")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
-    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+    owner: str
+    def __init__(self, request_id: _Optional[str] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class CancelHereResponse(_message.Message):
     __slots__ = ("found",)

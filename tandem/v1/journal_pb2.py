@@ -26,7 +26,7 @@ from tandem.v1 import inference_pb2 as tandem_dot_v1_dot_inference__pb2
 from tandem.v1 import worker_pb2 as tandem_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/journal.proto\x12\ttandem.v1\x1a\x19tandem/v1/inference.proto\x1a\x16tandem/v1/worker.proto\"\xee\x01\n\x0cJournalEntry\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\x06tokens\x18\x03 \x03(\rB\x02\x10\x01\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.tandem.v1.Sampling\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\r\x12\x10\n\x08priority\x18\x06 \x01(\r\x12\r\n\x05model\x18\x07 \x01(\t\x12\x0c\n\x04\x66orm\x18\x08 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\t \x01(\x0c\x12\x17\n\x0fidempotency_key\x18\n \x01(\t\x12\x11\n\tresume_ms\x18\x0b \x01(\r\"1\n\rJournalTokens\x12 \n\x06tokens\x18\x01 \x03(\x0b\x32\x10.tandem.v1.Token\"`\n\nJournalEnd\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.tandem.v1.Usage\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/journal.proto\x12\ttandem.v1\x1a\x19tandem/v1/inference.proto\x1a\x16tandem/v1/worker.proto\"\x91\x02\n\x0cJournalEntry\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\x06tokens\x18\x03 \x03(\rB\x02\x10\x01\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.tandem.v1.Sampling\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\r\x12\x10\n\x08priority\x18\x06 \x01(\r\x12\r\n\x05model\x18\x07 \x01(\t\x12\x0c\n\x04\x66orm\x18\x08 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\t \x01(\x0c\x12\x17\n\x0fidempotency_key\x18\n \x01(\t\x12\x11\n\tresume_ms\x18\x0b \x01(\r\x12\r\n\x05owner\x18\x0c \x01(\t\x12\x12\n\ncache_salt\x18\r \x01(\x0c\"1\n\rJournalTokens\x12 \n\x06tokens\x18\x01 \x03(\x0b\x32\x10.tandem.v1.Token\"`\n\nJournalEnd\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.tandem.v1.Usage\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,9 +36,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOURNALENTRY'].fields_by_name['tokens']._loaded_options = None
   _globals['_JOURNALENTRY'].fields_by_name['tokens']._serialized_options = b'\020\001'
   _globals['_JOURNALENTRY']._serialized_start=90
-  _globals['_JOURNALENTRY']._serialized_end=328
-  _globals['_JOURNALTOKENS']._serialized_start=330
-  _globals['_JOURNALTOKENS']._serialized_end=379
-  _globals['_JOURNALEND']._serialized_start=381
-  _globals['_JOURNALEND']._serialized_end=477
+  _globals['_JOURNALENTRY']._serialized_end=363
+  _globals['_JOURNALTOKENS']._serialized_start=365
+  _globals['_JOURNALTOKENS']._serialized_end=414
+  _globals['_JOURNALEND']._serialized_start=416
+  _globals['_JOURNALEND']._serialized_end=512
 # @@protoc_insertion_point(module_scope)

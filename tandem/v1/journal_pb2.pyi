@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class JournalEntry(_message.Message):
-    __slots__ = ("version", "request_id", "tokens", "sampling", "deadline_ms", "priority", "model", "form", "digest", "idempotency_key", "resume_ms")
+    __slots__ = ("version", "request_id", "tokens", "sampling", "deadline_ms", "priority", "model", "form", "digest", "idempotency_key", "resume_ms", "owner", "cache_salt")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,8 @@ class JournalEntry(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     RESUME_MS_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     version: int
     request_id: str
     tokens: _containers.RepeatedScalarFieldContainer[int]
@@ -32,7 +34,9 @@ class JournalEntry(_message.Message):
     digest: bytes
     idempotency_key: str
     resume_ms: int
-    def __init__(self, version: _Optional[int] = ..., request_id: _Optional[str] = ..., tokens: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_worker_pb2.Sampling, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., priority: _Optional[int] = ..., model: _Optional[str] = ..., form: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., idempotency_key: _Optional[str] = ..., resume_ms: _Optional[int] = ...) -> None: ...
+    owner: str
+    cache_salt: bytes
+    def __init__(self, version: _Optional[int] = ..., request_id: _Optional[str] = ..., tokens: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_worker_pb2.Sampling, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., priority: _Optional[int] = ..., model: _Optional[str] = ..., form: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., idempotency_key: _Optional[str] = ..., resume_ms: _Optional[int] = ..., owner: _Optional[str] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
 
 class JournalTokens(_message.Message):
     __slots__ = ("tokens",)

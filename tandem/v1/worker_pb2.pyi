@@ -89,7 +89,7 @@ class RouterHello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., session: _Optional[int] = ...) -> None: ...
 
 class Assign(_message.Message):
-    __slots__ = ("request_id", "epoch", "mode", "tokens", "num_prompt_tokens", "sampling", "transfer_id", "peer", "deadline_ms", "move")
+    __slots__ = ("request_id", "epoch", "mode", "tokens", "num_prompt_tokens", "sampling", "transfer_id", "peer", "deadline_ms", "move", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,7 @@ class Assign(_message.Message):
     PEER_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     MOVE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     mode: AssignMode
@@ -110,7 +111,8 @@ class Assign(_message.Message):
     peer: WorkerAddress
     deadline_ms: int
     move: bool
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., mode: _Optional[_Union[AssignMode, str]] = ..., tokens: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., transfer_id: _Optional[str] = ..., peer: _Optional[_Union[WorkerAddress, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., move: _Optional[bool] = ...) -> None: ...
+    cache_salt: bytes
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., mode: _Optional[_Union[AssignMode, str]] = ..., tokens: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., transfer_id: _Optional[str] = ..., peer: _Optional[_Union[WorkerAddress, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., move: _Optional[bool] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
 
 class CancelAssigned(_message.Message):
     __slots__ = ("request_id", "epoch", "reason")
@@ -435,18 +437,20 @@ class RegisterReply(_message.Message):
     def __init__(self, heartbeat_ms: _Optional[int] = ..., refused: _Optional[str] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "steps", "runnable", "agent_pid")
+    __slots__ = ("worker_id", "incarnation", "steps", "runnable", "agent_pid", "refused")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     RUNNABLE_FIELD_NUMBER: _ClassVar[int]
     AGENT_PID_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     steps: int
     runnable: bool
     agent_pid: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., steps: _Optional[int] = ..., runnable: _Optional[bool] = ..., agent_pid: _Optional[int] = ...) -> None: ...
+    refused: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., steps: _Optional[int] = ..., runnable: _Optional[bool] = ..., agent_pid: _Optional[int] = ..., refused: _Optional[int] = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
     __slots__ = ("known", "leave")

@@ -27,6 +27,7 @@ from kv_transfer.agent_wire import Ack, Announce, Hello, Nack, Ping, encode
 from kv_transfer.endpoint import Endpoint, format_endpoint, parse_endpoint
 from kv_transfer.framed_socket import MAX_MESSAGE_BYTES, FramedSocket, LinkLost
 from kv_transfer.messages import EndTransfer, ExpectFrames, FrameHeader, FrameLanded, TransferQuiet
+from kv_transfer.seal import SALT_BYTES
 from kv_transfer.transports.shm import NONCE_BYTES, nonce_memory
 from tandem.request import TransferId
 
@@ -37,6 +38,7 @@ SOURCE, TARGET = 11, 22  # incarnations of the workers
 TRANSFERS = ("t0", "t1", "t2")
 STEPS_MAX = 64
 EMPTY = bytes(NUM_BLOCKS * BLOCK_BYTES)
+SALT = b"s" * SALT_BYTES
 
 Key = tuple[str, int]
 Answered = tuple[str, int, int]
@@ -67,9 +69,17 @@ class Mishaps(logging.Handler):
 
 
 class Steps(FramedSocket):
-    """The link's own socket; where it would wait, the script's next step happens."""
+    """The link's own socket; where it would wait, the script's next step happens.
+
+    Without seals: the peer is one that has the cluster's secret, and lies all the same.
+    """
 
     world: World
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Leaves out the seals."""
+        if name not in ("sealing", "opening") or value is None:
+            super().__setattr__(name, value)
 
     def receive(self, timeout_s: float) -> agent_wire.Message | None:
         """The next message, whose time it is; LinkLost when the script says so, or ends."""
@@ -211,7 +221,7 @@ class World:
         draws = self._draws
         hello = Hello(
             magic=agent_wire.MAGIC, version=agent_wire.PROTOCOL_VERSION, layout_digest=LAYOUT,
-            source_agent=SOURCE_AGENT, target_agent=self.context.incarnation, token=self.context.token,
+            source_agent=SOURCE_AGENT, target_agent=self.context.incarnation, token=self.context.token, salt=SALT,
             transport="auto", memory="host", cuda_pool=b"", block_bytes=BLOCK_BYTES, num_blocks=NUM_BLOCKS,
         )  # fmt: skip
         descriptors = [self._source_fd, self._nonce_fd]
@@ -222,6 +232,7 @@ class World:
                 {"layout_digest": draws.raw(16)},
                 {"target_agent": draws.whole(64)},
                 {"token": draws.raw(16)},
+                {"salt": draws.raw(17)},
                 {"transport": draws.text(("shm", "gloo", "auto"))},
                 {"memory": draws.text(("cuda",))},
                 {"num_blocks": draws.pick((0, NUM_BLOCKS + 1, 1 << 60, (1 << 64) - 1))},
@@ -268,7 +279,8 @@ class World:
                 {"transfer_id": TransferId(draws.text())},
             ]
             header = replace(header, **draws.pick(wrong))
-        return Announce(header=header, checksum=checksum if draws.byte() < 224 else draws.whole(64))
+        checksum = checksum if draws.byte() < 224 else draws.whole(64)
+        return Announce(header=header, checksum=checksum, tag=b"")
 
     def _checksum(self, blocks: tuple[int, ...]) -> int:
         content = (self._content[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES] for block in blocks)

@@ -52,6 +52,7 @@ class End:
         settings: AgentSettings = FAST,
         layout: bytes = LAYOUT,
         fill: bool = False,
+        secret: bytes = b"",
         log_file: Path | None = None,
     ) -> None:
         self.num_blocks, self.block_bytes = num_blocks, block_bytes
@@ -70,6 +71,7 @@ class End:
             settings=settings,
             on_event=self._on_event,
             on_restart=self._on_restart,
+            secret=secret,
             log_file=log_file,
         )
         self.info = self.client.start()

@@ -17,6 +17,7 @@ from cluster.worker_service import WorkerService
 from kv_transfer.gate import Gate
 from router.clients import WorkerLink
 from router.config import RouterConfig
+from tandem.cluster_access import ClusterAccess
 from tandem.messages import WorkerReport
 from tandem.request import WorkerId
 from tandem.v1 import worker_pb2_grpc
@@ -66,6 +67,7 @@ async def _linked(gate: Gate) -> AsyncIterator[tuple[Heard, WorkerService]]:
         worker_id=WorkerId("w"),
         control=f"127.0.0.1:{port}",
         config=CONFIG,
+        access=ClusterAccess(),
         next_session=lambda: next(sessions),
         on_up=heard.up,
         on_report=heard.report,

@@ -100,7 +100,7 @@ async def place(me: str = "router-0", internal: Mapping[str, str] = ALONE) -> As
             canaries=Canaries(driver=driver, vocab_size=256),
             peers=peers,
             addresses=lambda: Addresses(model="m", http="h", grpc="g", store="redis://h"),
-            cancel=lambda request_id, reason: driver.cancel(RequestId(request_id), reason),
+            cancel=lambda request_id, reason, only: only is None and driver.cancel(RequestId(request_id), reason),
             metrics=EdgeMetrics(me).page,
             stop=lambda reason: None,
         )

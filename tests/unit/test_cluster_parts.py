@@ -222,7 +222,7 @@ def test_settings_of_a_worker_travel_as_text() -> None:
 def test_settings_of_a_router_travel_as_one_line() -> None:
     config = load({"routers": 2, "redis": "redis://:secret@h", "model": "fake"}, {}).config
     internal = {"router-0": "127.0.0.1:71", "router-1": "[::1]:72"}
-    settings = RouterSettings(router_id="router-1", config=config, listener=5, internal=internal)
+    settings = RouterSettings(router_id="router-1", config=config, listener=5, join_token="t", internal=internal)
     assert "\n" not in settings.to_json()
     assert RouterSettings.from_json(settings.to_json()) == settings
     assert (settings.number, settings.internal_port) == (1, 72)

@@ -120,7 +120,7 @@ def test_a_router_that_does_not_answer_is_named() -> None:
                 ]  # fmt: skip
 
                 with pytest.raises(Unavailable, match="no other router has the request, and router-1 did not answer"):
-                    await one.peers.cancel("a-1")
+                    await one.peers.cancel("a-1", None)
                 _, code, sentence = await refused(one.stub.Migrate(pb.MigrateRequest(request_id="a-1"), timeout=10))
                 assert (code, "router-1 did not answer" in sentence) == ("unavailable", True)
 
@@ -165,9 +165,10 @@ def test_a_move_is_asked_of_the_router_that_has_the_request() -> None:
 def test_a_cancellation_finds_its_request() -> None:
     async def case(one: Place, two: Place) -> None:
         submit(two, "b-1")
-        assert not await one.peers.cancel("a-1")
-        assert not await two.peers.cancel("b-1"), "the others are asked, and they do not ask others"
-        assert await one.peers.cancel("b-1")
+        assert not await one.peers.cancel("a-1", None)
+        assert not await two.peers.cancel("b-1", None), "the others are asked, and they do not ask others"
+        assert not await one.peers.cancel("b-1", "somebody else"), "it is not theirs"
+        assert await one.peers.cancel("b-1", None)
         await until(lambda: all(each.error for each in two.driver.status().requests))
 
     run(case)

@@ -97,3 +97,11 @@ def test_events_tell_the_net_change() -> None:
     cache.insert(b"b", 3)  # went and came back unheard of
     assert cache.drain_events() == ((), ())
     assert cache.hashes() == (b"b",)
+
+
+def test_two_salts_share_no_hash() -> None:
+    salts = (b"", b"a" * 16, b"b" * 16)
+    chains = [block_hashes(b"m", TOKENS, 8, salt=salt) for salt in salts]
+    assert len({each for chain in chains for each in chain}) == sum(map(len, chains))
+    assert block_hashes(b"m", TOKENS, 8, chains[1][:2], salt=salts[1]) == chains[1]
+    assert block_hashes(b"m", TOKENS, 8, salt=b"") == block_hashes(b"m", TOKENS, 8)

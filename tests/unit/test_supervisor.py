@@ -15,6 +15,7 @@ import pytest
 
 from cluster.config import ClusterConfig, load
 from cluster.drain_relay import Tell
+from cluster.own_secrets import OwnSecrets
 from cluster.pool_events import RayLost, RayMended, RayUp, WorkerDown, WorkerUp, WorkerWaits, from_line, to_line
 from cluster.pools_child import PoolsChild, PoolsEnded
 from cluster.router_child import RouterEnded, RouterSaid
@@ -111,8 +112,12 @@ class Watched:
         self.supervisor = Supervisor(config, say=self.said.append)
         self.pools = NoPools()
         self.routers = NoRouters(
-            config, listener=socket.socket(), log_dir=Path("logs"), post=self.supervisor._events.put
-        )  # fmt: skip
+            config,
+            listener=socket.socket(),
+            log_dir=Path("logs"),
+            secrets=OwnSecrets(),
+            post=self.supervisor._events.put,
+        )
         self.supervisor._pools, self.supervisor._threads = self.pools, 1
         self.supervisor._has_ray = True
         self.supervisor._start_pools = self._start_pools  # type: ignore[method-assign]

@@ -68,6 +68,7 @@ def assigns(draw: st.DrawFn) -> m.Assign:
         peer=None if local else draw(addresses),
         deadline_ms=draw(u32),
         move=mode is m.AssignMode.DECODE and draw(st.booleans()),
+        cache_salt=draw(st.sampled_from([b"", b"s" * 16])),
     )
 
 

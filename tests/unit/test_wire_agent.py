@@ -78,11 +78,12 @@ messages: st.SearchStrategy[aw.Message] = st.one_of(
         aw.Hello, magic=st.binary(max_size=9), version=u32, layout_digest=st.binary(max_size=16), source_agent=u64,
         target_agent=u64, token=st.binary(max_size=16), transport=text, block_bytes=u64, num_blocks=u64,
     ),
-    st.builds(aw.Welcome, nonce=st.binary(max_size=32), transport=text),
+    st.builds(aw.Welcome, nonce=st.binary(max_size=32), salt=st.binary(max_size=16), transport=text),
     st.builds(aw.Denied, reason=text),
     st.builds(aw.OpenChannel, pair_epoch=u64),
     st.builds(aw.Meet, pair_epoch=u64, key=text, value=st.binary(max_size=32)),
-    st.builds(aw.Announce, header=headers(), checksum=u64),
+    st.builds(aw.Announce, header=headers(), checksum=u64, tag=st.binary(max_size=16)),
+    st.builds(aw.StrangersRefused, num=u64),
     st.builds(aw.Go, **frames),
     st.builds(aw.Ack, **frames, checksum=u64),
     st.builds(aw.Nack, **frames, reason=text),
@@ -130,7 +131,7 @@ def test_lists_that_do_not_go_together_are_refused() -> None:
         ),
     ):
         with pytest.raises(ValueError, match=field):
-            aw.decode(aw.encode(aw.Announce(header=header, checksum=1)))
+            aw.decode(aw.encode(aw.Announce(header=header, checksum=1, tag=b"")))
 
 
 def _sockets() -> tuple[FramedSocket, FramedSocket, socket.socket]:
