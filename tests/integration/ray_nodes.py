@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import TracebackType
 
@@ -22,11 +21,14 @@ OBJECT_STORE_BYTES = 80 << 20
 
 
 class RayNode:
-    """One node. The first one has no `address`: it is the head, with the GCS."""
+    """One node, up when this returns: two that start at once on one machine get in each other's way.
 
-    def __init__(self, host: str, *, num_cpus: int, address: str = "", port: int = 0, **environment: str) -> None:
+    The first one has no `address`: it is the head, with the GCS.
+    """
+
+    def __init__(self, host: str, *, num_cpus: int, address: str = "", **environment: str) -> None:
         self.host = host
-        self.address = address or f"{host}:{port or pick_port(host, 0, 'port')}"
+        self.address = address or f"{host}:{pick_port(host, 0, 'port')}"
         self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         here = ["--head", "--port", self.address.rsplit(":", 1)[1], "--include-dashboard", "false"]
         self._log = (self._folder / "start.log").open("w")
@@ -46,27 +48,17 @@ class RayNode:
             stderr=self._log,
             start_new_session=True,
         )  # fmt: skip
+        wait_until(self._is_up, UP_S)
 
-    def wait_up(self) -> RayNode:
-        """Waits until the node has joined."""
-        log = Path(self._log.name)
-
-        def is_up() -> bool:
-            assert self.process.poll() is None, log.read_text()
-            return "--block" in log.read_text()
-
-        wait_until(is_up, UP_S)
-        return self
+    def _is_up(self) -> bool:
+        said = Path(self._log.name).read_text()
+        assert self.process.poll() is None, said
+        return "--block" in said
 
     def tree(self) -> list[psutil.Process]:
         """All its processes, workers included."""
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
-
-    def process_named(self, name: str) -> psutil.Process:
-        """The one process of this name."""
-        [found] = [each for each in self.tree() if each.name() == name and each.status() != psutil.STATUS_ZOMBIE]
-        return found
 
     def kill(self) -> None:
         """As when the machine loses its power: all processes at once."""
@@ -76,12 +68,10 @@ class RayNode:
         for process in tree:
             process.kill()
         self.process.wait(10)
-        until_s = time.monotonic() + 10
-        while alive(tree) and time.monotonic() < until_s:
-            time.sleep(0.02)
+        wait_until(lambda: not alive(tree), 10)
 
     def __enter__(self) -> RayNode:
-        return self.wait_up()
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
