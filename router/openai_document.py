@@ -43,7 +43,12 @@ EVERYWHERE = {
     500: "A mistake of the server's own, or the model gives no finite logits for the request.",
     503: "No worker can serve the request now, or too many connections are open.",
 }
+KEYS = {
+    401: "The cluster asks for API keys, and the request shows none that is good.",
+    403: "The API key is good, but not for this.",
+}
 COMPLETIONS = {
+    **KEYS,
     400: "A field is wrong: `param` names it, the message its value and its limit.",
     404: "Another model than the one served, or no stream of that id is known.",
     409: "The id is in use, or another router has taken the request over.",
@@ -83,8 +88,8 @@ def document_of(app: FastAPI, limits: ModelLimits) -> Schema:
         ok["content"]["text/event-stream"] = {"schema": {"$ref": "#/components/schemas/Event"}}
         ok["headers"] = {"x-request-id": {"schema": {"type": "string"}, "required": True}}
         operation["responses"] = {"200": ok, **_errors(COMPLETIONS)}
-    _plain(paths, "/v1/models", "ModelList")
-    _plain(paths, "/v1/models/{model_id}", "Model", {404: COMPLETIONS[404]})
+    _plain(paths, "/v1/models", "ModelList", KEYS)
+    _plain(paths, "/v1/models/{model_id}", "Model", {**KEYS, 404: COMPLETIONS[404]})
     for path in ("/live", "/ready", "/health"):
         _plain(paths, path, "Health")
     for path in ("/ready", "/health"):
@@ -92,7 +97,7 @@ def document_of(app: FastAPI, limits: ModelLimits) -> Schema:
         either: Schema = {"anyOf": [{"$ref": "#/components/schemas/Health"}, {"$ref": ERROR}]}
         content = {"application/json": {"schema": either}}
         paths[path]["get"]["responses"]["503"] = {"description": why, "content": content}
-    _plain(paths, "/metrics", "Health")
+    _plain(paths, "/metrics", "Health", KEYS)
     text = {"description": "In Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
     paths["/metrics"]["get"]["responses"]["200"] = text
     document["components"] = {"schemas": {**document.get("components", {}).get("schemas", {}), **schemas}}

@@ -65,7 +65,8 @@ def agent_messages() -> list[agent_wire.Message]:
         EndTransfer(transfer_id=TransferId("t0"), epoch=1),
         agent_wire.Hello(
             magic=agent_wire.MAGIC, version=agent_wire.PROTOCOL_VERSION, layout_digest=b"l" * 16, source_agent=1,
-            target_agent=2, token=b"t" * 16, salt=b"s" * 16, transport="auto", memory="host", cuda_pool=b"", block_bytes=512,
+            target_agent=2, token=b"t" * 16, salt=b"s" * 16,
+            transport="auto", memory="host", cuda_pool=b"", block_bytes=512,
             num_blocks=8,
         ),
         agent_wire.Welcome(nonce=b"n" * 32, salt=b"s" * 16, transport="shm"),
