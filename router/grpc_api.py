@@ -249,7 +249,7 @@ def build_grpc_server(
 ) -> GrpcServer:
     """The server, not started yet. `extra` add their services to it and are seen by reflection.
 
-    Every call is judged: by the service's door, which asks for API keys, or with `members` as a member's.
+    Every call is judged by the service's door; `members` may call as they like, and they alone the registry.
     `shares_port`: other processes may serve at the same port; without it, that is a mistake and an error.
     A client is pinged every `keepalive_s` and is gone when it does not answer within as long; a connection that has
     not said within `handshake_timeout_s` that it speaks HTTP/2 is closed; so is one that is one too many.
@@ -262,7 +262,7 @@ def build_grpc_server(
         ("grpc.max_allowed_incoming_connections", connections_max),
     ]
     options = [*_OPTIONS, ("grpc.so_reuseport", int(shares_port)), *times]
-    guard = members or GrpcDoor(service.door, on_refused=service.metrics.refused)
+    guard = GrpcDoor(service.door, on_refused=service.metrics.refused, members=members)
     server = grpc.aio.server(options=options, interceptors=[guard, ParsedRequests()])
     inference_pb2_grpc.add_InferenceServicer_to_server(  # type: ignore[no-untyped-call]
         InferenceServicer(service, cancel_elsewhere), server

@@ -1,4 +1,4 @@
-"""The door of the public gRPC: Inference needs a good API key, Admin an operator's, health and reflection none."""
+"""The door of gRPC: Inference needs a good API key, Admin an operator's, Registry a join token, health nothing."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import grpc
 import grpc.aio
 
-from router.api_keys import CALLER
+from router.api_keys import ANYBODY, CALLER
 from router.door import Door
 from router.metrics import Api
-from tandem.cluster_access import refusing
+from tandem.cluster_access import MembersOnly, refusing
 from tandem.errors import PermissionDenied, TandemError, Unauthenticated
 
 if TYPE_CHECKING:
@@ -20,15 +20,22 @@ if TYPE_CHECKING:
     _Handler = grpc.RpcMethodHandler[Any, Any]
 
 ADMIN = "/tandem.v1.Admin/"
+REGISTRY = "/tandem.v1.Registry/"
 # By the beginning of the method's name; whatever is added is closed.
 OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 
 
 class GrpcDoor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is none at run time
-    """Judges the call's metadata before anything of its message is read."""
+    """Judges the call's metadata before anything of its message is read.
 
-    def __init__(self, door: Door, *, on_refused: Callable[[Api, TandemError], None]) -> None:
+    With `members`, on an internal port, members of the cluster may call as they like; nobody else the registry.
+    """
+
+    def __init__(
+        self, door: Door, *, on_refused: Callable[[Api, TandemError], None], members: MembersOnly | None = None
+    ) -> None:
         self._door = door
+        self._members = members
         self._on_refused = on_refused
 
     async def intercept_service(
@@ -41,6 +48,9 @@ class GrpcDoor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is n
         if method.startswith(OPEN):
             return await continuation(handler_call_details)
         metadata = handler_call_details.invocation_metadata or ()
+        if self._members is not None and (method.startswith(REGISTRY) or self._members.shows_token(metadata)):
+            CALLER.set(ANYBODY)
+            return await self._members.intercept_service(continuation, handler_call_details)
         shown = [str(value) for name, value in metadata if name == "authorization"]
         try:
             caller = self._door.enter_operator(shown) if method.startswith(ADMIN) else self._door.enter(shown)

@@ -85,6 +85,11 @@ class MembersOnly(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it i
         self._logged_s = float("-inf")
         self._num_silent = 0
 
+    @staticmethod
+    def shows_token(metadata: Metadata) -> bool:
+        """Whether the caller says that it is a member, true or not."""
+        return any(key == TOKEN_KEY for key, _ in metadata)
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]],

@@ -17,7 +17,10 @@ from typing import Any
 import httpx
 import psutil
 
+from cluster.member_access import access_here
+from cluster.run_file import find
 from tandem.client import Client
+from tandem.cluster_access import ClusterAccess
 
 TANDEM = [sys.executable, "-m", "cli.main"]
 START_S = 90.0
@@ -121,6 +124,11 @@ class Served:
         """`num` tokens over gRPC."""
         with Client(str(self.status()["grpc_address"]), timeout_s=60) as client:
             return list(client.generate(prompt, temperature=0.0, max_tokens=num).token_ids)
+
+    @property
+    def access(self) -> ClusterAccess:
+        """What members of this cluster show each other."""
+        return access_here(find(self.run_dir, self.port))
 
     def tree(self) -> list[psutil.Process]:
         """The supervisor and all processes below it."""

@@ -282,7 +282,7 @@ def test_a_router_that_speaks_nonsense_to_a_worker(cluster: ClusterUnderTest) ->
         stub = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
         for session, message in enumerate(NONSENSE, start=1):
             hello = pb.RouterMessage(hello=pb.RouterHello(router_id="evil", session=session))
-            for report in stub.Connect(iter([hello, message]), timeout=10):
+            for report in stub.Connect(iter([hello, message]), timeout=10, metadata=cluster.access.metadata):
                 assert not [token for token in report.tokens if token.finish]
 
 
@@ -292,16 +292,17 @@ def test_a_stranger_that_registers(cluster: ClusterUnderTest) -> None:
         with pytest.raises(grpc.RpcError, match="Method not found"):  # clients have no business with it
             registry.Register(pb.RegisterRequest(worker_id="s"), timeout=10)
     [router] = cluster.document()["routers"]
+    shown = cluster.access.metadata
     with grpc.insecure_channel(router["address"]) as channel:
         registry = worker_pb2_grpc.RegistryStub(channel)  # type: ignore[no-untyped-call]
         with pytest.raises(grpc.RpcError, match="role: is ''"):
-            registry.Register(pb.RegisterRequest(worker_id="s"), timeout=10)
+            registry.Register(pb.RegisterRequest(worker_id="s"), timeout=10, metadata=shown)
         stranger = pb.RegisterRequest(
             worker_id="s", role="decode", control="127.0.0.1:1", endpoint="e", pid=1, agent_pid=1, model="m",
             namespace="other", fingerprint="f", dtype="float32", block_size=16, total_blocks=8, context_tokens=9,
             block_bytes=10, incarnation=1,
         )  # fmt: skip
-        assert "one cluster serves one model" in registry.Register(stranger, timeout=10).refused
+        assert "this cluster serves 'fake'" in registry.Register(stranger, timeout=10, metadata=shown).refused
     assert len(cluster.document()["workers"]) == 2
 
 

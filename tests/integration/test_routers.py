@@ -335,7 +335,7 @@ def hold_for_dead(cluster: ClusterUnderTest, router: str, *workers: str) -> None
     with grpc.insecure_channel(internal(cluster, router)) as channel:
         registry = worker_pb2_grpc.RegistryStub(channel)  # type: ignore[no-untyped-call]
         for each in (each for each in document["workers"] if each["id"] in workers):
-            reply = registry.Register(impostor(each), timeout=10)
+            reply = registry.Register(impostor(each), timeout=10, metadata=cluster.access.metadata)
             assert reply.refused == ""
 
 

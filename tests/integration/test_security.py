@@ -87,7 +87,7 @@ class Secured(Served):
     def token(self) -> str:
         return (self.run_dir / f"{self.port}.join-token").read_text().strip()
 
-    def access(self, token: str, own: Certificate | None = None) -> ClusterAccess:
+    def access_as(self, token: str, own: Certificate | None = None) -> ClusterAccess:
         own = own or self.member
         return ClusterAccess(token=token, tls=load_tls(ca=self.authority.cert, cert=own.cert, key=own.key))
 
@@ -153,7 +153,7 @@ def test_commands_of_this_user_reach_the_cluster_and_others_need_an_operators_ke
 STRANGER = pb.RegisterRequest(
     worker_id="stranger-0", role="decode", control="127.0.0.1:1", endpoint="e", pid=1, agent_pid=1, model="fake",
     namespace="fake", fingerprint="fake", dtype="float32", block_size=16, total_blocks=8, context_tokens=9,
-    block_bytes=10,
+    block_bytes=10, incarnation=1,
 )  # fmt: skip
 
 
@@ -175,13 +175,13 @@ def registering(cluster: Secured, access: ClusterAccess, request: pb.RegisterReq
 
 def test_a_worker_that_does_not_belong_is_refused_by_name(cluster: Secured) -> None:
     known = {worker["id"] for worker in cluster.status()["workers"]}
-    good = cluster.access(cluster.token)
+    good = cluster.access_as(cluster.token)
     for access, changed, code, words in (
-        (cluster.access("of-another-cluster-0000"), {}, "UNAUTHENTICATED", "is not the one of this cluster"),
+        (cluster.access_as("of-another-cluster-0000"), {}, "UNAUTHENTICATED", "is not the one of this cluster"),
         (good, {TOKEN_KEY: ""}, "UNAUTHENTICATED", "is missing; only members"),
         (good, {VERSION_KEY: ""}, "FAILED_PRECONDITION", "tandem-protocol: is missing"),
         (good, {VERSION_KEY: "999"}, "FAILED_PRECONDITION", f"is '999', this member speaks {PROTOCOL_VERSION}"),
-        (cluster.access(cluster.token, cluster.strangers.sign("worker")), {}, "UNAVAILABLE", ""),
+        (cluster.access_as(cluster.token, cluster.strangers.sign("worker")), {}, "UNAVAILABLE", ""),
     ):
         error = registering(cluster, access, STRANGER, **changed)
         assert (error.code().name, words in str(error.details())) == (code, True), error
@@ -211,9 +211,9 @@ def test_a_stranger_can_neither_assign_nor_offer_to_a_worker(cluster: Secured) -
             return code
 
     for method in ("/tandem.v1.Worker/Connect", "/tandem.v1.Transfer/Exchange"):
-        code = asyncio.run(ask(cluster.access("of-another-cluster-0000"), method))
+        code = asyncio.run(ask(cluster.access_as("of-another-cluster-0000"), method))
         assert code is grpc.StatusCode.UNAUTHENTICATED, method
-        unsigned = cluster.access(cluster.token, cluster.strangers.sign("peer"))
+        unsigned = cluster.access_as(cluster.token, cluster.strangers.sign("peer"))
         assert asyncio.run(ask(unsigned, method)) is grpc.StatusCode.UNAVAILABLE, method
     assert cluster.generate(ALICE, "still served").finish is not None
 
@@ -226,7 +226,7 @@ def control_of(cluster: Secured, worker_id: str) -> str:
     ports = [each.laddr.port for each in psutil.Process(pid).net_connections("tcp") if each.status == "LISTEN"]
 
     async def is_ours(port: int) -> bool:
-        access = cluster.access(cluster.token)
+        access = cluster.access_as(cluster.token)
         async with access.dial(f"127.0.0.1:{port}") as channel:
             try:
                 await asyncio.wait_for(channel.channel_ready(), 2)

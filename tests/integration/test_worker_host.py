@@ -21,6 +21,7 @@ from cluster.worker_host import StartFailed, WorkerHost
 from cluster.worker_settings import WorkerSettings
 from engine.fake_runner import FakeRunner
 from engine.step import Sampled, StepPlan
+from tandem.cluster_access import ClusterAccess
 from tandem.messages import Assign, AssignMode, Role
 from tandem.request import RequestId, Sampling, TransferId
 from tandem.v1 import worker_pb2 as pb
@@ -79,7 +80,7 @@ def test_a_worker_fails_a_request_that_breaks_its_runner_and_forgets_routers_tha
         failed: list[str] = []
         indices: list[int] = []
         async with grpc.aio.insecure_channel(control) as channel:
-            call = worker_pb2_grpc.WorkerStub(channel).Connect(timeout=20)  # type: ignore[no-untyped-call]
+            call = worker_pb2_grpc.WorkerStub(channel).Connect(timeout=20, metadata=ClusterAccess().metadata)  # type: ignore[no-untyped-call]
             await call.write(pb.RouterMessage(hello=pb.RouterHello(router_id="r", session=session)))
             for name, tokens in (("good", (3, 4, 5)), ("bad", (3, POISON, 5))):
                 await call.write(encode_router_message(_local(f"{name}-{session}", tokens)))
