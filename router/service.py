@@ -37,6 +37,7 @@ from tandem.errors import (
     InvalidRequest,
     Overloaded,
     RequestLost,
+    StoreAway,
     TandemError,
     UnknownModel,
     UnknownRequest,
@@ -60,8 +61,8 @@ class Driver(Protocol):
         """Goes on with a request that another router had."""
         ...
 
-    def read_again(self, request_id: RequestId) -> TokenStream:
-        """An answer from its first token on. Raises UnknownRequest."""
+    def read_again(self, request_id: RequestId, *, sure: bool = True) -> TokenStream:
+        """An answer from its first token on; `sure`: no other router has it. Raises UnknownRequest."""
         ...
 
     def leave(self, stream: TokenStream, reason: str) -> None:
@@ -141,6 +142,7 @@ class Service:
             eos_token_ids=tokenizer.eos_token_ids,
         )
         self._in_flight: dict[RequestId, Answers] = {}
+        self._opening: dict[str, asyncio.Event] = {}  # by idempotency key: the same again waits for what becomes of it
         self._encoding = 0
 
     def check_model(self, name: str) -> None:
@@ -196,10 +198,22 @@ class Service:
         check_resuming(ask.idempotency_key, ask.resume_ms, num_answers=ask.n * len(ask.prompts))
         request_id = check_request_id(ask.request_id) if ask.request_id else new_request_id(ask.api)
         keep = self._keep(ask, stops)
-        if keep is not None and keep.key:
-            known = self.driver.transcripts.of_key(keep.key)
-            if known is not None:
-                return await self._same(known, keep)
+        if keep is None or not keep.key:
+            return await self._begin(ask, request_id, stops, keep)
+        while (opening := self._opening.get(keep.key)) is not None:
+            await opening.wait()  # bounded, as the store's answer is
+        known = self.driver.transcripts.of_key(keep.key)
+        if known is not None:
+            return await self._same(known, keep)
+        self._opening[keep.key] = opening = asyncio.Event()
+        try:
+            return await self._begin(ask, request_id, stops, keep)
+        finally:
+            del self._opening[keep.key]
+            opening.set()
+
+    async def _begin(self, ask: Ask, request_id: RequestId, stops: tuple[str, ...], keep: Keep | None) -> Answers:
+        """Claims and submits; of a key that another router knows, resumes."""
         if request_id in self._in_flight:
             raise DuplicateRequest(f"request_id: {request_id!r} is in flight")
         requests = self._requests(ask, request_id)
@@ -215,6 +229,9 @@ class Service:
                     self.forget(group)
                     return await self._same(claim, keep)
                 fence = claim
+                if keep.key and (known := self.driver.transcripts.of_key(keep.key)) is not None:
+                    self.forget(group)  # it came here meanwhile
+                    return await self._same(known, keep)
             for request in requests:
                 stream = self.driver.submit(request, keep, fence=fence)
                 self.metrics.admitted(len(request.tokens))
@@ -232,11 +249,7 @@ class Service:
         known = check_request_id(request_id)
         if from_index < 0:
             raise InvalidRequest("from_index", f"is {from_index}, must be at least 0")
-        kept = self.driver.transcripts.find(known)
-        if kept is None:
-            kept, stream = await self._take_over(known)
-        else:
-            stream = self.driver.read_again(known)
+        kept, stream = await self._find(known)
         form = json.loads(kept.keep.form)
         group = Answers(self, known, form=form, skip=from_index)
         answer = Answer(
@@ -259,12 +272,19 @@ class Service:
         self._in_flight[known] = group
         return group
 
-    async def _take_over(self, request_id: RequestId) -> tuple[Kept, TokenStream]:
-        """From the router that had it, or of what is remembered of it."""
-        found = None if self.journal is None else await self.journal.take_over(request_id)
+    async def _find(self, request_id: RequestId) -> tuple[Kept, TokenStream]:
+        """Here, unless another router has it by now; from the router that had it; or of what is remembered of it."""
         here = self.driver.transcripts.find(request_id)
-        if here is not None:  # it came here meanwhile
-            return here, self.driver.read_again(request_id)
+        found, sure = None, here is not None and here.ended is not None
+        if self.journal is not None and not sure:
+            try:
+                found, sure = await self.journal.take_over(request_id), True
+            except StoreAway:
+                if here is None:
+                    raise
+        here = self.driver.transcripts.find(request_id)  # it may have come or gone meanwhile
+        if here is not None and (found is None or found.fence <= here.fence):
+            return here, self.driver.read_again(request_id, sure=sure)
         if found is None:
             raise UnknownRequest(f"no request of id {request_id!r} is known, that could be resumed")
         over = found.ended is not None or (found.tokens and found.tokens[-1].finish is not None)
