@@ -222,7 +222,7 @@ def test_a_claim_that_a_stopped_server_carries_out_late_takes_no_request_from_it
         assert await verdict(first, write(6, 0, 2, entry=True)) is Verdict.WRITTEN
         assert await first.claim(write(5, 0, 0, entry=True), "") is None, "and when it comes later still"
         assert await verdict(first, write(6, 2, 3)) is Verdict.WRITTEN
-        kept = await second.take_over(RequestId("r"))
+        kept = await second.take_over(RequestId("r"), 1)
         assert kept is not None
         assert kept.tokens == tokens(0, 3)
         assert await verdict(first, write(7, 0, 3, entry=True)) is Verdict.FENCED, "another router has it now"
