@@ -123,10 +123,10 @@ local verdicts = {}
 local function write(id, fence, entry, key, from, count, blob, ending)
   local record, tokens = prefix .. 'request:' .. id, prefix .. 'tokens:' .. id
   local had = redis.call('HMGET', record, 'fence', 'n', 'end', 'holder')
-  local mine = had[1] and tonumber(had[1]) == fence
+  local mine = had[1] and tonumber(had[1]) == fence and had[4] == ARGV[2]
   if had[1] and not mine then
     local over = had[3] or had[4] == ARGV[2] or not lives(had[4])
-    if tonumber(had[1]) > fence or not over then return 'fenced' end
+    if tonumber(had[1]) >= fence or not over then return 'fenced' end
   end
   if entry ~= '' then
     local at = mine and redis.call('HGET', record, 'at') or string.format('%.0f', now_us)

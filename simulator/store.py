@@ -115,10 +115,10 @@ class StoreModel:
     def write(self, now_us: int, holder: str, write: Write) -> Verdict:
         """See router.journal.RequestStore."""
         had = self.records.get(write.request_id)
-        mine = had is not None and had.fence == write.fence
+        mine = had is not None and had.fence == write.fence and had.holder == holder
         if had is not None and not mine:
             over = had.ended is not None or had.holder == holder or not self.lives(now_us, had.holder)
-            if had.fence > write.fence or not over:
+            if had.fence >= write.fence or not over:
                 return Verdict.FENCED
         if write.entry is not None:
             at_us = had.at_us if had is not None and mine else now_us
