@@ -28,7 +28,6 @@ from router.events import (
     WorkerGone,
     WorkerLost,
 )
-from router.move import EPOCHS_PER_FENCE
 from router.request import RequestState
 from tandem.errors import (
     Cancelled,
@@ -591,17 +590,3 @@ def test_a_missing_row_is_silent_from_outside_and_loud_from_inside() -> None:
     assert not rig.ends()
     with pytest.raises(AssertionError):
         rig.core._step(waiting, None, AttemptLost("from nowhere"))
-
-
-def test_a_life_of_a_request_brings_its_own_epochs() -> None:
-    """Another router's epochs may be above all of this core's: the fence of the life that began last leads."""
-    rig = Rig()
-    rig.up("p0", Role.PREFILL)
-    rig.up("d0", Role.DECODE)
-    rig.feed(Submitted(request=request(), first_epoch=9 * EPOCHS_PER_FENCE, taken_over=True))
-    assert {assign.epoch for _, assign in rig.sent(Assign)} == {9 * EPOCHS_PER_FENCE}
-
-
-def test_the_placements_of_a_life_fit_under_its_fence() -> None:
-    with pytest.raises(ValueError, match="replacements_max: is 16, must be below 16"):
-        RouterConfig(replacements_max=16)
