@@ -91,7 +91,7 @@ return {}
 """
 )
 
-# ARGV: prefix, holder, request id. {} when unknown; {entry, fence, end or '', age in ms, time in us, tokens...}.
+# ARGV: prefix, holder, request id, least fence. {} when unknown; {entry, fence, end or '', age in ms, tokens...}.
 _TAKE_OVER = (
     "local prefix = ARGV[1]\n"
     + _NOW
@@ -101,37 +101,39 @@ local had = redis.call('HMGET', record, 'entry', 'fence', 'end', 'holder', 'at')
 if not had[1] then return {} end
 local fence = tonumber(had[2])
 if not had[3] and had[4] ~= ARGV[2] then
-  fence = math.max(fence + 1, now_us)
+  fence = math.max(fence + 1, tonumber(ARGV[4]))
   redis.call('HSET', record, 'holder', ARGV[2], 'fence', string.format('%.0f', fence))
 end
 local answer = {had[1], string.format('%.0f', fence), had[3] or '',
-                string.format('%.0f', (now_us - tonumber(had[5])) / 1000), string.format('%.0f', now_us)}
+                string.format('%.0f', (now_us - tonumber(had[5])) / 1000)}
 for _, piece in ipairs(redis.call('LRANGE', tokens, 0, -1)) do answer[#answer + 1] = piece end
 return answer
 """
 )
 
-# ARGV: prefix, holder, life in ms, life when ended in ms, then for each write: request id, fence, entry or '', first
-# index, number of tokens, tokens, end or ''. A verdict for each. A life of an id that is over gives way to a later one,
-# as does one of this very router: a claim that it gave up, since the store stood still, may be carried out late.
+# ARGV: prefix, holder, life in ms, life when ended in ms, then for each write: request id, fence, entry or '', key
+# or '', first index, number of tokens, tokens, end or ''. A verdict for each. A life of an id that is over gives way to
+# a later one, as does one of this very router: a claim that it gave up, since the store stood still, may be carried
+# out late.
 _WRITE = (
     "local prefix = ARGV[1]\n"
     + _NOW
     + """
 local verdicts = {}
-local function write(id, fence, entry, from, count, blob, ending)
+local function write(id, fence, entry, key, from, count, blob, ending)
   local record, tokens = prefix .. 'request:' .. id, prefix .. 'tokens:' .. id
   local had = redis.call('HMGET', record, 'fence', 'n', 'end', 'holder')
-  local mine = had[1] and tonumber(had[1]) == fence
+  local mine = had[1] and tonumber(had[1]) == fence and had[4] == ARGV[2]
   if had[1] and not mine then
     local over = had[3] or had[4] == ARGV[2] or not lives(had[4])
-    if tonumber(had[1]) > fence or not over then return 'fenced' end
+    if tonumber(had[1]) >= fence or not over then return 'fenced' end
   end
   if entry ~= '' then
     local at = mine and redis.call('HGET', record, 'at') or string.format('%.0f', now_us)
     redis.call('DEL', record, tokens)
     redis.call('HSET', record, 'holder', ARGV[2], 'fence', string.format('%.0f', fence), 'entry', entry, 'n', 0,
                'at', at)
+    if key ~= '' then redis.call('SET', prefix .. 'key:' .. key, id, 'NX', 'PX', ARGV[3]) end
     had = {fence, 0}
   elseif not mine then
     return 'missing'
@@ -151,9 +153,9 @@ local function write(id, fence, entry, from, count, blob, ending)
   redis.call('PEXPIRE', tokens, life_ms)
   return 'written'
 end
-for at = 5, #ARGV, 7 do
-  verdicts[#verdicts + 1] = write(ARGV[at], tonumber(ARGV[at + 1]), ARGV[at + 2], tonumber(ARGV[at + 3]),
-                                  tonumber(ARGV[at + 4]), ARGV[at + 5], ARGV[at + 6])
+for at = 5, #ARGV, 8 do
+  verdicts[#verdicts + 1] = write(ARGV[at], tonumber(ARGV[at + 1]), ARGV[at + 2], ARGV[at + 3],
+                                  tonumber(ARGV[at + 4]), tonumber(ARGV[at + 5]), ARGV[at + 6], ARGV[at + 7])
 end
 return verdicts
 """
@@ -232,12 +234,12 @@ class RedisStore:
             raise StoreDown(f"{type(error).__name__}: {error}") from None
         return None if entry is None else str(self._read(wire.decode_entry, entry)[0].owner)
 
-    async def take_over(self, request_id: RequestId) -> Kept | None:
+    async def take_over(self, request_id: RequestId, fence: int) -> Kept | None:
         """See RequestStore."""
-        found = await self._call(self._take_over, self._holder, request_id)
+        found = await self._call(self._take_over, self._holder, request_id, fence)
         if not found:
             return None
-        entry, fence, ending, age_ms, now_us, *pieces = found
+        entry, fence, ending, age_ms, *pieces = found
         new, keep = self._read(wire.decode_entry, entry)
         ended = self._read(wire.decode_end, ending) if ending else None
         tokens = self._read(lambda content: wire.decode_tokens(request_id, content), pieces)
@@ -248,7 +250,6 @@ class RedisStore:
             tokens=tokens if ended is None else tokens[: ended.num_tokens],
             ended=ended,
             fence=int(fence),
-            first_epoch=int(now_us),
         )
 
     async def write(self, writes: Sequence[Write]) -> list[Verdict]:
@@ -258,7 +259,8 @@ class RedisStore:
             entry = b"" if each.entry is None else wire.encode_entry(*each.entry)
             ending = b"" if each.ended is None else wire.encode_end(each.ended)
             blob = wire.encode_tokens(each.tokens) if each.tokens else b""
-            words += [each.request_id, each.fence, entry, each.from_index, len(each.tokens), blob, ending]
+            key = "" if each.entry is None else each.entry[1].key
+            words += [each.request_id, each.fence, entry, key, each.from_index, len(each.tokens), blob, ending]
         return [Verdict(each.decode()) for each in await self._call(self._write, *words)]
 
     async def _call(self, script: AsyncScript, *words: str | int | bytes) -> Any:

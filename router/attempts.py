@@ -17,7 +17,7 @@ from tandem.request import TransferId
 
 
 class Attempts:
-    """Hands out epochs, which grow over all requests and are never used twice."""
+    """Hands out epochs, which grow over all lives of a request and are never used twice for it."""
 
     def __init__(
         self,
@@ -27,8 +27,6 @@ class Attempts:
         owners: Owners,
         moves: Moves,
         outbox: Outbox,
-        *,
-        first_epoch: int,
     ) -> None:
         self._config = config
         self._fleet = fleet
@@ -36,12 +34,8 @@ class Attempts:
         self._owners = owners
         self._moves = moves
         self._outbox = outbox
-        self._next_epoch = first_epoch
+        self._next_epoch = 1  # of requests that bring none of their own
         self._resting: dict[tuple[WorkerKey, WorkerKey], int] = {}  # source and target: until when
-
-    def epochs_from(self, first_epoch: int) -> None:
-        """All epochs from now on are at least this one."""
-        self._next_epoch = max(self._next_epoch, first_epoch)
 
     def begin(self, now_ms: int, request: Request) -> NoPlacement | None:
         """Places the request, or says why it cannot be placed now."""
@@ -94,8 +88,11 @@ class Attempts:
 
     def _assign(self, now_ms: int, request: Request, ask: Ask, placement: Placement) -> None:
         """Gives the request to its workers under a fresh epoch; the next ones are kept for its commits."""
-        epoch = self._next_epoch
-        self._next_epoch += EPOCHS_PER_PLACEMENT
+        epoch = request.next_epoch or self._next_epoch
+        if not request.next_epoch:
+            self._next_epoch += EPOCHS_PER_PLACEMENT
+        else:
+            request.next_epoch += EPOCHS_PER_PLACEMENT
         source, target = self._at(placement.prefill_worker), self._at(placement.decode_worker)
         local = placement.mode is AssignMode.LOCAL
         transfer_id = TransferId("" if local else f"{request.request_id}.{epoch}")

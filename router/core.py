@@ -2,8 +2,8 @@
 
 The sentence it keeps: every admitted request ends exactly once, and each token index is delivered once and in order.
 The owner record is the only commit point of a handoff or a move (design.md 3): a target asks for it with CommitAsk, a
-compare-and-swap on (epoch, transfer). Epochs grow over all requests of this core and are never used twice, so nothing
-of an earlier attempt, or of an earlier request of the same id, can be taken for the current one.
+compare-and-swap on (epoch, transfer). Epochs grow over all attempts and all lives of a request, at whichever router,
+since each life brings its own (Submitted.first_epoch): nothing of an earlier one can be taken for the current one.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ from tandem.request import FinishReason, RequestId, Token, TransferId
 class RouterCore:
     """All requests and workers of one router. Times are milliseconds of any steady clock, the same for all events."""
 
-    def __init__(self, config: RouterConfig, *, first_epoch: int = 1, owners: OwnerStore | None = None) -> None:
+    def __init__(self, config: RouterConfig, *, owners: OwnerStore | None = None) -> None:
         self._config = config
         self._outbox = Outbox()
         self._owners = Owners(EmbeddedOwners() if owners is None else owners, self._outbox)
@@ -86,9 +86,7 @@ class RouterCore:
         self.index = self._index = PrefixIndex()  # likewise
         self._placer = Placer(self._fleet, self._index, config)
         self._moves = Moves(config, self._fleet, self._placer, self._outbox)
-        self._attempts = Attempts(
-            config, self._fleet, self._placer, self._owners, self._moves, self._outbox, first_epoch=first_epoch
-        )
+        self._attempts = Attempts(config, self._fleet, self._placer, self._owners, self._moves, self._outbox)
         self._requests: dict[RequestId, Request] = {}
         self.line = self._line = Line(config)  # likewise
         self._admission = Admission(config, placer=self._placer, line=self._line, ask=self._attempts.ask)
@@ -148,12 +146,12 @@ class RouterCore:
             deadline_ms=self._now_ms + bound_ms,
             stage_since_ms=self._now_ms,
             answer=list(event.answer),
+            next_epoch=event.first_epoch,
         )
         error = self._submit_error(event, request)
         if error is not None:
             self._outbox.add(Refuse(request_id=new.request_id, error=error))
             return
-        self._attempts.epochs_from(event.first_epoch)
         request.tell(self._now_ms, f"taken over after {len(event.answer)} tokens" if event.taken_over else "admitted")
         self._requests[new.request_id] = request
         self._queued_tokens += len(new.tokens)

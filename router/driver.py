@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, assert_never
@@ -42,7 +42,7 @@ from router.events import (
     WorkerSuspected,
 )
 from router.fleet import Fleet
-from router.move import MoveReason, MoveRecord
+from router.move import EPOCHS_PER_FENCE, MoveReason, MoveRecord
 from router.request import StatusSnapshot
 from router.transcripts import Ended, Keep, Kept, Transcripts
 from tandem.cluster_access import ClusterAccess
@@ -52,12 +52,13 @@ from tandem.errors import (
     DuplicateRequest,
     Overloaded,
     Stopping,
+    StoreAway,
     TakenOver,
     TandemError,
     UnknownRequest,
     error_of,
 )
-from tandem.messages import WorkerInfo, WorkerReport
+from tandem.messages import RouterMessage, WorkerInfo, WorkerReport
 from tandem.request import RequestId, Token, WorkerId
 
 __all__ = ["Driver", "NewRequest", "RequestStream", "WantedMove"]
@@ -65,6 +66,43 @@ __all__ = ["Driver", "NewRequest", "RequestStream", "WantedMove"]
 log = logging.getLogger(__name__)
 
 _Key = tuple[WorkerId, int]
+
+
+class Link(Protocol):
+    """What the driver needs of router.clients.WorkerLink."""
+
+    def start(self) -> asyncio.Future[None]:
+        """Begins to dial."""
+        ...
+
+    async def close(self) -> None:
+        """Ends the stream and all dialling."""
+        ...
+
+    def send(self, message: RouterMessage) -> None:
+        """Queues a message; without a stream it is dropped."""
+        ...
+
+
+class MakeLink(Protocol):
+    """Makes a Link to one worker incarnation, as WorkerLink's constructor does."""
+
+    def __call__(
+        self,
+        *,
+        worker_id: WorkerId,
+        control: str,
+        config: RouterConfig,
+        access: ClusterAccess,
+        next_session: Callable[[], int],
+        on_up: Callable[[], None],
+        on_report: Callable[[WorkerReport], None],
+        on_lost: Callable[[str], None],
+    ) -> Link: ...
+
+
+def _steady_ms() -> int:
+    return time.monotonic_ns() // 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +126,7 @@ class RequestStream:
         self.request_id = request_id
         self.usage: Usage | None = None
         self.num_replayed = 0  # tokens of before this reader came
+        self.sure = True  # that no other router had the request when this reader came
         self._buffer: list[Token] = []
         self._ended = False
         self._error: TandemError | None = None
@@ -162,8 +201,10 @@ class Account(Protocol):
 class Driver:
     """Feeds the core and performs what it wants. All methods are called on the event loop that `start` ran on.
 
-    `born_us`: when this router's life began, by the clock of the store that routers share, if any. Epochs, fences and
-    sessions count from there, and so grow over restarts: nothing old is ever taken for current.
+    `born_us`: when this router's life began, by the clock of the store that routers share, if any. Fences and sessions
+    count from there, and so grow over restarts. The fence of a request leads all of its epochs: whoever may write of it
+    is whom workers listen to, and nothing old is ever taken for current. `clock_ms`: any steady
+    clock. `link`: makes the streams to workers.
     """
 
     def __init__(
@@ -174,20 +215,25 @@ class Driver:
         born_us: int | None = None,
         access: ClusterAccess | None = None,
         account: Account | None = None,
+        clock_ms: Callable[[], int] = _steady_ms,
+        link: MakeLink = WorkerLink,
     ) -> None:
+        self._now_ms = clock_ms
+        self._link = link
         self.config = RouterConfig() if config is None else config
         self._access = access or ClusterAccess()
         self._account = account
         self.transcripts = Transcripts(shared=False) if transcripts is None else transcripts
         born_us = time.time_ns() // 1000 if born_us is None else born_us
-        self._core = RouterCore(self.config, first_epoch=born_us)
+        self._core = RouterCore(self.config)
         self._sessions = itertools.count(born_us)
-        self._fences = itertools.count(born_us)
+        self._fence = 0
+        self._to_us = born_us - 1000 * clock_ms()  # from this process's clock to the store's
         self._streams: dict[RequestId, RequestStream] = {}
         self._tickets = itertools.count(1)
         self._moves: dict[int, asyncio.Future[MoveRecord]] = {}  # who waits for the end of a move, by ticket
         self.move_ended = asyncio.Event()  # set at each; whoever waits clears it
-        self._links: dict[_Key, WorkerLink] = {}
+        self._links: dict[_Key, Link] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
         self._crash: asyncio.Future[None] | None = None  # gets the first error that nobody can answer for
@@ -233,8 +279,9 @@ class Driver:
     # ---- clients ---------------------------------------------------------------------------------------------------
 
     def next_fence(self) -> int:
-        """A fence for a request that begins here: above those of all that began before."""
-        return next(self._fences)
+        """A fence for a request that begins here: the time of that, and above those of all that began before."""
+        self._fence = max(self._fence + 1, self._to_us + 1000 * self._now_ms())
+        return self._fence
 
     def submit(self, request: NewRequest, keep: Keep | None = None, *, fence: int | None = None) -> RequestStream:
         """Starts a request. `keep`: its client may come back. `fence`: the shared store has it already, under this one.
@@ -243,14 +290,21 @@ class Driver:
         """
         if self._core.has(request.request_id):
             raise DuplicateRequest(f"a request of id {request.request_id!r} is being served")
+        claimed, fence = fence is not None, fence or self.next_fence()
         if keep is not None:
-            self.transcripts.begin(request, keep, fence=fence or self.next_fence(), written=fence is not None)
-        return self._begin(Submitted(request=request))
+            self.transcripts.begin(request, keep, fence=fence, written=claimed)
+        return self._begin(Submitted(request=request, first_epoch=fence * EPOCHS_PER_FENCE))
 
     def take_over(self, kept: Kept) -> RequestStream:
-        """Goes on with a request that another router had, under the fence that the store gave for it."""
+        """Goes on with a request that another router had, under the fence that the store gave for it.
+
+        That router may have had it from this one, which did not know: its life here ends.
+        """
+        if self._core.has(kept.new.request_id):
+            self.let_go(kept.new.request_id, began_apart=False)
         self.transcripts.begin(kept.new, kept.keep, fence=kept.fence, tokens=kept.tokens, written=True)
-        event = Submitted(request=kept.new, answer=kept.tokens, first_epoch=kept.first_epoch)
+        first_epoch = kept.fence * EPOCHS_PER_FENCE
+        event = Submitted(request=kept.new, answer=kept.tokens, first_epoch=first_epoch, taken_over=True)
         return self._begin(event)
 
     def _begin(self, event: Submitted) -> RequestStream:
@@ -270,10 +324,10 @@ class Driver:
             raise stream.error  # it can never be served: known at once
         return stream
 
-    def read_again(self, request_id: RequestId) -> RequestStream:
+    def read_again(self, request_id: RequestId, *, sure: bool = True) -> RequestStream:
         """The answer of a request that is served here, or was lately, from its first token on; ends an earlier reader.
 
-        Raises UnknownRequest.
+        `sure`: the store says that no other router has it. Raises UnknownRequest.
         """
         kept = self.transcripts.find(request_id)
         if kept is None:
@@ -284,6 +338,7 @@ class Driver:
             if before is not None:
                 before._end(None, TakenOver("another client reads this answer now"))
             self._streams[request_id] = stream
+            stream.sure = sure
             self.transcripts.read(request_id)
         return stream
 
@@ -296,10 +351,17 @@ class Driver:
         else:
             del self._streams[stream.request_id]
 
-    def let_go(self, request_id: RequestId) -> None:
-        """Another router has the request: it ends here, whatever was under way."""
+    def let_go(self, request_id: RequestId, *, began_apart: bool) -> None:
+        """Another router has the request: it ends here, whatever was under way.
+
+        Its reader was left behind there, unless it came here while the store could not be asked (`began_apart`: the
+        request did): then it goes on there.
+        """
         self.transcripts.let_go(request_id)
-        error = TakenOver("another router has this request now: its client resumed the stream there")
+        stream = self._streams.get(request_id)
+        error: TandemError = TakenOver("another router has this request now: its client resumed the stream there")
+        if began_apart or (stream is not None and not stream.sure):
+            error = StoreAway("another router has this request, which the store could not say before: resume it there")
         self._feed(LetGo(request_id=request_id, error=error))
 
     def cancel(self, request_id: RequestId, reason: str) -> bool:
@@ -374,7 +436,7 @@ class Driver:
         def lost(reason: str) -> None:
             self._feed(LinkLost(worker_id=key[0], incarnation=key[1], reason=reason))
 
-        link = WorkerLink(
+        link = self._link(
             worker_id=info.worker_id,
             control=info.control,
             config=self.config,
@@ -437,7 +499,7 @@ class Driver:
             self._crashes(error)
             raise
 
-    def _watch(self, task: asyncio.Task[None]) -> None:
+    def _watch(self, task: asyncio.Future[None]) -> None:
         error = None if task.cancelled() else task.exception()
         if error is not None:
             self._crashes(error)
@@ -522,7 +584,3 @@ class Driver:
         task = asyncio.get_running_loop().create_task(closing)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
-
-    @staticmethod
-    def _now_ms() -> int:
-        return time.monotonic_ns() // 1_000_000

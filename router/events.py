@@ -46,18 +46,15 @@ class NewRequest:
 class Submitted:
     """A client wants this request served.
 
-    `answer`: what another router delivered of it; it goes on from there, under epochs from `first_epoch` on. It was
-    admitted then, and is not refused for want of capacity now.
+    `first_epoch`: its epochs count from there; 0: from where those of all requests before it ended. `taken_over`:
+    another router had it, and delivered `answer`; it goes on from there. It was admitted then, and is not refused for
+    want of capacity now.
     """
 
     request: NewRequest
     answer: tuple[Token, ...] = ()
     first_epoch: int = 0
-
-    @property
-    def taken_over(self) -> bool:
-        """Whether another router had it before."""
-        return self.first_epoch > 0
+    taken_over: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,8 +41,9 @@ class RequestStore(Protocol):
         """Whose the request is; None when it is not known. Changes nothing."""
         ...
 
-    async def take_over(self, request_id: RequestId) -> Kept | None:
-        """The request under a fence above all before, for this router to go on with; unless it has ended."""
+    async def take_over(self, request_id: RequestId, fence: int) -> Kept | None:
+        """The request, for this router to go on with under a fence above all before, and at least `fence`; unless it
+        has ended, or is this router's already."""
         ...
 
     async def write(self, writes: Sequence[Write]) -> list[Verdict]:
@@ -63,16 +64,19 @@ class Requests(Protocol):
         """A fence for a request that begins here."""
         ...
 
-    def let_go(self, request_id: RequestId) -> None:
-        """Another router has the request."""
+    def let_go(self, request_id: RequestId, *, began_apart: bool) -> None:
+        """Another router has the request; `began_apart`: it had it before it could be known here."""
         ...
 
 
 class Journal:
-    """All calls are from the driver's event loop. `problem` says why the store is not used; empty when all is well."""
+    """All calls are from the driver's event loop. What is delivered is written every `period_s` seconds.
 
-    def __init__(self, driver: Requests, store: RequestStore) -> None:
+    `problem` says why the store is not used; empty when all is well."""
+
+    def __init__(self, driver: Requests, store: RequestStore, *, period_s: float = PERIOD_S) -> None:
         self.problem = ""
+        self._period_s = period_s
         self._driver = driver
         self._store = store
 
@@ -103,7 +107,7 @@ class Journal:
     async def take_over(self, request_id: RequestId) -> Kept | None:
         """The request, to go on with it here; None when nobody knows it. Raises StoreAway."""
         try:
-            return await self._store.take_over(request_id)
+            return await self._store.take_over(request_id, self._driver.next_fence())
         except StoreDown as error:
             self._is_down(error)
             raise StoreAway(f"the shared store does not answer, try again: {error}") from None
@@ -127,7 +131,7 @@ class Journal:
             if self.problem:
                 log.warning("the shared store answers again")
                 self.problem = ""
-            await asyncio.sleep(PERIOD_S)
+            await asyncio.sleep(self._period_s)
 
     async def flush(self) -> None:
         """Writes what the store lacks, once. Raises StoreDown."""
@@ -138,7 +142,7 @@ class Journal:
         for write, verdict in zip(writes, await self._store.write(writes), strict=True):
             if not transcripts.answered(write, verdict):
                 log.warning("request=%s another router has it", write.request_id)
-                self._driver.let_go(write.request_id)
+                self._driver.let_go(write.request_id, began_apart=write.entry is not None)
 
     def _is_down(self, error: StoreDown) -> None:
         if not self.problem:

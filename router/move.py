@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from router.config import PLACEMENTS_MAX
 from router.fleet import Worker
 from tandem.request import RequestId, TransferId, WorkerId
 
 MOVES_MAX = 62  # of one placement: each takes an epoch, and placements take their epochs in advance
 EPOCHS_PER_PLACEMENT = 2 + MOVES_MAX
+EPOCHS_PER_FENCE = PLACEMENTS_MAX * EPOCHS_PER_PLACEMENT
 
 
 class MoveReason(StrEnum):

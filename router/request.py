@@ -94,6 +94,7 @@ class Request:
     num_in_vain: int = 0  # of them, since a token was delivered
     not_before_ms: int = 0
     placed_ms: int = 0
+    next_epoch: int = 0  # of its next placement
     last_epoch: int = 0  # of those that its placement may use
     move: Move | None = None  # under way, and not committed
     landing: Move | None = None  # committed; the target's first token is awaited

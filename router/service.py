@@ -40,6 +40,7 @@ from tandem.errors import (
     InvalidRequest,
     Overloaded,
     RequestLost,
+    StoreAway,
     TandemError,
     UnknownModel,
     UnknownRequest,
@@ -63,8 +64,8 @@ class Driver(Protocol):
         """Goes on with a request that another router had."""
         ...
 
-    def read_again(self, request_id: RequestId) -> TokenStream:
-        """An answer from its first token on. Raises UnknownRequest."""
+    def read_again(self, request_id: RequestId, *, sure: bool = True) -> TokenStream:
+        """An answer from its first token on; `sure`: no other router has it. Raises UnknownRequest."""
         ...
 
     def leave(self, stream: TokenStream, reason: str) -> None:
@@ -149,6 +150,7 @@ class Service:
             eos_token_ids=tokenizer.eos_token_ids,
         )
         self._in_flight: dict[RequestId, Answers] = {}
+        self._opening: dict[str, asyncio.Event] = {}  # by idempotency key: the same again waits for what becomes of it
         self._encoding = 0
 
     def check_model(self, name: str) -> None:
@@ -205,10 +207,22 @@ class Service:
         check_resuming(ask.idempotency_key, ask.resume_ms, num_answers=ask.n * len(ask.prompts))
         request_id = check_request_id(ask.request_id) if ask.request_id else new_request_id(ask.api)
         keep = self._keep(ask, stops)
-        if keep is not None and keep.key:
-            known = self.driver.transcripts.of_key(keep.key)
-            if known is not None:
-                return await self._same(known, keep, ask.caller)
+        if keep is None or not keep.key:
+            return await self._begin(ask, request_id, stops, keep)
+        while (opening := self._opening.get(keep.key)) is not None:
+            await opening.wait()  # bounded, as the store's answer is
+        known = self.driver.transcripts.of_key(keep.key)
+        if known is not None:
+            return await self._same(known, keep, ask.caller)
+        self._opening[keep.key] = opening = asyncio.Event()
+        try:
+            return await self._begin(ask, request_id, stops, keep)
+        finally:
+            del self._opening[keep.key]
+            opening.set()
+
+    async def _begin(self, ask: Ask, request_id: RequestId, stops: tuple[str, ...], keep: Keep | None) -> Answers:
+        """Claims and submits; of a key that another router knows, resumes."""
         if request_id in self._in_flight:
             raise DuplicateRequest(f"request_id: {request_id!r} is in flight")
         requests = self._requests(ask, request_id)
@@ -227,6 +241,10 @@ class Service:
                     self.door.ended(request_id)
                     return await self._same(claim, keep, ask.caller)
                 fence = claim
+                if keep.key and (known := self.driver.transcripts.of_key(keep.key)) is not None:
+                    self.forget(group)  # it came here meanwhile
+                    self.door.ended(request_id)
+                    return await self._same(known, keep, ask.caller)
             for request in requests:
                 stream = self.driver.submit(request, keep, fence=fence)
                 self.metrics.admitted(len(request.tokens))
@@ -248,13 +266,7 @@ class Service:
         known = check_request_id(request_id)
         if from_index < 0:
             raise InvalidRequest("from_index", f"is {from_index}, must be at least 0")
-        kept = self.driver.transcripts.find(known)
-        if kept is not None and not caller.may_touch(kept.new.owner):
-            raise _unknown(known)
-        if kept is None:
-            kept, stream = await self._take_over(known, caller)
-        else:
-            stream = self.driver.read_again(known)
+        kept, stream = await self._find(known, caller)
         form = json.loads(kept.keep.form)
         group = Answers(self, known, owner=kept.new.owner, form=form, skip=from_index)
         answer = Answer(
@@ -277,16 +289,21 @@ class Service:
         self._in_flight[known] = group
         return group
 
-    async def _take_over(self, request_id: RequestId, caller: Caller) -> tuple[Kept, TokenStream]:
-        """From the router that had it, or of what is remembered of it."""
-        if self.journal is not None and not caller.is_operator:  # before anything is taken from anybody
-            owner = await self.journal.owner_of(request_id)
-            if owner is None or not caller.may_touch(owner):
-                raise _unknown(request_id)
-        found = None if self.journal is None else await self.journal.take_over(request_id)
+    async def _find(self, request_id: RequestId, caller: Caller) -> tuple[Kept, TokenStream]:
+        """Here, unless another router has it by now; from the router that had it; or of what is remembered of it."""
         here = self.driver.transcripts.find(request_id)
-        if here is not None:  # it came here meanwhile
-            return here, self.driver.read_again(request_id)
+        await self._check_owner(request_id, here, caller)
+        here = self.driver.transcripts.find(request_id)
+        found, sure = None, here is not None and here.ended is not None
+        if self.journal is not None and not sure:
+            try:
+                found, sure = await self.journal.take_over(request_id), True
+            except StoreAway:
+                if here is None:
+                    raise
+        here = self.driver.transcripts.find(request_id)  # it may have come or gone meanwhile
+        if here is not None and (found is None or found.fence <= here.fence):
+            return here, self.driver.read_again(request_id, sure=sure)
         if found is None:
             raise _unknown(request_id)
         over = found.ended is not None or (found.tokens and found.tokens[-1].finish is not None)
@@ -298,6 +315,17 @@ class Service:
         except BaseException:
             self.door.ended(request_id)
             raise
+
+    async def _check_owner(self, request_id: RequestId, here: Kept | None, caller: Caller) -> None:
+        """Raises UnknownRequest for who may not touch it, before anything is taken from anybody."""
+        if here is not None:
+            owner: str | None = here.new.owner
+        elif self.journal is None or caller.is_operator:
+            return
+        else:
+            owner = await self.journal.owner_of(request_id)
+        if owner is None or not caller.may_touch(owner):
+            raise _unknown(request_id)
 
     async def _same(self, known: Kept, keep: Keep, caller: Caller) -> Answers:
         """The request that came with the same idempotency key, or id, if it is the same."""

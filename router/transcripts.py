@@ -45,17 +45,13 @@ class Ended:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """A transcript as a client that comes back finds it.
-
-    `first_epoch`: above all epochs that the routers before used for it.
-    """
+    """A transcript as a client that comes back finds it."""
 
     new: NewRequest
     keep: Keep
     tokens: tuple[Token, ...]
     ended: Ended | None
     fence: int
-    first_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

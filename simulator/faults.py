@@ -7,15 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kv_transfer.actions import AgentLost, Registered
-from router.events import WorkerDraining, WorkerLost, WorkerSuspected
 from simulator.choices import Choices
+from simulator.clients import CLIENTS
+from simulator.router import VirtualRouter
 from simulator.worker import VirtualWorker
 from tandem.request import WorkerId
 
 if TYPE_CHECKING:
     from simulator.world import World
-
-ROUTER = "router"
 
 
 class Partition:
@@ -106,18 +105,21 @@ class Misfortune:
         world, choices = self._world, self._choices
         if world.partition is not None:
             return
-        side = {worker.worker_id, *(each for each in (*world.workers, ROUTER) if choices.choose(4) == 3)}
+        anybody = world.names()
+        first = worker.worker_id if choices.choose(2) == 0 else anybody[choices.choose(len(anybody))]
+        side = {first, *(each for each in anybody if choices.choose(4) == 3)}
         partition = Partition(frozenset(side), one_way=bool(choices.choose(2)))
         duration_ms = 50 << choices.choose(8)
         world.tell(f"{sorted(side)} are cut off for {duration_ms} ms")
         world.partition = partition
         world.hold_streams()
-        for other in list(world.workers.values()):
-            if choices.choose(2) and (
-                partition.parts(ROUTER, other.worker_id) or partition.parts(other.worker_id, ROUTER)
-            ):
-                at_ms = choices.choose(duration_ms)
-                world.schedule.after(at_ms, lambda other=other: world.cut_link(other, "cut off"))  # type: ignore[misc]
+        for link in [link for router in world.routers for link in router.links]:
+            name, other = link.router.name, link.worker_id
+            if choices.choose(2) and (partition.parts(name, other) or partition.parts(other, name)):
+                world.schedule.after(choices.choose(duration_ms), lambda link=link: link.cut("cut off"))  # type: ignore[misc]
+        for client in world.clients.all:
+            if client.call is not None and choices.choose(2) and partition.parts(CLIENTS, client.call.router.name):
+                world.schedule.after(choices.choose(duration_ms), client.broken)
         world.schedule.after(duration_ms, lambda: self._mend() if world.partition is partition else None)
 
     def _mend(self) -> None:
@@ -134,20 +136,24 @@ class Misfortune:
         world, address = self._world, worker.address
         world.tell(f"{worker.worker_id} (incarnation {address.incarnation}) crashes")
         world.kill(worker)
-        self._break_link(worker)
-        lost = WorkerLost(worker_id=address.worker_id, incarnation=address.incarnation, reason="crashed")
-        world.later(lambda: world.feed(lost), 60)
+        world.cut_links(worker, "broken")
+        for router in world.routers:
+            self._tell_death(router, worker, "crashed")
         for other in world.workers.values():
             if other is not worker and self._choices.choose(2):
                 world.later(lambda other=other: other.peer_gone(address), 30)  # type: ignore[misc]
         world.later(lambda: world.restart(worker), 50)
 
     def _declare_dead(self, worker: VirtualWorker) -> None:
-        """The router takes a living worker for dead; it goes on for a while, then it is ended and started anew."""
+        """A router takes a living worker for dead, the others perhaps too; it goes on for a while, then it is ended
+        and started anew."""
         world, address = self._world, worker.address
         world.tell(f"{worker.worker_id} (incarnation {address.incarnation}) is taken for dead")
-        world.drop_link(worker)
-        world.feed(WorkerLost(worker_id=address.worker_id, incarnation=address.incarnation, reason="silent"))
+        for router in world.routers:
+            if len(world.routers) == 1 or self._choices.choose(2) == 0:
+                router.worker_lost(address.worker_id, address.incarnation, "silent")
+            else:
+                self._tell_death(router, worker, "ended")
 
         def end() -> None:
             if worker.alive:
@@ -156,14 +162,23 @@ class Misfortune:
 
         world.later(end, 50)
 
+    def _tell_death(self, router: VirtualRouter, worker: VirtualWorker, reason: str) -> None:
+        """One router hears of it, on its own evidence and in its own time."""
+        address = worker.address
+        self._world.later(
+            lambda: router.tell(lambda router: router.worker_lost(address.worker_id, address.incarnation, reason)), 60
+        )
+
     def _suspect(self, worker: VirtualWorker) -> None:
         """Heartbeats are missing for a while."""
         world, address = self._world, worker.address
 
+        router = world.routers[self._choices.choose(len(world.routers))] if world.routers else None
+        if router is None:
+            return
+
         def suspected(suspected: bool) -> None:
-            world.feed(
-                WorkerSuspected(worker_id=address.worker_id, incarnation=address.incarnation, suspected=suspected)
-            )
+            router.worker_suspected(address.worker_id, address.incarnation, suspected)
 
         world.tell(f"{worker.worker_id} is suspected")
         suspected(True)
@@ -171,18 +186,22 @@ class Misfortune:
 
     def _drain(self, worker: VirtualWorker) -> None:
         """It gets nothing new; after a while it does again, or it leaves."""
-        world, address = self._world, worker.address
+        world = self._world
         if self._choices.choose(2):
             world.tell(f"{worker.worker_id} is to leave")
             world.movers.drain(worker)
             return
         world.tell(f"{worker.worker_id} drains")
-        world.feed(WorkerDraining(worker_id=address.worker_id, incarnation=address.incarnation, draining=True))
+        self._tell_drain(worker, draining=True)
         world.schedule.after(100 * (1 + self._choices.choose(50)), lambda: self._undrain(worker))
 
     def _undrain(self, worker: VirtualWorker) -> None:
+        self._tell_drain(worker, draining=False)
+
+    def _tell_drain(self, worker: VirtualWorker, *, draining: bool) -> None:
         address = worker.address
-        self._world.feed(WorkerDraining(worker_id=address.worker_id, incarnation=address.incarnation, draining=False))
+        for router in self._world.routers:
+            router.worker_draining(address.worker_id, address.incarnation, draining)
 
     def _pause(self, worker: VirtualWorker) -> None:
         duration_ms = 100 * (1 + self._choices.choose(80))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cluster.draining import Drain, Leave, left_on
+from cluster.draining import Drain, Leave, Looked, left_on
 from cluster.observer import Observer
 from cluster.rebalancer import Rebalancer, RebalancerConfig
-from router.events import MoveRefused, MoveRequested, WorkerDraining
+from router.events import MoveRefused, MoveRequested
 from router.move import MoveOutcome, MoveReason
 from router.request import StatusSnapshot
 from simulator.choices import Choices
+from simulator.router import VirtualRouter
 from simulator.worker import VirtualWorker
 from tandem.request import RequestId, WorkerId
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 REASONS = tuple(MoveReason)
 PERIOD_MS = 150
 DRAIN_MS = 3_000
+NOBODY_KNOWS = Looked(num_requests=1, num_blocks=0)
 REBALANCER = RebalancerConfig(dwell_ms=300, return_ms=500, backoff_ms=300, fixed_cost_ms=1.0, hold_ms=100)
 
 
@@ -31,8 +33,7 @@ class Movers:
         self._choices = choices
         self._num_tickets = 0
         self._drains: list[Drain] = []
-        self._rebalancer = Rebalancer(REBALANCER)
-        self._observer = Observer(reserve_tokens=world.options.reserve_tokens, bytes_per_ms=1_000)
+        self._balance: dict[str, tuple[Rebalancer, Observer]] = {}  # each router moves what it has
 
     def look(self) -> None:
         """Now, and again after a while."""
@@ -40,22 +41,28 @@ class Movers:
         if world.healed:
             return
         if self._drains or world.options.rebalances:
-            snapshot = world.router.status(world.clock.now_ms)
-            if world.options.rebalances:
-                self._rebalance(snapshot)
-            self._drains = [each for each in self._drains if not self._is_over(each, snapshot)]
+            snapshots = [(each, each.core.status(each.clock.now_ms)) for each in world.routers if each.loop.hears]
+            for router, snapshot in snapshots if world.options.rebalances else ():
+                self._rebalance(router, snapshot)
+            if len(snapshots) == len(world.routers):  # else somebody cannot be asked what is left
+                of_all = [snapshot for _, snapshot in snapshots]
+                self._drains = [each for each in self._drains if not self._is_over(each, of_all)]
         world.schedule.after(PERIOD_MS, self.look)
 
     # ---- the rebalancer ----------------------------------------------------------------------------------------------
 
-    def _rebalance(self, snapshot: StatusSnapshot) -> None:
-        view, ended = self._observer.look(snapshot)
+    def _rebalance(self, router: VirtualRouter, snapshot: StatusSnapshot) -> None:
+        if router.name not in self._balance:
+            observer = Observer(reserve_tokens=self._world.options.reserve_tokens, bytes_per_ms=1_000)
+            self._balance[router.name] = Rebalancer(REBALANCER), observer
+        rebalancer, observer = self._balance[router.name]
+        view, ended = observer.look(snapshot)
         for move in ended:
             if move.outcome is MoveOutcome.FAILED:
-                self._rebalancer.failed(snapshot.now_ms, move.request_id, move.source, move.target)
-        for planned in self._rebalancer.plan(snapshot.now_ms, view):
-            if self._ask(planned.request_id, planned.target, planned.reason, planned.why):
-                self._rebalancer.refused(snapshot.now_ms, planned.request_id)
+                rebalancer.failed(snapshot.now_ms, move.request_id, move.source, move.target)
+        for planned in rebalancer.plan(snapshot.now_ms, view):
+            if self._ask(router, planned.request_id, planned.target, planned.reason, planned.why):
+                rebalancer.refused(snapshot.now_ms, planned.request_id)
 
     # ---- drains ------------------------------------------------------------------------------------------------------
 
@@ -65,7 +72,7 @@ class Movers:
         known = [(each.worker_id, each.incarnation) for each in self._drains]
         if (address.worker_id, address.incarnation) in known:
             return
-        now_ms = self._world.clock.now_ms
+        now_ms = self._world.schedule.now_ms
         drain = Drain(
             worker_id=address.worker_id,
             incarnation=address.incarnation,
@@ -76,25 +83,32 @@ class Movers:
             start_ms=1_000,
         )
         self._drains.append(drain)
-        self._tell_router(drain, draining=True)
+        self._tell(drain, draining=True)
 
-    def _is_over(self, drain: Drain, snapshot: StatusSnapshot) -> bool:
+    def _is_over(self, drain: Drain, snapshots: list[StatusSnapshot]) -> bool:
         """Looks at a drain; it is over when its worker is gone, leaves, or takes work again."""
         world = self._world
         worker = world.workers[drain.worker_id]
         if not worker.alive or worker.address.incarnation != drain.incarnation:
             return True
-        looked = left_on(snapshot, drain.worker_id, drain.incarnation, "")
-        for action in drain.handle(world.clock.now_ms, looked):
+        left = [left_on(snapshot, drain.worker_id, drain.incarnation, "") for snapshot in snapshots]
+        looked = max(left, key=lambda each: (each.num_requests + each.num_blocks, each.obstacle), default=NOBODY_KNOWS)
+        for action in drain.handle(world.schedule.now_ms, looked):
             if isinstance(action, Leave):
                 world.leaves(worker)
             else:
-                self._tell_router(drain, draining=False)
+                self._tell(drain, draining=False)
             return True
         return False
 
-    def _tell_router(self, drain: Drain, *, draining: bool) -> None:
-        self._world.feed(WorkerDraining(worker_id=drain.worker_id, incarnation=drain.incarnation, draining=draining))
+    def _tell(self, drain: Drain, *, draining: bool) -> None:
+        for router in self._world.routers:
+            router.worker_draining(drain.worker_id, drain.incarnation, draining)
+
+    def router_came(self, router: VirtualRouter) -> None:
+        """It is told which workers are to leave."""
+        for drain in self._drains:
+            router.worker_draining(drain.worker_id, drain.incarnation, True)
 
     # ---- operators ---------------------------------------------------------------------------------------------------
 
@@ -115,13 +129,18 @@ class Movers:
         elif nonsense == 38:
             to = WorkerId("nowhere")
         reason = REASONS[max(0, choices.choose(2 * len(REASONS)) - len(REASONS))]
-        self._ask(request_id, to, reason, "because")
+        hearing = [each for each in self._world.routers if each.loop.hears]
+        serving = [each for each in hearing if each.core.has(request_id)] or hearing
+        if serving:
+            self._ask(serving[choices.choose(len(serving))], request_id, to, reason, "because")
 
-    def _ask(self, request_id: RequestId, to: WorkerId | None, reason: MoveReason, why: str) -> bool:
+    def _ask(
+        self, router: VirtualRouter, request_id: RequestId, to: WorkerId | None, reason: MoveReason, why: str
+    ) -> bool:
         """One MoveRequested, whose answer is awaited; whether it was refused."""
         self._num_tickets += 1
         ticket, world = self._num_tickets, self._world
         world.tell(f"move {ticket}: {request_id} to {to} ({reason.value})")
-        world.checks.move_asked(world.clock.now_ms, ticket, request_id)
-        world.feed(MoveRequested(request_id=request_id, to=to, reason=reason, why=why, ticket=ticket))
+        world.checks.move_asked(router.clock.now_ms, router.name, ticket, request_id)
+        router.move(MoveRequested(request_id=request_id, to=to, reason=reason, why=why, ticket=ticket))
         return isinstance(world.checks.answer(ticket), MoveRefused)

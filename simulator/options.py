@@ -41,7 +41,25 @@ class Options:
     swap_slots: int  # blocks of memory that a worker may swap out to
     canaries: bool  # the cluster asks itself, too
     pressed: bool  # decode workers let in more than they have memory for
+    num_routers: int
+    shared: bool  # they share a store
+    router_kills: int
+    router_stops: int
+    store_faults: int
+    store_repeats: int  # so often a call is made twice, since its answer was lost
+    breaks: int  # of clients' connections
+    twins: int  # so often two clients come with the same idempotency key at once
+    second_readers: int
+    stops: int  # so often a request has a stop string
+    clock_skew_ms: int  # of a router that comes while the store is away
     hasty_fences: bool  # a fence lasts not much longer than a good one has to, so that many commits are in doubt
+
+    @property
+    def excuses(self) -> bool:
+        """Whether a request may be lost by its name: to workers that failed it too often, or with all that knew it."""
+        workers = (self.link_breaks, self.partitions, self.crashes, self.false_deaths, self.pauses, self.slow_steps)
+        data = (self.peer_breaks, self.suspicions, self.drains, self.agent_kills, self.doubts, self.loss)
+        return any((*workers, *data, self.corruption, self.router_kills and (self.store_faults or not self.shared)))
 
 
 def draw_options(choices: Choices) -> Options:
@@ -51,6 +69,7 @@ def draw_options(choices: Choices) -> Options:
         return choices.choose(2) * choices.choose(most + 1)
 
     moves = sometimes(300)
+    num_routers = 1 + choices.choose(2) * choices.choose(3)
     options = Options(
         num_prefill=1 + choices.choose(2),
         num_decode=1 + choices.choose(3),
@@ -79,6 +98,17 @@ def draw_options(choices: Choices) -> Options:
         clock_drift=sometimes(20),
         moves=moves,
         rebalances=bool(choices.choose(2)),
+        num_routers=num_routers,
+        shared=num_routers > 1 or bool(choices.choose(2)),
+        router_kills=sometimes(200),
+        router_stops=sometimes(200),
+        store_faults=sometimes(200),
+        store_repeats=sometimes(100),
+        breaks=sometimes(400),
+        twins=sometimes(300),
+        second_readers=sometimes(300),
+        stops=sometimes(400),
+        clock_skew_ms=choices.choose(2) * choices.choose(3) * 1_000,
         hasty_fences=bool(choices.choose(2)),
         swap_slots=(0, 6, 24, 24)[choices.choose(4)],
         pressed=choices.choose(3) == 2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import multiprocessing
 import os
 import sys
@@ -163,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--failures", type=int, default=1, help="stop after so many broken worlds")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes; all cores")
     options = parser.parse_args(arguments)
+    logging.disable()  # routers warn of what a world does to them
     if options.seed is not None:
         outcome = run_seed(options.seed)
         if outcome.problem and options.shrink:

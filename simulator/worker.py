@@ -86,6 +86,10 @@ class VirtualWorker:
                 return True
         return False
 
+    def request_ids(self) -> set[RequestId]:
+        """All that it has for a router, in either role."""
+        return {*self.core.prefill._requests, *self.core.decode._requests}
+
     def stands_with(self, request_id: RequestId) -> bool:
         """Whether the request, which decodes here, stands still, and not for want of the end of a step."""
         sequence = self.core.batch.get(request_id)

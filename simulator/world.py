@@ -7,7 +7,7 @@ is healed, and then every promise is due: each request ended once, and every poo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from cluster.readiness import pairs_of
@@ -22,37 +22,20 @@ from kv_transfer.handoff import HandoffConfig
 from kv_transfer.messages import CommitRequest, TransferMessage
 from prefill_worker.config import PrefillConfig
 from router.config import GRACE_MS, RouterConfig
-from router.core import RouterCore
-from router.events import (
-    ClientGone,
-    Deliver,
-    Event,
-    Fail,
-    Finish,
-    LinkLost,
-    LinkUp,
-    MoveEnded,
-    MoveRefused,
-    NewRequest,
-    Refuse,
-    ReportArrived,
-    SendToWorker,
-    StopRequested,
-    Submitted,
-    Tick,
-    WorkerJoined,
-    WorkerLost,
-)
-from router.store import EmbeddedOwners
+from router.events import Action, Deliver, Fail, Finish, MoveEnded, MoveRefused, NewRequest, SendToWorker
 from simulator.agents import AgentFaults, VirtualAgent
 from simulator.checks import Checks, Violation, at_baseline
 from simulator.choices import Choices
-from simulator.faults import ROUTER, Misfortune, Partition
+from simulator.clients import CLIENTS, Clients
+from simulator.faults import Misfortune, Partition
 from simulator.moves import Movers
 from simulator.network import Clock, Schedule, Stream
 from simulator.options import draw_options
+from simulator.router import NumberTokenizer, VirtualRouter
+from simulator.router_faults import RouterMisfortune
+from simulator.store import STORE, StoreServer
 from simulator.worker import VirtualWorker
-from tandem.messages import Role, RouterMessage, WorkerAddress, WorkerInfo, WorkerReport
+from tandem.messages import Role, WorkerAddress, WorkerInfo, WorkerReport
 from tandem.request import CANARY_PREFIX, RequestId, Sampling, WorkerId
 
 M = TypeVar("M")
@@ -61,7 +44,7 @@ BLOCK_SIZE = 4
 VOCAB_SIZE = 50_000
 NAMESPACE = "fake"
 TICK_MS = 100
-REDIAL_MS = 300
+UNHELD_MAX_MS = 3_000  # a worker has a request that no router has for no longer
 HEAL_LIMIT_MS = 300_000
 EVENTS_MAX = 400_000  # a world that does not come to rest is a violation, not a hang
 
@@ -87,6 +70,7 @@ def worker_config(handoff: HandoffConfig, *, pressed: bool) -> WorkerCoreConfig:
     )
 
 
+TOKENIZER = NumberTokenizer(VOCAB_SIZE)
 ROUTER_CONFIG = RouterConfig(
     handoff_deadline_ms=6_000,
     decode_stall_ms=6_000,
@@ -98,108 +82,80 @@ ROUTER_CONFIG = RouterConfig(
 )
 
 
-@dataclass(slots=True, eq=False)
-class _Link:
-    """One session between the router and a worker incarnation; a None in it is the hello."""
-
-    worker: VirtualWorker
-    session: int
-    down: Stream[RouterMessage | None]
-    up: Stream[WorkerReport]
-
-
 class World:
     """One run. `run()` raises Violation (or the AssertionError of a core) when a promise is broken."""
 
     def __init__(self, choices: Choices) -> None:
-        self._choices = choices
+        self.choices = choices
         self.options = draw_options(choices)
+        self.block_size, self.vocab_size = BLOCK_SIZE, VOCAB_SIZE
+        self.tokenizer = TOKENIZER
         self.schedule = Schedule(events_max=EVENTS_MAX)
-        self.clock = self._new_clock()  # the router's
         self.checks = Checks(
             block_size=BLOCK_SIZE,
             vocab_size=VOCAB_SIZE,
             namespace=NAMESPACE,
             # The last of it is the wait for the first token after the move, whose lack is noticed like any other's.
             move_limit_ms=ROUTER_CONFIG.move_deadline_ms + GRACE_MS + ROUTER_CONFIG.decode_stall_ms,
+            excused=self.options.excuses,
         )
-        self.owners = EmbeddedOwners()
-        config = replace(ROUTER_CONFIG, decode_reserve_tokens=self.options.reserve_tokens)
-        self.router = RouterCore(config, owners=self.owners)
+        self.config = replace(ROUTER_CONFIG, decode_reserve_tokens=self.options.reserve_tokens)
+        self.store = StoreServer(self)
+        self.routers: list[VirtualRouter] = []  # those that live
+        self.num_routers = 0  # that ever were
         self.workers: dict[WorkerId, VirtualWorker] = {}
+        self.sessions: dict[tuple[str, int], Stream[WorkerReport]] = {}  # the way up, by the worker's address
         self.peers: dict[tuple[WorkerId, int, WorkerId, int], Stream[TransferMessage]] = {}
         self.partition: Partition | None = None
         self.healed = False
         self.story: list[str] = []
-        self._links: dict[tuple[WorkerId, int], _Link] = {}
-        self._agents: dict[str, VirtualAgent] = {}
-        self._misfortune = Misfortune(self, choices)
+        self.clients = Clients(self)
         self.movers = Movers(self, choices)
-        self._incarnation = 0
-        self._session = 0
-        self._num_requests = 0
-        self._num_canaries = 0
         self.agent_faults = AgentFaults(
             loss=self.options.loss,
             corruption=self.options.corruption,
             delay_max_ms=self.options.delay_max_ms,
         )
+        self._agents: dict[str, VirtualAgent] = {}
+        self._misfortune = Misfortune(self, choices)
+        self.router_misfortune = RouterMisfortune(self, choices)
+        self._incarnation = 0
+        self._num_canaries = 0
+        self._unheld_ms: dict[tuple[WorkerId, int, RequestId], int] = {}
 
     def run(self) -> None:
         """Faults, then healing, then the reckoning."""
         options = self.options
+        for _ in range(options.num_routers):
+            self.router_misfortune.start_router()
         for role, num in ((Role.PREFILL, options.num_prefill), (Role.DECODE, options.num_decode)):
             for each in range(num):
                 self.start_worker(WorkerId(f"{role.value}-{each}"), role)
         for each in range(options.num_mixed):
             self.start_worker(WorkerId(f"mixed-{each}"), Role.MIXED)
         for _ in range(options.num_requests):
-            self.schedule.after(50 + self._choices.choose(options.faulty_ms), self._submit)
+            self.schedule.after(50 + self.choices.choose(options.faulty_ms), self.clients.submit)
         if options.canaries:
             self.schedule.after(200, self._ask_pair)
-        self._tick()
+        self._look()
         self._misfortune.strike()
+        self.router_misfortune.strike()
         self.movers.look()
         self.schedule.run(until_ms=50 + options.faulty_ms)
         self._heal()
         self.schedule.run(until_ms=self.schedule.now_ms + HEAL_LIMIT_MS, unless=self._at_rest)
         self._reckon()
 
-    # ---- clients -----------------------------------------------------------------------------------------------------
-
-    def _submit(self) -> None:
-        """Prompts begin alike, so that there are prefixes to share."""
-        choices = self._choices
-        self._num_requests += 1
-        shared = [100 * choices.choose(2) + each for each in range(4 * choices.choose(6))]
-        own = [1_000 * self._num_requests + each for each in range(1 + choices.choose(20))]
-        sampled = choices.choose(2)
-        room = self.options.num_blocks * BLOCK_SIZE - len(shared) - len(own)  # of a pool: it could never end else
-        sampling = Sampling(
-            temperature=float(sampled),
-            seed=choices.choose(1_000) * sampled,
-            max_tokens=min(2 + choices.choose(self.options.answer_tokens_max), room),
-            ignore_eos=True,
-        )
-        request = NewRequest(
-            request_id=RequestId(f"r{self._num_requests}"),
-            tokens=(*shared, *own),
-            sampling=sampling,
-            priority=max(0, choices.choose(6) - 3),
-            cache_salt=b"" if self._num_requests % 8 else b"another tenant's",
-        )
-        self.tell(f"{request.request_id}: {len(request.tokens)} tokens, then {sampling.max_tokens}")
-        self.checks.submitted(request, healthy=self.healed)
-        self.feed(Submitted(request=request))
-        if choices.chance(self.options.client_leaves) and not self.healed:
-            self.schedule.after(choices.choose(500), lambda: self._leave(request.request_id))
-
     def _ask_pair(self) -> None:
-        """A canary through one of the pairs that there are, until the world is healed."""
+        """A canary of one of the routers through one of the pairs that it knows, until the world is healed."""
         if self.healed:
             return
-        self.schedule.after(200 + self._choices.choose(400), self._ask_pair)
-        pairs, _ = pairs_of(self.router.fleet)
+        self.schedule.after(200 + self.choices.choose(400), self._ask_pair)
+        asking = [each for each in self.routers if each.loop.hears]
+        if not asking:
+            return
+        router = asking[self.choices.choose(len(asking))]
+        pairs, _ = pairs_of(router.core.fleet)
         if not pairs:
             return
         self._num_canaries += 1
@@ -208,152 +164,120 @@ class World:
             tokens=(7, 7, 7),
             sampling=Sampling(max_tokens=2, ignore_eos=True),
             deadline_ms=2_000,
-            canary=pairs[self._choices.choose(len(pairs))],
+            canary=pairs[self.choices.choose(len(pairs))],
         )
-        self.checks.submitted(request, healthy=False)
-        self.feed(Submitted(request=request))
+        self.checks.submitted(request.request_id, request.tokens, request.sampling, request.cache_salt)
+        router.ask_itself(request)
 
-    def _leave(self, request_id: RequestId) -> None:
-        """The client hangs up, or its answer has met a stop string."""
-        seen = self.checks.num_seen(request_id)
-        if seen and self._choices.choose(2):
-            index = self._choices.choose(seen)
-            if request_id in self.checks.unended():
-                self.checks.stop_asked(request_id, index)
-            self.feed(StopRequested(request_id=request_id, index=index))
-        else:
-            self.checks.client_gone(request_id)
-            self.feed(ClientGone(request_id=request_id, reason="hung up"))
+    # ---- routers -----------------------------------------------------------------------------------------------------
 
-    # ---- the router's shell ------------------------------------------------------------------------------------------
+    def any_router(self, asker: str) -> VirtualRouter | None:
+        """Whichever takes a connection: a router that stands still does, too."""
+        there = [each for each in self.routers if not self.parts(asker, each.name)]
+        return there[self.choices.choose(len(there))] if there else None
 
-    def _tick(self) -> None:
-        self.feed(Tick())
-        self.checks.moves_in_time(self.clock.now_ms)
-        if self.router.line.lacks_workers and any(self.router.fleet.ready.values()):
-            raise Violation(f"{self.router.line.blocked} though a worker is ready, and any serves alone if it must")
-        self._look_at_owners()
-        self.schedule.after(TICK_MS, self._tick)
+    def tell_routers(self, tell: Callable[[VirtualRouter], None]) -> None:
+        """Each hears it in its own time."""
+        for router in self.routers:
+            router.tell(tell)
 
-    def _look_at_owners(self) -> None:
+    def router_wants(self, router: VirtualRouter, action: Action) -> None:
+        """What a router's core wants done, before it is."""
+        checks, name = self.checks, router.name
+        match action:
+            case SendToWorker():
+                checks.router_said(name, action.worker_id, action.incarnation, action.message)
+            case Deliver():
+                checks.delivered(name, action)
+            case Finish() | Fail():
+                self.tell(f"{action.request_id} ended at {name}: {action}")
+                checks.ended(name, action)
+            case MoveRefused() | MoveEnded():
+                self.tell(f"move {action.ticket}: {action}")
+                checks.move_answered(router.clock.now_ms, action)
+
+    def _look(self) -> None:
+        """What is promised at any time, looked at from time to time."""
+        for router in self.routers:
+            if router.loop.hears:
+                self.checks.moves_in_time(router.clock.now_ms, router.name)
+                self._look_at_owners(router)
+                fleet, line = router.core.fleet, router.core.line
+                if line.lacks_workers and any(fleet.ready.values()):
+                    raise Violation(f"{line.blocked} though a worker is ready, and any serves alone if it must")
+        self._look_at_workers()
+        self.schedule.after(TICK_MS, self._look)
+
+    def _look_at_owners(self, router: VirtualRouter) -> None:
         """A request whose owner does not know of it is lost until the router's patience ends."""
-        for request_id in self.checks.unended():
-            record = self.owners.get(request_id)
+        for request_id in router.core.request_ids():
+            record = router.driver.owner(request_id)
             if record is None:
                 continue
             worker = self.workers[record.worker_id]
-            heard = worker.address.incarnation == record.incarnation and self._is_heard(worker)
+            heard = worker.address.incarnation == record.incarnation and self._is_heard(router, worker)
+            # Of two routers that serve it the older does not know yet that workers listen to the other.
+            heard = heard and self.checks.is_newest(router.name, request_id)
             known = not heard or worker.knows(request_id, record.epoch)
             runs = not heard or not worker.stands_with(request_id)
-            self.checks.owner_is(self.clock.now_ms, request_id, known=known, runs=runs)
+            self.checks.owner_is(router.clock.now_ms, router.name, request_id, known=known, runs=runs)
 
-    def _is_heard(self, worker: VirtualWorker) -> bool:
+    def _is_heard(self, router: VirtualRouter, worker: VirtualWorker) -> bool:
         """Whether router and worker can hear one another now."""
-        worker_id = worker.worker_id
-        link = self._links.get((worker_id, worker.address.incarnation))
-        apart = self._parts(ROUTER, worker_id) or self._parts(worker_id, ROUTER)
-        return worker.hears and link is not None and link.down.open and not apart
+        apart = self.parts(router.name, worker.worker_id) or self.parts(worker.worker_id, router.name)
+        return worker.hears and router.link_to(worker) is not None and not apart
 
-    def feed(self, event: Event) -> None:
-        """Something happens to the router."""
-        for action in self.router.handle(self.clock.now_ms, event):
-            match action:
-                case SendToWorker():
-                    self.checks.router_said(action.worker_id, action.incarnation, action.message)
-                    link = self._links.get((action.worker_id, action.incarnation))
-                    if link is not None:
-                        link.down.send(action.message)
-                case Deliver():
-                    self.checks.delivered(action)
-                    self.movers.delivered(action.request_id)
-                case Finish() | Fail():
-                    self.tell(f"{action.request_id} ended: {action}")
-                    self.checks.ended(action)
-                case MoveRefused() | MoveEnded():
-                    self.tell(f"move {action.ticket}: {action}")
-                    self.checks.move_answered(self.clock.now_ms, action)
-                case Refuse():
-                    raise Violation(f"{action.request_id} was refused: {action.error}")
+    def _look_at_workers(self) -> None:
+        """What no router has, no worker has for long, as long as it can hear that."""
+        now_ms, unheld = self.schedule.now_ms, {}
+        served = {request_id for router in self.routers for request_id in router.core.request_ids()}
+        hear = all(router.loop.hears for router in self.routers) and self.partition is None
+        for worker in self.workers.values():
+            for request_id in worker.request_ids() - served if worker.hears and hear else ():
+                key = worker.worker_id, worker.address.incarnation, request_id
+                unheld[key] = self._unheld_ms.get(key, now_ms)
+                if now_ms - unheld[key] > UNHELD_MAX_MS:
+                    raise Violation(f"{key} is had by no router for {now_ms - unheld[key]} ms")
+        self._unheld_ms = unheld
 
-    # ---- links between the router and workers ------------------------------------------------------------------------
+    def report(self, worker: VirtualWorker, session: int, report: WorkerReport) -> None:
+        self.checks.reported(worker.worker_id, worker.address.incarnation, report)
+        up = self.sessions.get((worker.address.control, session))
+        if up is not None:
+            up.send(report)
 
-    def _connect(self, worker: VirtualWorker) -> None:
-        """A new session, if the worker is still whom the router looks for and can be reached."""
-        key = worker.address.worker_id, worker.address.incarnation
-        if not worker.alive or key in self._links or self.router.fleet.get(*key) is None:
-            return
-        if self._parts(ROUTER, key[0]) or self._parts(key[0], ROUTER):
-            self.schedule.after(REDIAL_MS, lambda: self._connect(worker))
-            return
-        self._session += 1
-        session = self._session
-
-        def down(message: RouterMessage | None) -> None:
-            if message is None:
-                worker.joined(session)
-            else:
-                worker.said(session, message)
-
-        def up(report: WorkerReport) -> None:
-            self.feed(ReportArrived(report=report))
-
-        delay_ms = self.options.delay_max_ms
-        link = _Link(
-            worker,
-            session,
-            Stream(self.schedule, self._choices, delay_max_ms=delay_ms, arrive=down),
-            Stream(self.schedule, self._choices, delay_max_ms=delay_ms, arrive=up),
-        )
-        self._links[key] = link
-        link.down.send(None)
-        self.feed(LinkUp(worker_id=key[0], incarnation=key[1]))
+    # ---- the network -------------------------------------------------------------------------------------------------
 
     def cut_link(self, worker: VirtualWorker, reason: str) -> None:
-        """Both ends notice, each in its own time; the router dials again after that."""
-        key = worker.address.worker_id, worker.address.incarnation
-        link = self._links.get(key)
-        if link is None:
-            return
-        self.tell(f"link to {key} cut: {reason}")
-        link.down.cut()
-        link.up.cut()
-        self.later(lambda: worker.gone(link.session), 20)
+        """The stream of one of the routers to this worker breaks."""
+        links = [link for link in (router.link_to(worker) for router in self.routers) if link is not None]
+        if links:
+            links[self.choices.choose(len(links))].cut(reason)
 
-        def noticed() -> None:
-            if self._links.get(key) is link:
-                del self._links[key]
-                self.feed(LinkLost(worker_id=key[0], incarnation=key[1], reason=reason))
-                self.later(lambda: self._connect(worker), 10)
+    def cut_links(self, worker: VirtualWorker, reason: str) -> None:
+        """All of them."""
+        for link in [router.link_to(worker) for router in self.routers]:
+            if link is not None:
+                link.cut(reason)
 
-        self.later(noticed, 20)
-
-    def drop_link(self, worker: VirtualWorker) -> None:
-        """The router ends the session, and looks for this incarnation no more."""
-        link = self._links.pop((worker.address.worker_id, worker.address.incarnation), None)
-        if link is not None:
-            link.down.cut()
-            link.up.cut()
-            self.later(lambda: worker.gone(link.session), 20)
-
-    def _report(self, worker: VirtualWorker, session: int, report: WorkerReport) -> None:
-        self.checks.reported(worker.worker_id, worker.address.incarnation, report)
-        link = self._links.get((worker.worker_id, worker.address.incarnation))
-        if link is not None and link.session == session:
-            link.up.send(report)
-
-    def _parts(self, sender: str, receiver: str) -> bool:
+    def parts(self, sender: str, receiver: str) -> bool:
         return self.partition is not None and self.partition.parts(sender, receiver)
+
+    def names(self) -> list[str]:
+        """All that a partition may cut off."""
+        return [*self.workers, *(each.name for each in self.routers), STORE, CLIENTS]
 
     def hold_streams(self) -> None:
         """Lets every stream stall that crosses the partition, and no other."""
-        for (worker_id, _), link in self._links.items():
-            self._hold(link.down, ROUTER, worker_id)
-            self._hold(link.up, worker_id, ROUTER)
+        for router in self.routers:
+            for link in router.links:
+                link.hold()
+        self.clients.hold()
         for (mine, _, other, _), stream in self.peers.items():
-            self._hold(stream, mine, other)
+            self.hold(stream, mine, other)
 
-    def _hold(self, stream: Stream[M], sender: str, receiver: str) -> None:
-        if self._parts(sender, receiver):
+    def hold(self, stream: Stream[M], sender: str, receiver: str) -> None:
+        if self.parts(sender, receiver):
             stream.hold()
         else:
             stream.let_go()
@@ -366,7 +290,7 @@ class World:
         address = WorkerAddress(
             worker_id=worker_id,
             incarnation=incarnation,
-            control=str(worker_id),
+            control=f"{worker_id}/{incarnation}",
             endpoint=f"{worker_id}/{incarnation}",
         )
         layout = fake_layout(block_size=BLOCK_SIZE, namespace=NAMESPACE)
@@ -397,19 +321,18 @@ class World:
             memory=memoryview(memory),
             ledger=ledger,
             schedule=self.schedule,
-            clock=self._new_clock(),
-            choices=self._choices,
+            clock=self.new_clock(),
+            choices=self.choices,
             checks=self.checks,
             step_max_ms=self.options.step_max_ms,
             slow_steps=self.options.slow_steps,
-            to_router=self._report,
+            to_router=self.report,
             to_peer=self._to_peer,
         )
         self.workers[worker_id] = worker
         self.start_agent(worker)
         self.tell(f"{worker_id} starts as incarnation {address.incarnation}")
-        self.feed(WorkerJoined(info=worker.info, incarnation=address.incarnation))
-        self.later(lambda: self._connect(worker), 5)
+        self.tell_routers(lambda router: router.worker_joined(worker.info, incarnation))
 
     def _next_incarnation(self, worker_id: WorkerId) -> int:
         self._incarnation += 1
@@ -437,13 +360,13 @@ class World:
     def start_agent(self, worker: VirtualWorker) -> None:
         agent = VirtualAgent(
             schedule=self.schedule,
-            choices=self._choices,
+            choices=self.choices,
             faults=self.agent_faults,
             runner=worker.runner,
             ledger=worker.ledger,
             tell=worker.agent_said,
             find=self._agents.get,
-            parts=self._parts,
+            parts=self.parts,
             name=worker.worker_id,
             endpoint=worker.address.endpoint,
         )
@@ -463,11 +386,10 @@ class World:
     def leaves(self, worker: VirtualWorker) -> None:
         """It has been drained: its process ends, and another one starts."""
         self.tell(f"{worker.worker_id} leaves")
-        if self._is_heard(worker):
+        if any(self._is_heard(router, worker) for router in self.routers):
             self.checks.leaves(worker.worker_id, worker.ledger, _num_held(worker))
         address = worker.address
-        self.drop_link(worker)
-        self.feed(WorkerLost(worker_id=address.worker_id, incarnation=address.incarnation, reason="drained"))
+        self.tell_routers(lambda router: router.worker_lost(address.worker_id, address.incarnation, "drained"))
         self.kill(worker)
         self.later(lambda: self.restart(worker), 50)
 
@@ -491,13 +413,13 @@ class World:
                 peer = self.workers.get(to.worker_id)
                 if peer is not None and peer.alive and peer.address.incarnation == to.incarnation:
                     peer.post(said)
-                elif self._choices.choose(2):
+                elif self.choices.choose(2):
                     sender.peer_gone(to)
 
-            stream = Stream(self.schedule, self._choices, delay_max_ms=self.options.delay_max_ms, arrive=arrive)
+            stream = Stream(self.schedule, self.choices, delay_max_ms=self.options.delay_max_ms, arrive=arrive)
             self.peers[key] = stream
-            self._hold(stream, mine.worker_id, to.worker_id)
-            if was is not None and was.last is not None and self._choices.choose(2):
+            self.hold(stream, mine.worker_id, to.worker_id)
+            if was is not None and was.last is not None and self.choices.choose(2):
                 stream.send(was.last)  # nobody knows whether it got through, so it goes again
         stream.send(message)
 
@@ -509,34 +431,42 @@ class World:
         self.healed = True
         self.agent_faults.loss = self.agent_faults.corruption = 0
         self._misfortune.heal()
-        self.schedule.after(15_000, self._submit)
-        self.schedule.after(15_000, self._submit)
+        self.router_misfortune.heal()
+        self.schedule.after(15_000, self.clients.submit)
+        self.schedule.after(15_000, self.clients.submit)
 
     def _at_rest(self) -> bool:
-        done = self._num_requests == self.options.num_requests + 2 and not self.checks.unended()
-        return done and not self.checks.moves().get("none") and all(map(self._rests, self.workers.values()))
+        if self.clients.num_requests != self.options.num_requests + 2 or self.checks.readers.unended():
+            return False
+        rest = all(router.rests for router in self.routers) and all(map(self._rests, self.workers.values()))
+        return rest and not self.checks.moves().get("none")
 
     @staticmethod
     def _rests(worker: VirtualWorker) -> bool:
         return worker.alive and at_baseline(worker.ledger) and _num_held(worker) == 0
 
     def _reckon(self) -> None:
-        if waiting := self.checks.unended():
-            raise Violation(f"{HEAL_LIMIT_MS} ms after healing these have not ended: {waiting}")
+        if waiting := self.checks.readers.unended():
+            raise Violation(f"{HEAL_LIMIT_MS} ms after healing these clients still wait: {waiting}")
         for worker in self.workers.values():
             self.checks.final_worker(worker.worker_id, worker.ledger, worker.runner, _num_held(worker))
-        self.checks.final_router(self.router, len(self.owners))
+        for router in self.routers:
+            self.checks.final_router(router.core, router.driver.num_owners, router.driver.num_streams)
+        if self.options.shared:
+            for router in self.routers:
+                self.checks.final_writes(router.name, router.driver.transcripts.pending())
+            self.checks.final_store(self.store.model, [each.name for each in self.routers])
 
     def later(self, do: Callable[[], None], factor: int) -> None:
         """After a while: up to `factor` times the network's delay."""
-        self.schedule.after(1 + self._choices.choose(factor * self.options.delay_max_ms), do)
+        self.schedule.after(1 + self.choices.choose(factor * self.options.delay_max_ms), do)
 
-    def _new_clock(self) -> Clock:
+    def new_clock(self) -> Clock:
         """Each process has its own time."""
         drift = self.options.clock_drift
         if not drift:
             return Clock(self.schedule)
-        choices = self._choices
+        choices = self.choices
         return Clock(self.schedule, offset_ms=choices.choose(1_000_000), drift=choices.choose(2 * drift + 1) - drift)
 
     def tell(self, what: str) -> None:

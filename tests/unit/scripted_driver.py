@@ -75,7 +75,7 @@ class ScriptedDriver:
         """As router.driver.Driver.take_over; a script has nothing to go on from."""
         raise UnknownRequest(kept.new.request_id)
 
-    def read_again(self, request_id: RequestId) -> ScriptedStream:
+    def read_again(self, request_id: RequestId, *, sure: bool = True) -> ScriptedStream:
         """As router.driver.Driver.read_again; a script keeps nothing."""
         raise UnknownRequest(request_id)
 

@@ -16,6 +16,7 @@ from redis_server import RedisServer, redis_server
 from test_router_driver import INCARNATION, CountingWorker, token_at
 
 from cluster.state import RedisStore
+from router.clients import WorkerLink
 from router.config import RouterConfig
 from router.driver import Driver
 from router.grpc_api import build_grpc_server
@@ -134,7 +135,9 @@ def tokens_of(responses: list[inference_pb2.GenerateResponse]) -> list[int]:
 def release(router: Router, worker: CountingWorker) -> None:
     """The worker, which has said no more for a while, is asked again by this router, and says everything."""
     worker.num_tokens_max = 10**9
-    router.driver._links[(worker.worker_id, INCARNATION)]._break("cut by the test")
+    link = router.driver._links[(worker.worker_id, INCARNATION)]
+    assert isinstance(link, WorkerLink)
+    link._break("cut by the test")
 
 
 async def begun(router: Router, request: inference_pb2.GenerateRequest) -> list[inference_pb2.GenerateResponse]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 import redis
@@ -84,17 +85,17 @@ def test_taken_over_whole_and_the_one_before_is_fenced() -> None:
         assert await first.claim(write(5, 0, 0, entry=True), "") is None
         assert await verdict(first, write(5, 0, 3)) is Verdict.WRITTEN
         assert await verdict(first, write(5, 3, 4)) is Verdict.WRITTEN
-        kept = await second.take_over(RequestId("r"))
+        kept = await second.take_over(RequestId("r"), 1 << 52)
         assert kept is not None
         assert (kept.keep, kept.tokens, kept.ended) == (KEEP, tokens(0, 4), None)
         assert kept.new.sampling == new().sampling
         assert 50_000 < kept.new.deadline_ms <= 60_000
         assert kept.fence > 5
-        assert kept.first_epoch > 1_000_000_000_000_000
+        assert kept.fence == 1 << 52
         assert await verdict(first, write(5, 4, 5)) is Verdict.FENCED
         assert await verdict(first, write(5, 0, 5, entry=True)) is Verdict.FENCED, "nor by writing all of it anew"
         assert await verdict(second, write(kept.fence, 4, 6)) is Verdict.WRITTEN
-        again = await second.take_over(RequestId("r"))
+        again = await second.take_over(RequestId("r"), 1 << 52)
         assert again is not None
         assert (again.fence, again.tokens) == (kept.fence, tokens(0, 6)), "who has it keeps its fence"
 
@@ -108,9 +109,29 @@ def test_gaps_and_what_is_missing_are_written_anew() -> None:
         assert await verdict(first, write(5, 3, 4)) is Verdict.MISSING
         assert await verdict(first, write(5, 1, 4)) is Verdict.MISSING
         assert await verdict(first, write(5, 0, 4, entry=True)) is Verdict.WRITTEN
-        kept = await second.take_over(RequestId("r"))
+        kept = await second.take_over(RequestId("r"), 1 << 52)
         assert kept is not None
         assert kept.tokens == tokens(0, 4)
+
+    run(case)
+
+
+def test_a_claim_whose_answer_was_lost_does_not_fence_its_own_router() -> None:
+    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+        assert await first.claim(write(5, 0, 0, entry=True), "") is None
+        assert await verdict(first, write(6, 0, 2, entry=True)) is Verdict.WRITTEN, "it began under a later fence"
+        assert await verdict(second, write(7, 0, 2, entry=True)) is Verdict.FENCED
+
+    run(case)
+
+
+def test_a_request_that_was_not_claimed_is_known_by_its_key_once_it_is_written() -> None:
+    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+        late = replace(write(5, 0, 2, entry=True), entry=(new(), replace(KEEP, key="key")))
+        assert await verdict(first, late) is Verdict.WRITTEN
+        known = await second.claim(write(6, 0, 0, entry=True), "key")
+        assert isinstance(known, Kept)
+        assert known.new.request_id == "r"
 
     run(case)
 
@@ -122,7 +143,7 @@ def test_what_ended_stays_as_it_ended() -> None:
         assert await verdict(first, write(5, 0, 4, entry=True)) is Verdict.WRITTEN
         ended = Ended(num_tokens=2, usage=usage)  # a stop string was found in what came before
         assert await verdict(first, write(5, 2, 2, ended=ended)) is Verdict.WRITTEN
-        kept = await second.take_over(RequestId("r"))
+        kept = await second.take_over(RequestId("r"), 1 << 52)
         assert kept is not None
         assert (kept.ended, kept.tokens, kept.fence) == (ended, tokens(0, 2), 5)
 
@@ -167,7 +188,7 @@ def test_a_restart_that_forgets_is_noticed_and_another_cluster_refused() -> None
         server.start()
         assert not await first.renew()
         assert await first.renew()
-        assert await second.take_over(RequestId("r")) is None
+        assert await second.take_over(RequestId("r"), 1 << 52) is None
         await stranger.leave()
 
     run(case)
@@ -178,9 +199,9 @@ def test_a_server_that_stands_still_is_given_up_in_time() -> None:
         server.process.suspend()
         async with asyncio.timeout(5):
             with pytest.raises(StoreDown):
-                await first.take_over(RequestId("r"))
+                await first.take_over(RequestId("r"), 1 << 52)
         server.process.resume()
-        assert await first.take_over(RequestId("r")) is None
+        assert await first.take_over(RequestId("r"), 1 << 52) is None
 
     run(case)
 
@@ -201,7 +222,7 @@ def test_a_claim_that_a_stopped_server_carries_out_late_takes_no_request_from_it
         assert await verdict(first, write(6, 0, 2, entry=True)) is Verdict.WRITTEN
         assert await first.claim(write(5, 0, 0, entry=True), "") is None, "and when it comes later still"
         assert await verdict(first, write(6, 2, 3)) is Verdict.WRITTEN
-        kept = await second.take_over(RequestId("r"))
+        kept = await second.take_over(RequestId("r"), 1)
         assert kept is not None
         assert kept.tokens == tokens(0, 3)
         assert await verdict(first, write(7, 0, 3, entry=True)) is Verdict.FENCED, "another router has it now"

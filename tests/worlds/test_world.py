@@ -26,6 +26,7 @@ from kv_transfer.migration_source import MIGRATION_TABLE, MigrationState, Source
 from kv_transfer.plan import SendWindow
 from prefill_worker.core import PrefillCore
 from router.placement import NoPlacement, Placer, Why
+from router.request import RequestSnapshot
 from simulator.agents import VirtualAgent
 from simulator.choices import Choices
 from simulator.run import main, run_seed, run_seeds, run_world, show, shrink
@@ -63,12 +64,17 @@ def test_a_seed_makes_the_same_world_and_its_choices_make_it_again() -> None:
     assert len(first.world.story) > 10
 
 
+def statuses(world: World) -> list[RequestSnapshot]:
+    """What the routers that live know of requests."""
+    return [each for router in world.routers for each in router.core.status(router.clock.now_ms).requests]
+
+
 def test_the_calm_world_hands_every_request_over() -> None:
     """Without a choice left, nothing goes wrong; what is served then is served by a handoff, as it should be."""
     outcome = run_world(Choices(), 0)
     assert not outcome.problem, show(outcome)
     assert outcome.world is not None
-    requests = outcome.world.router.status(outcome.world.clock.now_ms).requests
+    requests = statuses(outcome.world)
     assert {each.mode for each in requests} == {"prefill"}
     assert {each.state for each in requests} == {"finished"}
     assert all(each.transferred.blocks_moved for each in requests)
@@ -81,7 +87,7 @@ def test_the_worlds_meet_what_they_are_meant_to_meet() -> None:
     for outcome in run_seeds(range(60)):
         world = outcome.world
         assert world is not None
-        for each in world.router.status(world.clock.now_ms).requests:
+        for each in statuses(world):
             told.append(each.error)
             num_moved += each.transferred.blocks_moved
             num_replaced += each.num_replacements
