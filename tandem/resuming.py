@@ -8,6 +8,7 @@ from tandem.errors import RequestLost, Stopping, StoreAway, TandemError, Unavail
 
 FIRST_PAUSE_S = 0.05
 PAUSE_S_MAX = 1.0
+UNKNOWN_S = 5.0  # a store that was away may know nothing yet of a request that runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Resuming:
     num_tokens: int = 0
     finished: bool = False
     broken: TandemError | None = None  # why the stream first broke since it was heard last
+    unknown_s: float | None = None  # since when no router knows it
     pause_s: float = FIRST_PAUSE_S
 
     def next_call(self) -> Begin | Attach:
@@ -45,7 +47,7 @@ class Resuming:
         if index + num_tokens < self.num_tokens or (index < self.num_tokens and num_tokens):
             return False
         self.num_tokens = max(self.num_tokens, index + num_tokens)
-        self.heard_s, self.broken, self.pause_s = now_s, None, FIRST_PAUSE_S
+        self.heard_s, self.broken, self.unknown_s, self.pause_s = now_s, None, None, FIRST_PAUSE_S
         self.finished = self.finished or finished
         return True
 
@@ -56,14 +58,23 @@ class Resuming:
         """
         if not self.resume_s:
             raise error
-        if isinstance(error, UnknownRequest) and self.num_tokens:
-            why = "" if self.broken is None else f": {self.broken.message}"
-            raise RequestLost(f"the stream broke after {self.num_tokens} tokens, and no router can resume it{why}")
+        unknown = isinstance(error, UnknownRequest)
         passing = isinstance(error, Stopping | StoreAway) or (isinstance(error, Unavailable) and not said)
-        if not passing:
+        if not passing and not unknown:
             raise error
+        if unknown:
+            self.unknown_s = now_s if self.unknown_s is None else self.unknown_s
+            if now_s - self.unknown_s + self.pause_s > UNKNOWN_S:
+                raise self._lost(error)
         self.broken = self.broken or error
         if now_s - self.heard_s + self.pause_s > self.resume_s:
             raise self.broken
         pause_s, self.pause_s = self.pause_s, min(2 * self.pause_s, PAUSE_S_MAX)
         return pause_s
+
+    def _lost(self, error: TandemError) -> TandemError:
+        """What a stream ends with that nobody knows any more."""
+        if not self.num_tokens:
+            return error
+        why = f": {self.broken.message}" if self.broken is not None and self.broken is not error else ""
+        return RequestLost(f"the stream broke after {self.num_tokens} tokens, and no router can resume it{why}")

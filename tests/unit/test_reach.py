@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
@@ -23,14 +24,18 @@ class Only(admin_pb2_grpc.AdminServicer):
         return pb.StatusResponse(model="here")
 
 
-def run_of(*addresses: str) -> RunFile:
+def run_of(token: Path, *addresses: str) -> RunFile:
     internal = {f"router-{number}": address for number, address in enumerate(addresses)}
     return RunFile(
-        pid=1, started_s=0.0, host="127.0.0.1", port=8000, grpc_port=1, model="m", log_dir="l", internal=internal
+        pid=1, started_s=0.0, host="127.0.0.1", port=8000, grpc_port=1, model="m", log_dir="l", internal=internal,
+        join_token_file=str(token),
     )  # fmt: skip
 
 
-def test_the_first_that_answers_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_that_answers_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("x" * 43)
+    token.chmod(0o600)
     monkeypatch.setattr(reach, "ANSWER_S", 1.0)
     gone = f"127.0.0.1:{pick_port('127.0.0.1', 0, '--port')}"
     server = grpc.server(ThreadPoolExecutor(1))
@@ -40,10 +45,10 @@ def test_the_first_that_answers_is_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     try:
         with socket.create_server(("127.0.0.1", 0)) as stopped:  # the kernel takes connections for it, as for a process
             hangs = f"127.0.0.1:{stopped.getsockname()[1]}"
-            with reach.admin(run_of(gone, hangs, here)) as stub:
+            with reach.admin(run_of(token, gone, hangs, here)) as stub:
                 assert stub.Status(pb.StatusRequest(), timeout=5).model == "here"
             with pytest.raises(NoCluster, match="no router of the cluster at port 8000 answers"):
-                with reach.admin(run_of(gone, hangs)):
+                with reach.admin(run_of(token, gone, hangs)):
                     raise AssertionError("nobody is there")
     finally:
         server.stop(None).wait()

@@ -27,7 +27,7 @@ from router.transcripts import Transcripts
 from tandem.client import AsyncClient
 from tandem.errors import InvalidRequest, RequestLost, Stopping, StoreAway, TakenOver, TandemError, UnknownRequest
 from tandem.messages import CancelAssigned
-from tandem.resuming import Attach, Begin, Resuming
+from tandem.resuming import UNKNOWN_S, Attach, Begin, Resuming
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
 DEADLINE_S = 40
@@ -363,7 +363,7 @@ def test_bad_input_is_named() -> None:
             assert reply.status_code in (400, 404), reply.text
             return str(reply.json()["error"]["message"])
 
-        for wrong in ("", "x", "x/", "/4", "x/-1", "x/1e3", "x/9999999999", "x/\xb2"):
+        for wrong in ("x", "x/", "/4", "x/-1", "x/1e3", "x/9999999999", "x/\xb2"):
             assert "last-event-id" in await refused({"last-event-id": wrong})
         assert "no request of id 'nobody'" in await refused({"last-event-id": "nobody/3"})
         assert "x-resume-ms" in await refused({"x-resume-ms": "soon"})
@@ -427,7 +427,7 @@ def test_pauses_grow_and_end() -> None:
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [(InvalidRequest("x", "y"), True), (TakenOver("x"), True), (TandemError("x"), False), (UnknownRequest("x"), True)],
+    [(InvalidRequest("x", "y"), True), (TakenOver("x"), True), (TandemError("x"), False)],
 )
 def test_what_does_not_pass_is_raised(error: TandemError, said: bool) -> None:
     with pytest.raises(type(error)):
@@ -438,8 +438,11 @@ def test_a_request_that_nobody_knows_any_more_is_lost_by_name() -> None:
     stream = resuming()
     stream.heard(0, 0, 3, finished=False)
     stream.failed(0, Stopping("the router is stopping"), said=True)
+    now_s = 0.0
+    while now_s + stream.pause_s <= UNKNOWN_S:  # it may be known in a moment
+        now_s += stream.failed(now_s, UnknownRequest("x"), said=True)
     with pytest.raises(RequestLost, match=r"after 3 tokens.*the router is stopping"):
-        stream.failed(0, UnknownRequest("x"), said=True)
+        stream.failed(now_s, UnknownRequest("x"), said=True)
 
 
 def test_without_resuming_a_break_is_the_end() -> None:
