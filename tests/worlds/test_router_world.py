@@ -19,6 +19,8 @@ from simulator.worker import VirtualWorker
 from tandem.request import RequestId
 from tandem.resuming import Attach, Begin, Resuming
 
+pytestmark = pytest.mark.timeout(600)  # a search through worlds, on a machine that others use, too
+
 SEEDS_TO_FIND = 2000
 
 

@@ -34,6 +34,8 @@ from simulator.world import World
 from tandem.request import WorkerId
 
 SEEDS = 300
+pytestmark = pytest.mark.timeout(600)  # a search through worlds, on a machine that others use, too
+
 SEEDS_TO_FIND = 2000
 ANY = tuple(MigrationState)
 STORED_SEEDS = Path(__file__).parent.parent / "testdata" / "seeds.txt"
