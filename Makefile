@@ -33,14 +33,14 @@ install: $(VENV)/.installed-dev  ## build .venv with everything
 serve: $(VENV)/.installed  ## a local cluster on a real model: make serve ARGS="--decode 3"
 	@$(BIN)/tandem serve $(ARGS)
 
-test: install  ## all tests that need no GPU, eight minutes on two cores; make test ARGS="tests/unit -k queue", JOBS=4
+test: install  ## all tests that need no GPU, half an hour on two cores; make test ARGS="tests/unit -k queue", JOBS=4
 ifdef ARGS
 	@$(BIN)/python -m pytest -m "not gpu and not long" $(ARGS)
 else
-	@# Real clusters apart from what computes: they mostly wait, and each file keeps one cluster for its tests.
-	@run="$(BIN)/python -m pytest -m 'not gpu and not long' -n $(JOBS)"; failed=0; \
-	eval $$run --dist worksteal tests --ignore=tests/integration || failed=1; \
-	eval $$run --dist loadfile tests/integration || failed=1; \
+	@# Real clusters apart from what computes, and one at a time: their tests hold them to seconds.
+	@run="$(BIN)/python -m pytest -m 'not gpu and not long'"; failed=0; \
+	eval $$run -n $(JOBS) --dist worksteal tests --ignore=tests/integration || failed=1; \
+	eval $$run tests/integration || failed=1; \
 	exit $$failed
 endif
 

@@ -17,8 +17,10 @@ def shortage(config: ClusterConfig, arch: ArchSpec, *, available_bytes: int) -> 
     missing = num * (weights + kv + swap + OTHER_BYTES) - available_bytes
     if missing <= 0:
         return None
+    # Unless it was given, what is swapped to shrinks with it.
     kv_left = (kv - -(-missing // num)) // MiB * MiB
-    hints = [f"--kv-memory to {kv_left // MiB}MiB"] if kv_left >= max(MiB, KV_MEMORY_LEAST) else []
+    fits = kv_left >= max(MiB, KV_MEMORY_LEAST)
+    hints = [f"--kv-memory to {kv_left // MiB}MiB" if fits else "--kv-memory and --swap-memory"]
     hints.append("the number of workers (--prefill, --decode, --mixed)")
     return (
         f"kv_memory: {num} workers need {weights // MiB} MiB of weights, {kv // MiB} MiB of KV, {swap // MiB} MiB to "

@@ -18,6 +18,7 @@ from router.openai_schema import IGNORED, UNSUPPORTED, ChatRequest, CommonReques
 from router.openai_stream import EVENT_ID_MARK, EVENT_INDEX_DIGITS_MAX
 from router.validation import (
     BODY_BYTES_MAX,
+    CACHE_SALT_CHARACTERS_MAX,
     CHOICES_EACH_MAX,
     CHOICES_MAX,
     KEY_CHARACTERS_MAX,
@@ -28,9 +29,10 @@ from router.validation import (
     STOP_CHARACTERS_MAX,
     STOP_TOKEN_IDS_MAX,
     STOPS_MAX,
+    TARGET_MS_MAX,
 )
 from tandem.errors import ERRORS
-from tandem.request import PRIORITY_MAX, FinishReason
+from tandem.request import PRIORITY_MAX, FinishReason, SloClass
 
 Schema = dict[str, Any]
 
@@ -193,6 +195,10 @@ def _bounds(limits: ModelLimits) -> dict[str, Schema]:
         "presence_penalty": {"minimum": -2, "maximum": 2},
         "frequency_penalty": {"minimum": -2, "maximum": 2},
         "repetition_penalty": {"exclusiveMinimum": 0, "maximum": 2},
+        "slo_class": {"enum": ["", *SloClass]},
+        "ttft_target_ms": {"minimum": 0, "maximum": TARGET_MS_MAX},
+        "tpot_target_ms": {"minimum": 0, "maximum": TARGET_MS_MAX},
+        "cache_salt": {"maxLength": CACHE_SALT_CHARACTERS_MAX},
         "seed": {"minimum": -(1 << 63), "maximum": (1 << 64) - 1},
         "max_tokens": {**answer, "description": room},
         "max_completion_tokens": {**answer, "description": f"The newer name of max_tokens, which it beats. {room}"},

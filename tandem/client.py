@@ -222,7 +222,7 @@ class Client:
             raise
         except BaseException:  # the reader leaves, and the request would wait for it
             if request.resume_ms and not resuming.finished and (resuming.num_tokens or not request_id):
-                with suppress(grpc.RpcError):
+                with suppress(grpc.RpcError, ValueError):  # ValueError: the client is closed already
                     self._stub.Cancel(_cancel(request), timeout=CANCEL_TIMEOUT_S, metadata=self._metadata)
             raise
         finally:
@@ -326,7 +326,7 @@ class AsyncClient:
             raise
         except BaseException:  # the reader leaves, and the request would wait for it
             if request.resume_ms and not resuming.finished and (resuming.num_tokens or not request_id):
-                with suppress(grpc.RpcError):
+                with suppress(grpc.RpcError, grpc.aio.UsageError):  # the latter: the client is closed already
                     await self._stub.Cancel(_cancel(request), timeout=CANCEL_TIMEOUT_S, metadata=self._metadata)
             raise
         finally:

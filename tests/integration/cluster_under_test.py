@@ -15,6 +15,7 @@ import psutil
 from served import STOP_S, Served, alive
 
 from cli.status import to_document
+from tandem.cluster_access import ClusterAccess
 from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2_grpc
 
 SETTLE_S = 30.0
@@ -70,7 +71,7 @@ class ClusterUnderTest(Served):
         """Where the worker's own gRPC server listens: Ray has one in the same process."""
         pid = next(each["pid"] for each in self.document()["workers"] if each["id"] == worker_id)
         listening = [each.laddr.port for each in psutil.Process(pid).net_connections("tcp") if each.status == "LISTEN"]
-        return next(port for port in listening if "hello" in _refusal(port))
+        return next(port for port in listening if "hello" in _refusal(port, self.access))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -86,12 +87,12 @@ class ClusterUnderTest(Served):
         assert not left, f"outlived the cluster: {left}"
 
 
-def _refusal(port: int) -> str:
+def _refusal(port: int, access: ClusterAccess) -> str:
     """What a worker's server says to a router that does not introduce itself."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
         try:
-            list(stub.Connect(iter([]), timeout=10))
+            list(stub.Connect(iter([]), timeout=10, metadata=access.metadata))
         except grpc.RpcError as error:
             return str(error)
     return ""

@@ -55,6 +55,7 @@ class Answering:
             self._ids += piece.token_ids
             if self._enough.is_set():
                 break
+        self._stream.close()  # type: ignore[attr-defined]  # which cancels it, while there is a client
 
     def end(self) -> None:
         """Waits for some more tokens; all of them are those of an undisturbed answer."""
