@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import sys
 from collections import Counter
@@ -23,6 +24,7 @@ from grpc_health.v1 import health_pb2
 from random_messages import Known, damage, fill
 
 from kv_transfer.session import INCARNATION_KEY
+from tandem.cluster_access import ClusterAccess
 from tandem.v1 import admin_pb2, inference_pb2, worker_pb2
 
 HANG_S = 30.0  # a call that is not over by then hangs
@@ -32,16 +34,18 @@ INPUT_BYTES = 700
 CHANNEL = [("grpc.enable_retries", 0), ("grpc.max_receive_message_length", 64 << 20)]
 BUGS = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS}
 OWN_INTERNAL = "Internal error from Core"  # this side's library, when it writes to a call that has ended
+TOKEN = "FUZZ_JOIN_TOKEN"  # the variable that has the cluster's
 STRANGER = "stranger"  # what is done to a worker by its name is done to this one: there is no such
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """A worker whose own server is called."""
+    """A worker whose own server is called. `shown`: what makes the caller a member: others are not heard at all."""
 
     name: str
     address: str
     incarnation: int
+    shown: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +186,7 @@ class Caller:
 
     async def _one(self, method: Method, worker: Peer | None, draws: Draws, messages: list[bytes]) -> grpc.StatusCode:
         channel = self._channels["" if worker is None else worker.name]
-        metadata: list[tuple[str, str]] = []
+        metadata: list[tuple[str, str]] = [] if worker is None or draws.byte() > 248 else [*worker.shown]
         if method.path.endswith("Exchange") and worker is not None:
             wanted = worker.incarnation if draws.byte() < 224 else draws.whole(64)
             metadata.append((INCARNATION_KEY, str(wanted)))
@@ -272,10 +276,11 @@ def main(arguments: list[str]) -> None:
     """Prints the counts."""
     num, seed, router, *workers = arguments
     peers = []
+    shown = ClusterAccess(token=os.environ.get(TOKEN, "")).metadata
     for each in workers:
         name, _, rest = each.partition("=")
         address, _, incarnation = rest.partition("@")
-        peers.append(Peer(name=name, address=address, incarnation=int(incarnation)))
+        peers.append(Peer(name=name, address=address, incarnation=int(incarnation), shown=shown))
     print(json.dumps(asyncio.run(calls(int(num), int(seed), router, peers))))
 
 

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from grpc_calls import Peer
+from grpc_calls import TOKEN, Peer
 from idlers import ATTACKS, Target, raise_open_files
 from siege import Siege
 from targets import FRAMES, targets
@@ -113,6 +113,7 @@ def grpc(cluster: Siege, num: int, seed: int, jobs: int) -> list[Row]:
 
     began_s, ended = time.monotonic(), Counter[str]()
     peers = [peer(each) for each in cluster.peers()]
+    os.environ[TOKEN] = cluster.access.token
     with ThreadPoolExecutor(jobs) as pool:
         work = [(str(-(-num // jobs)), str(seed + job), cluster.grpc_address, *peers) for job in range(jobs)]
         for found in pool.map(lambda each: script("grpc_calls.py", *each), work):

@@ -115,7 +115,14 @@ class Siege(ClusterUnderTest):
         found = []
         for worker in self.document()["workers"]:
             address = f"127.0.0.1:{self.control_port(worker['id'])}"
-            found.append(Peer(name=worker["id"], address=address, incarnation=worker["incarnation"]))
+            found.append(
+                Peer(
+                    name=worker["id"],
+                    address=address,
+                    incarnation=worker["incarnation"],
+                    shown=self.access.metadata,
+                )
+            )
         return found
 
     def _incarnations(self) -> dict[str, tuple[int, int, int]]:

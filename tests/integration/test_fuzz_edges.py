@@ -36,8 +36,8 @@ def test_random_messages_to_every_grpc_service(cluster: Siege) -> None:
     with cluster.asker() as asker:
         ended = asyncio.run(calls(1500, 1, cluster.grpc_address, cluster.peers()))
     assert asker.slowest_s < SLOWEST_S
-    assert ended["Generate OK"] > 20
-    assert ended["Connect OK"] + ended["Connect CANCELLED"] > 20
+    assert ended["Inference/Generate OK"] > 20, ended
+    assert ended["Worker/Connect OK"] + ended["Worker/Connect CANCELLED"] > 20, ended
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
