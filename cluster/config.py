@@ -272,7 +272,10 @@ def _sentence(detail: dict[str, Any], origins: Mapping[str, str]) -> str:
     if not detail["loc"]:
         return message  # a rule over several keys names them itself
     key = str(detail["loc"][0])
-    return f"{key}: {detail['input']!r}: {message[0].lower()}{message[1:]} (from {origins[key]})"
+    shown = (
+        without_password(detail["input"]) if key == "redis" and isinstance(detail["input"], str) else detail["input"]
+    )
+    return f"{key}: {shown!r}: {message[0].lower()}{message[1:]} (from {origins[key]})"
 
 
 def check_url(url: str) -> str:
