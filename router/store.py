@@ -1,7 +1,7 @@
 """The owner records: who may write the next token of a request, changed by compare-and-swap only.
 
-The core uses this synchronously. The embedded form serves one machine; a shared form (Redis) stands behind the same
-protocol, with a write-behind cache, since one router at a time owns a request's record.
+The core uses this synchronously, and keeps the records to itself: one router at a time serves a request. Which one that
+is, where routers share a store, the fence of its transcript says (router/transcripts.py), and epochs begin with it.
 """
 
 from __future__ import annotations
