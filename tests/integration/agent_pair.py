@@ -34,7 +34,8 @@ from tandem.request import TransferId
 EventT = TypeVar("EventT", bound=AgentEvent)
 
 SOURCE_INCARNATION, TARGET_INCARNATION = 11, 22
-FAST = AgentSettings(connect_timeout_ms=1_000, operation_timeout_ms=1_500, keepalive_ms=500)
+# No test is about what a worker makes of a stopped agent unless it says so.
+FAST = AgentSettings(connect_timeout_ms=1_000, operation_timeout_ms=1_500, keepalive_ms=500, stuck_timeout_ms=60_000)
 PATIENCE_S = 60.0  # several agents import torch at once, on a loaded machine
 LAYOUT = b"layout-digest-16"
 

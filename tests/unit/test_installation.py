@@ -58,7 +58,13 @@ def test_weights_are_counted() -> None:
     [
         (1, "1 MiB too little: lower --kv-memory to 511MiB or the number of workers"),
         (3 * 100 * MiB, "300 MiB too little: lower --kv-memory to 412MiB or the number of workers"),
-        (3 * 512 * MiB, "1536 MiB too little: lower the number of workers (--prefill, --decode, --mixed)"),
+        (
+            3 * 512 * MiB,
+            (
+                "1536 MiB too little: lower --kv-memory and --swap-memory or the number of workers "
+                "(--prefill, --decode, --mixed)"
+            ),
+        ),
     ],
 )
 def test_too_little_memory_is_told_with_what_helps(missing_bytes: int, hint: str) -> None:
