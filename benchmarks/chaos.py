@@ -150,7 +150,8 @@ def _possible(kind: FaultKind, flags: argparse.Namespace) -> bool:
 def _too_little(tallies: Sequence[Tally], least: Least) -> list[str]:
     """What the run should have done and has not."""
     strikes = [strike for tally in tallies for strike in tally.strikes]
-    kinds = {kind: sum(each.fault.kind is kind for each in strikes) for kind in {each.fault.kind for each in strikes}}
+    planned = {*(each.fault.kind for each in strikes), *(each.kind for tally in tallies for each in tally.unmet)}
+    kinds = {kind: sum(each.fault.kind is kind for each in strikes) for kind in planned}
     states = {state: sum(sum(tally.states()[state].values()) for tally in tallies) for state in tallies[0].states()}
     facts = [
         ("faults", len(strikes), least.faults),

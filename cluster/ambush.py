@@ -99,6 +99,8 @@ class WatchedCore:
         if not first and ambush.state in entered:
             self._ambush, self._seen = None, None
             if ambush.after_ms:
-                threading.Timer(ambush.after_ms / 1000, ambush.strike).start()
+                timer = threading.Timer(ambush.after_ms / 1000, ambush.strike)
+                timer.daemon = True  # a worker that ends in order waits for no fault
+                timer.start()
             else:
                 ambush.strike()

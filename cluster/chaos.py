@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import grpc
 import psutil
 
-from cluster.chaos_audit import Footprint, IdleWatch, exact_and_here, grown, held, unbalanced
+from cluster.chaos_audit import Footprint, IdleWatch, exact_and_here, grown, held, missing, unbalanced
 from cluster.chaos_load import STATUS_TIMEOUT_S, CheckingLoad, Load
 from cluster.chaos_plan import LINKS, Fault, FaultKind, Ground, Victim
 from cluster.chaos_processes import (
@@ -171,7 +171,8 @@ class ChaosRun:
         while True:
             problems = held(await self._status(admin))
             footprint = await asyncio.to_thread(footprints, self._place.supervisor_pid)
-            problems += grown(self._baseline, footprint) if self._baseline else []
+            if self._baseline:
+                problems += missing(self._baseline, footprint) + grown(self._baseline, footprint)
             if not problems:
                 self._baseline = self._baseline or footprint
                 processes = ", ".join(f"{each.num_processes} {name}" for name, each in sorted(footprint.items()))
@@ -276,9 +277,12 @@ class ChaosRun:
 
     async def _provoke(self, worker: admin_pb2.WorkerStatus) -> None:
         """Has transfers of the worker fail under way: its links are slow, and half of the clients leave, some times."""
-        async with grpc.aio.insecure_channel(worker.control) as channel:
+        access = self._place.access
+        async with access.dial(worker.control) as channel:
             slow = faults_pb2.DisturbRequest(link=faults_pb2.LINK_AGENTS, for_ms=5_000, period_ms=300)
-            await faults_pb2_grpc.FaultsStub(channel).Disturb(slow, timeout=FAULTS_TIMEOUT_S)  # type: ignore[no-untyped-call]
+            await faults_pb2_grpc.FaultsStub(channel).Disturb(  # type: ignore[no-untyped-call]
+                slow, timeout=FAULTS_TIMEOUT_S, metadata=access.metadata
+            )
         for _ in range(4):
             await asyncio.sleep(1.0)
             self._load.leave()
@@ -286,7 +290,6 @@ class ChaosRun:
     async def _strike_link(self, admin: admin_pb2_grpc.AdminStub, fault: Fault) -> None:
         worker = await self._worker(admin, ANY_ROLE, fault)
         async with self._place.access.dial(worker.control) as channel:
-            self._struck(fault, worker.id)
             await faults_pb2_grpc.FaultsStub(channel).Disturb(  # type: ignore[no-untyped-call]
                 faults_pb2.DisturbRequest(
                     link=GATES[fault.victim],
@@ -297,6 +300,7 @@ class ChaosRun:
                 timeout=FAULTS_TIMEOUT_S,
                 metadata=self._place.access.metadata,
             )
+        self._struck(fault, worker.id)  # not before: a worker that does not answer is not struck
         await asyncio.sleep(fault.for_ms / 1000)
 
     async def _strike_store(self, admin: admin_pb2_grpc.AdminStub, fault: Fault) -> None:

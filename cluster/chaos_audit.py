@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from tandem.v1.admin_pb2 import BlockCountsStatus, StatusResponse, WorkerStatus
 
 HELD = ("owned", "exported", "granted", "quarantined")  # by somebody; the rest is free or prefix cache
+OWN = ("supervisor", "router", "pools", "worker", "agent")  # processes that are started again when they die
 IDLE_LOOKS = 4  # in a row: reports of a worker's blocks come a moment after the end of its requests
 FILES_MORE_MAX = 24  # descriptors of a process beyond those at the first still moment: links to peers come and go
 
@@ -26,7 +27,7 @@ def held(status: StatusResponse) -> list[str]:
     """What keeps the cluster from being as it was before any load; empty: nothing."""
     problems = []
     for worker in status.workers:
-        if worker.state in ("dead", "left"):
+        if worker.state == "left":
             continue
         if worker.state != "ready":
             problems.append(f"{worker.id} is {worker.state}")
@@ -63,6 +64,15 @@ class Footprint:
 
     num_processes: int
     num_files: int  # open in all of them
+
+
+def missing(before: Mapping[str, Footprint], now: Mapping[str, Footprint]) -> list[str]:
+    """Processes of the cluster's own that there were at a still moment before, and that nobody has replaced."""
+    return [
+        f"{num} processes {name} run, {before[name].num_processes} did before"
+        for name in OWN
+        if name in before and (num := now[name].num_processes if name in now else 0) < before[name].num_processes
+    ]
 
 
 def grown(before: Mapping[str, Footprint], now: Mapping[str, Footprint]) -> list[str]:

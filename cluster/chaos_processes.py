@@ -105,11 +105,19 @@ def command_of(store: str) -> list[str]:
 
 
 async def restart_store(process: psutil.Process, command: Sequence[str], down_ms: int) -> subprocess.Popen[bytes]:
-    """Kills this Redis and starts it again after a while: empty, or from its dump, as it is set."""
+    """Kills this Redis and starts it again after a while: empty, or from its dump, as it is set.
+
+    Also when the run is interrupted meanwhile: the cluster is not left without it.
+    """
     send(process, signal.SIGKILL)
-    await asyncio.sleep(down_ms / 1000)
-    await until_struck(process, GONE_TIMEOUT_S)
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        await until_struck(process, GONE_TIMEOUT_S)
+        await asyncio.sleep(down_ms / 1000)
+    finally:
+        started = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )  # fmt: skip
+    return started
 
 
 # ---- what they take ------------------------------------------------------------------------------------------------

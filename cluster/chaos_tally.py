@@ -13,6 +13,7 @@ from cluster.chaos_states import STATES
 EXAMPLES_MAX = 20
 TIMELINE_MAX = 50_000
 GAP_TOLD_MS = 1_000  # a silence of a stream that the timeline tells of
+IN_FLIGHT_MS = 1_000  # after a fault: tokens that were on their way when it struck have come by then
 MANY_IN_FLIGHT = 8
 
 
@@ -66,9 +67,40 @@ class Strike:
     where: str
     in_flight: int
     waits: set[int]  # streams that have shown no sign of life since
-    recovered_ms: int | None = None  # when all of them had
+    unsettled: set[int]  # streams of which all that came since may have been on its way before
+    recovered_ms: int | None = None  # when all had gone on; None: not yet, or nothing was served since
     harm: Counter[Harm] = field(default_factory=Counter)
-    gap_ms: int = 0  # the longest between two tokens of one stream that spans it or follows
+    gap_ms: int = 0  # the longest between two tokens of one stream that spans it, or begins just after it
+    _so_far_ms: int = 0
+    _serves: bool = False  # a token came that was not on its way
+    _refused: bool = False  # somebody was told to come again, and nobody has been served since
+
+    def heard(self, now_ms: int, stream: int, gap_ms: int, *, is_token: bool, refused: bool) -> None:
+        """A sign of life of a stream after `gap_ms` without one: a token, or its end.
+
+        A token that was on its way says nothing yet: the silence that follows it counts as this fault's.
+        """
+        since_ms = now_ms - self.at_ms
+        if is_token:
+            self._serves |= since_ms >= IN_FLIGHT_MS
+            self._so_far_ms = max(self._so_far_ms, since_ms if self._refused else 0)
+            self._refused = False
+        self._refused |= refused
+        if stream in self.unsettled:
+            if stream in self.waits or (gap_ms >= GAP_TOLD_MS and since_ms - gap_ms <= IN_FLIGHT_MS):
+                self._so_far_ms = max(self._so_far_ms, since_ms)
+                self.gap_ms = max(self.gap_ms, gap_ms)
+            self.waits.discard(stream)
+            if not is_token or since_ms >= IN_FLIGHT_MS:
+                self.unsettled.discard(stream)
+        if self._serves and not self._refused and not self.unsettled:
+            self.recovered_ms = self._so_far_ms
+
+    def __str__(self) -> str:
+        told = f"{self.fault} at {self.at_ms} ms ({self.where})"
+        if self.recovered_ms is not None:
+            return f"{told}: all went on after {self.recovered_ms} ms"
+        return f"{told}: {len(self.waits)} streams did not go on" if self.waits else f"{told}: nothing was served since"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +117,10 @@ class Row:
 
 @dataclass(slots=True)
 class Tally:
-    """Hears what clients see, with the time in it. Times are milliseconds since the run began."""
+    """Hears what clients see, with the time in it. Times are milliseconds since the run began.
+
+    A cluster that refuses everybody harms no stream: so no fault counts as got over before somebody is served again.
+    """
 
     num_streams: int = 0
     num_tokens: int = 0
@@ -111,7 +146,7 @@ class Tally:
 
     def came(self, now_ms: int, stream: int, index: int, tokens: Sequence[int]) -> None:
         """Tokens from `index` on."""
-        self._heard(now_ms, stream)
+        self._heard(now_ms, stream, is_token=True)
         seen = self._streams[stream]
         self.num_tokens += len(tokens)
         for at, token in enumerate(tokens, start=index):
@@ -129,7 +164,7 @@ class Tally:
         self, now_ms: int, stream: int, error: str = "", *, cancelled: bool = False, refused: bool = False
     ) -> None:
         """The stream is over: well, by its client's wish, refused at once, or with an error."""
-        self._heard(now_ms, stream)
+        self._heard(now_ms, stream, refused=refused)
         seen = self._streams.pop(stream)
         if cancelled:
             self.num_cancelled += 1
@@ -146,13 +181,10 @@ class Tally:
 
     def struck(self, now_ms: int, fault: Fault, where: str) -> None:
         """A fault strikes."""
-        strike = Strike(fault, now_ms, where, len(self._streams), set(self._streams))
+        strike = Strike(fault, now_ms, where, len(self._streams), set(self._streams), set(self._streams))
         self.strikes.append(strike)
         self._tell(now_ms, Happened.FAULT, f"{fault}: {where}, {strike.in_flight} streams in flight")
-        if strike.waits:
-            self._waited_for.append(strike)
-        else:
-            strike.recovered_ms = 0
+        self._waited_for.append(strike)
 
     def not_met(self, now_ms: int, fault: Fault, reason: str) -> None:
         """The fault could not strike."""
@@ -205,20 +237,20 @@ class Tally:
         """Which promises were broken, one sentence each; empty: none."""
         gap = [] if gap_limit_ms is None or self.worst_gap_ms <= gap_limit_ms else [self.worst_gap_ms]
         late = [
-            f"{strike.fault} at {strike.at_ms} ms ({strike.where}): {len(strike.waits)} streams did not go on"
-            if strike.recovered_ms is None
-            else f"{strike.fault} at {strike.at_ms} ms ({strike.where}): all went on after {strike.recovered_ms} ms"
+            str(strike)
             for strike in self.strikes
             if strike.recovered_ms is None or strike.recovered_ms > recovery_limit_ms
         ]
+        none = [f"none of {len(self.unmet)} faults struck anybody"] if self.unmet and not self.strikes else []
         return [
             *(f"{self.harm[harm]} {harm}" for harm in Harm if self.harm[harm]),
             *self.leaks,
             *late,
+            *none,
             *(f"a stream was silent for {gap_ms} ms" for gap_ms in gap),
         ]
 
-    def _heard(self, now_ms: int, stream: int) -> None:
+    def _heard(self, now_ms: int, stream: int, *, is_token: bool = False, refused: bool = False) -> None:
         """A sign of life of the stream."""
         seen = self._streams[stream]
         gap_ms, seen.heard_ms = now_ms - seen.heard_ms, now_ms
@@ -227,12 +259,8 @@ class Tally:
         if gap_ms >= GAP_TOLD_MS:
             self._tell(now_ms, Happened.GAP, f"stream {stream} was silent for {gap_ms} ms after {seen.num_seen} tokens")
         for strike in self._waited_for:
-            if stream in strike.waits:
-                strike.waits.discard(stream)
-                strike.gap_ms = max(strike.gap_ms, gap_ms)
-                if not strike.waits:
-                    strike.recovered_ms = now_ms - strike.at_ms
-        self._waited_for = [strike for strike in self._waited_for if strike.waits]
+            strike.heard(now_ms, stream, gap_ms, is_token=is_token, refused=refused)
+        self._waited_for = [strike for strike in self._waited_for if strike.recovered_ms is None]
 
     def _tell(self, now_ms: int, what: Happened, text: str) -> None:
         if len(self.timeline) < TIMELINE_MAX:

@@ -48,6 +48,7 @@ class FaultService(faults_pb2_grpc.FaultsServicer):
     async def Disturb(self, request: pb.DisturbRequest, context: _Context) -> pb.DisturbResponse:
         """Arms a fault of links or frames; a second one on the same links takes the place of the first."""
         await _check(context, "for_ms", request.for_ms)
+        await _check(context, "period_ms", request.period_ms, least=0)
         if request.link == pb.LINK_AGENTS:
             self._disturb_agent(
                 Disturb(for_ms=request.for_ms, period_ms=request.period_ms, corrupt_every=request.corrupt_every)
@@ -64,6 +65,7 @@ class FaultService(faults_pb2_grpc.FaultsServicer):
     async def Ambush(self, request: pb.AmbushRequest, context: _Context) -> pb.AmbushResponse:
         """Lays an ambush, in place of the one that was laid."""
         await _check(context, "within_ms", request.within_ms)
+        await _check(context, "after_ms", request.after_ms, least=0)
         if request.state not in STATES:
             told = f"state: is {request.state!r}, must be one of {', '.join(STATES)}"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, told)
@@ -88,6 +90,7 @@ class FaultService(faults_pb2_grpc.FaultsServicer):
         return pb.AmbushResponse()
 
 
-async def _check(context: _Context, name: str, value_ms: int) -> None:
-    if not 0 < value_ms <= FOR_MS_MAX:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{name}: is {value_ms}, must be 1 to {FOR_MS_MAX}")
+async def _check(context: _Context, name: str, value_ms: int, *, least: int = 1) -> None:
+    if not least <= value_ms <= FOR_MS_MAX:
+        told = f"{name}: is {value_ms}, must be {least} to {FOR_MS_MAX}"
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, told)

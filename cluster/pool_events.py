@@ -43,7 +43,7 @@ class WorkerDown:
     """A worker's process ended, or is of no use any more. `started` False: it never ran."""
 
     worker_id: WorkerId
-    incarnation: int  # 0: it has not registered
+    incarnation: int
     started: bool
     reason: str
 

@@ -74,7 +74,7 @@ class Pools:
 
     def bury(self, down: WorkerDown) -> None:
         """Gives back what a worker that ended still holds: its process may live, of no use to anybody."""
-        member = self._members.pop(down.worker_id)
+        member = self._members.pop(down.worker_id)  # told of once: another one is started only after that
         with suppress(ray.exceptions.RayError):
             ray.kill(member.actor, no_restart=True)
 
@@ -101,18 +101,15 @@ class Pools:
         except ray.exceptions.RayError as error:
             answer = {START_FAILED: _first_line(error)}
         if START_FAILED in answer:
-            reason = answer[START_FAILED]
-            self._post(WorkerDown(worker_id=worker_id, incarnation=incarnation, started=False, reason=reason))
+            self._down(member, answer[START_FAILED], started=False)
             return
         facts = answer[STARTED]
-        self._post(
-            WorkerUp(
-                worker_id=worker_id,
-                pid=facts["pid"],
-                incarnation=incarnation,
-                timings_ms=facts["timings_ms"],
-            )
-        )
+        up = WorkerUp(
+            worker_id=worker_id, pid=facts["pid"], incarnation=incarnation, timings_ms=facts["timings_ms"]
+        )  # fmt: skip
+        with self._posting:
+            if not member.is_down:  # it may have been retired while it started
+                self._post(up)
 
     def _ended(self, member: _Member, done: Future[str]) -> None:
         try:
@@ -122,12 +119,12 @@ class Pools:
         if not member.retiring:  # else it ends its parts in order first
             self._down(member, reason)
 
-    def _down(self, member: _Member, reason: str) -> None:
+    def _down(self, member: _Member, reason: str, *, started: bool = True) -> None:
+        name, incarnation = member.settings.worker_id, member.settings.incarnation
         with self._posting:
-            posted, member.is_down = member.is_down, True
-        if not posted:
-            name, incarnation = member.settings.worker_id, member.settings.incarnation
-            self._post(WorkerDown(worker_id=name, incarnation=incarnation, started=True, reason=reason))
+            if not member.is_down:
+                member.is_down = True
+                self._post(WorkerDown(worker_id=name, incarnation=incarnation, started=started, reason=reason))
 
     def retire(self, worker_id: WorkerId) -> None:
         """Asks a worker that runs to end in order. WorkerDown follows when it has; `kill` ends one that does not."""

@@ -24,7 +24,15 @@ from typing import TextIO
 from cluster.config import ClusterConfig
 from cluster.pool_events import PoolEvent, PoolsAlive, RayLost, RayMended, RayUp, WorkerDown, WorkerUp, to_line
 from cluster.pools import Pools, PoolsEvent
-from cluster.processes import adopt_orphans, bury_orphans, descendants, die_with_parent, kill_all, wait_gone
+from cluster.processes import (
+    adopt_orphans,
+    bury_orphans,
+    descendants,
+    die_with_parent,
+    is_heard,
+    kill_all,
+    wait_gone,
+)
 from cluster.ray_session import RayError, RaySession
 from cluster.reaper import Reaper
 from cluster.worker_settings import WorkerSettings
@@ -176,6 +184,8 @@ def _own_stdout() -> TextIO:
 
 def _speaker(out: TextIO) -> Callable[[PoolEvent], None]:
     def say(event: PoolEvent) -> None:
+        if isinstance(event, PoolsAlive) and not is_heard(out.fileno()):
+            return  # the supervisor stands still: Ray is looked after all the same
         with suppress(BrokenPipeError):  # a supervisor that is gone is noticed on stdin
             out.write(to_line(event) + "\n")
             out.flush()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import socket
+import sys
+import termios
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -13,6 +16,7 @@ from contextlib import suppress
 import psutil
 
 POLL_S = 0.02
+UNREAD_MAX_BYTES = 8 << 10  # of signs of life; the rest of a pipe, 64 KiB, is for what must not be lost
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -75,6 +79,19 @@ def kill_all(processes: Iterable[psutil.Process], timeout_s: float = 5.0) -> lis
         except psutil.NoSuchProcess:
             continue
     return wait_gone(doomed, timeout_s)
+
+
+def is_heard(pipe: int) -> bool:
+    """Whether the other end of a pipe reads what is written to it, or there is room enough not to care.
+
+    Who says something each second asks first: when the reader stands still the pipe fills, and then a write waits.
+    """
+    unread = bytearray(4)
+    try:
+        fcntl.ioctl(pipe, termios.FIONREAD, unread)
+    except OSError:  # no pipe
+        return True
+    return int.from_bytes(unread, sys.byteorder) < UNREAD_MAX_BYTES
 
 
 def pick_port(host: str, port: int, flag: str) -> int:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +68,10 @@ class RouterChild:
     def _listen(self, post: Callable[[RouterSaid | RouterEnded], None]) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            fields = json.loads(line)
-            event = fields.pop("event")
-            post(RouterSaid(router=self.router, generation=self.generation, event=event, fields=fields))
+            with suppress(json.JSONDecodeError):  # it was killed while it wrote its last one
+                fields = json.loads(line)
+                event = fields.pop("event")
+                post(RouterSaid(router=self.router, generation=self.generation, event=event, fields=fields))
         post(RouterEnded(router=self.router, generation=self.generation, code=self.process.wait()))
 
     def tell(self, word: str, **fields: object) -> None:

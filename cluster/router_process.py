@@ -37,7 +37,7 @@ from cluster.member_access import member_access
 from cluster.membership import Membership, StateChanged
 from cluster.operations import Operations
 from cluster.peers import Peers
-from cluster.processes import die_with_parent
+from cluster.processes import die_with_parent, is_heard
 from cluster.registry import LOOK_MS, Registry
 from cluster.router_settings import RouterSettings
 from cluster.run_file import reachable
@@ -79,9 +79,13 @@ class Supervisor:
             sys.stdout.flush()
 
     async def beat(self) -> None:
-        """Says each second, from the event loop, that this one gets round."""
+        """Says each second, from the event loop, that this one gets round.
+
+        A supervisor that stands still reads nothing: it must not stop the event loop, too, once the pipe is full.
+        """
         while True:
-            self.say("beat")
+            if is_heard(sys.stdout.fileno()):
+                self.say("beat")
             await asyncio.sleep(BEAT_S)
 
     async def listen(self, on_command: Callable[[dict[str, Any]], None]) -> None:

@@ -20,13 +20,16 @@ class Standing:
     """One worker before its registries. Times are milliseconds on the caller's clock.
 
     Without a word from any registry for `gone_ms` it is over, and when all that answer refuse it. A registry that is
-    silent counts with its last answer for `recent_ms`, since its router may just be started again.
+    silent counts with its last answer for `recent_ms`, since its router may just be started again. Calls are promised
+    each `look_ms`: when one comes much later it was the worker that stood still, and that time counts against nobody.
     """
 
     registries: tuple[str, ...]
     began_ms: int
     gone_ms: int
     recent_ms: int = RECENT_MS
+    look_ms: int | None = None  # None: nothing is promised
+    looked_ms: int | None = None
     _words: dict[str, _Word] = field(default_factory=dict)
     _leave: str = ""
 
@@ -37,10 +40,12 @@ class Standing:
 
     def accepted(self, now_ms: int, registry: str) -> None:
         """The registry knows the worker."""
+        self._forgive(now_ms)
         self._words[registry] = _Word(now_ms)
 
     def refused(self, now_ms: int, registry: str, reason: str) -> None:
         """The registry does not want the worker."""
+        self._forgive(now_ms)
         self._words[registry] = _Word(now_ms, reason)
 
     def leave(self, registry: str) -> None:
@@ -49,6 +54,7 @@ class Standing:
 
     def over(self, now_ms: int) -> str:
         """Why the worker ends; empty while it is wanted, or may be."""
+        self._forgive(now_ms)
         if self._leave:
             return self._leave
         silent_ms = now_ms - max(each.heard_ms for each in self._words.values())
@@ -56,6 +62,14 @@ class Standing:
             return f"no registry for {silent_ms / 1000:.0f} s"
         refusals = [f"{name} refused: {word.refused}" for name, word in self._words.items() if word.refused]
         recent = [each for each in self._words.values() if now_ms - each.heard_ms <= self.recent_ms]
-        if refusals and all(each.refused for each in recent):
+        if recent and all(each.refused for each in recent):
             return "; ".join(refusals)
         return ""
+
+    def _forgive(self, now_ms: int) -> None:
+        since_ms, self.looked_ms = self.looked_ms, now_ms
+        if self.look_ms is None or since_ms is None:
+            return
+        away_ms = max(0, now_ms - since_ms - 2 * self.look_ms)
+        for word in self._words.values():
+            word.heard_ms += away_ms

@@ -7,7 +7,6 @@ ends everything by force.
 from __future__ import annotations
 
 import heapq
-import json
 import os
 import queue
 import signal
@@ -22,27 +21,24 @@ from typing import Any, assert_never
 import psutil
 
 from cluster import run_file
-from cluster.config import FAKE_MODEL, WILDCARDS, ClusterConfig, ConfigError
+from cluster.config import FAKE_MODEL, ClusterConfig, ConfigError
 from cluster.drain_relay import DrainRelay, DrainWord
-from cluster.memory import shortage
-from cluster.own_secrets import OwnSecrets, check_security, curl_flags, remove_secrets, tls_files, write_secrets
+from cluster.greeting import described, greeting
+from cluster.own_secrets import OwnSecrets, remove_secrets, tls_files, write_secrets
 from cluster.pool_events import PoolEvent, PoolsAlive, RayLost, RayMended, RayUp, WorkerDown, WorkerUp, WorkerWaits
 from cluster.pools_child import PoolsChild, PoolsEnded
-from cluster.processes import PortInUse, adopt_orphans, bury_orphans, descendants, kill_all, pick_port, wait_gone
+from cluster.processes import adopt_orphans, bury_orphans, descendants, kill_all, wait_gone
 from cluster.restarts import Restarts
+from cluster.roster import Left, Roster
 from cluster.router_child import RouterEnded, RouterSaid
 from cluster.routers import Routers
-from cluster.run_file import RunFile, reachable
+from cluster.run_file import RunFile
+from cluster.start_check import StartFailed, check
 from cluster.verdicts import KillWorker, RestartRouter, Verdicts
 from cluster.worker_settings import WorkerSettings, workers_of
-from engine.arch import ModelError
-from engine.kv_pool import available_bytes
-from engine.model_files import find_model, read_arch
 from kernels import build
-from router.http_server import listen
 from tandem.request import WorkerId
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 RAY = "ray"
 POOLS_SILENT_MAX_S = 30.0  # for the process that holds Ray; far longer than Ray's calls take
 POOLS_LOOK_MAX_S = 2.0  # of that, for one turn of our own: while we are stopped, nobody is silent
@@ -50,23 +46,11 @@ BURIAL_PERIOD_S = 3.0  # far longer than those who wait for a child of their own
 FORCED = 130  # the exit status after a second signal
 
 
-class StartFailed(RuntimeError):
-    """The cluster cannot start, or cannot go on; the message is for people."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopAsked:
     """A signal or an operator wants the cluster to end."""
 
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Leaving:
-    """A worker that was drained: by when its process must have ended, and whether another one comes in its place."""
-
-    until_s: float
-    restart: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +73,7 @@ class Supervisor:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._due: list[tuple[float, str]] = []  # restarts: when, and of whom
         self._restarts = Restarts(restarts_max=config.max_restarts, delay_max_ms=config.restart_delay_max_ms)
-        self._roles = dict(workers_of(config))
-        self._starts = dict.fromkeys(self._roles, 0)  # of each worker: its incarnation
-        self._running: dict[WorkerId, int] = {}  # incarnation of each worker that is up
-        self._leaving: dict[WorkerId, _Leaving] = {}
-        self._given_up: set[WorkerId] = set()  # died too often
+        self._workers = Roster(workers_of(config))
         self._warned: set[str] = set()
         self._is_ready = False
         self._not_ready: dict[str, str] = {}  # why each router cannot serve; empty: it can
@@ -120,7 +100,9 @@ class Supervisor:
         adopt_orphans()
         self._catch_signals()
         try:
-            self.config = self._check()
+            checked = check(self.config)
+            self.config, self._listener, self._model = checked.config, checked.listener, checked.model
+            self._log_dir = run_file.log_dir_of(self.config.run_dir, self.config.port)
             run_file.fresh_log_dir(self.config.run_dir, self.config.port)
             return self._serve()
         except (StartFailed, ConfigError, OSError) as error:
@@ -171,42 +153,12 @@ class Supervisor:
             internal=self._routers.internal,
         )
         run_file.write(config.run_dir, self._run)
-        self._say(f"starting {_described(config, self._threads)}; logs in {self._log_dir}")
+        self._say(f"starting {described(config, self._threads)}; logs in {self._log_dir}")
         for name in self._routers.names:
             self._routers.start(name)
         if config.model != FAKE_MODEL and not config.address:
             threading.Thread(target=self._build_kernels, name="kernels", daemon=True).start()
         self._start_pools(is_again=False)
-
-    def _check(self) -> ClusterConfig:
-        """What can be known before anything is started. Fixes the ports."""
-        config = self.config
-        try:
-            self._listener = listen(config.host, config.port)
-        except OSError as error:
-            where = f"port {config.port} at {config.host}"
-            raise StartFailed(f"{where}: {error.strerror}; choose another with --port") from None
-        port = self._listener.getsockname()[1]
-        try:
-            grpc_port = pick_port(config.host, config.grpc_port, "--grpc-port")
-        except PortInUse as error:
-            raise StartFailed(str(error)) from None
-        config = config.model_copy(update={"port": port, "grpc_port": grpc_port})
-        self._log_dir = run_file.log_dir_of(config.run_dir, port)
-        check_security(config)
-        if config.address and config.host in (*LOOPBACK, *WILDCARDS):
-            raise StartFailed(f"host: workers on {config.address} cannot reach {config.host}; give --host an address")
-        if config.model != FAKE_MODEL:
-            try:
-                files = find_model(config.model)
-                arch = read_arch(files)
-            except ModelError as error:
-                raise StartFailed(str(error)) from None
-            self._model = files.name
-            too_little = None if config.address else shortage(config, arch, available_bytes=available_bytes())
-            if too_little is not None:
-                raise StartFailed(too_little)
-        return config
 
     def _remove_files(self) -> None:
         if self._run is None:
@@ -225,8 +177,8 @@ class Supervisor:
             self._bury_orphans()
             now_s = time.monotonic()
             if not self._is_ready and now_s > deadline_s:
-                ready = self._routers_here.ready() & set(self._running)
-                missing = ", ".join(sorted(set(self._roles) - ready)) or self._why_not_ready()
+                ready = self._routers_here.ready() & set(self._workers.running)
+                missing = ", ".join(sorted(self._workers.roles.keys() - ready)) or self._why_not_ready()
                 raise StartFailed(f"not ready within start_timeout_s, {self.config.start_timeout_s} s: {missing}")
             until_s = min(now_s + 1.0, self._due[0][0] if self._due else now_s + 1.0)
             try:
@@ -243,7 +195,7 @@ class Supervisor:
                 case RouterEnded():
                     self._router_ended(event)
                 case WorkerUp():
-                    self._running[event.worker_id] = event.incarnation
+                    self._workers.up(event.worker_id, event.incarnation)
                     parts = ", ".join(f"{part} {ms / 1000:.1f} s" for part, ms in event.timings_ms.items())
                     self._progress(f"{event.worker_id} up, pid {event.pid} ({parts})")
                     self._announce_once()
@@ -323,7 +275,8 @@ class Supervisor:
         routers = self._routers_here
         match word:
             case DrainWord.DRAINING:
-                roles = {each: self._roles[each] for each in self._running if each not in self._leaving}
+                workers = self._workers
+                roles = {each: workers.roles[each] for each in workers.running if each not in workers.leaving}
                 restart = bool(fields["restart"])
                 self._say(f"{worker_id} is draining{self._of(name)}")
                 routers.relay(self._drains.begun(name, worker_id, incarnation, restart=restart, roles=roles))
@@ -333,7 +286,7 @@ class Supervisor:
                 routers.relay(self._drains.taken_back(name, worker_id, incarnation, str(fields["reason"])))
             case DrainWord.LEFT:
                 routers.relay(self._drains.left(name, worker_id, incarnation))
-                self._drained(worker_id, restart=bool(fields["restart"]))
+                self._drained(worker_id, incarnation, restart=bool(fields["restart"]))
             case DrainWord.ELSEWHERE | DrainWord.GIVE_UP:
                 raise AssertionError(f"{word} is for routers")
             case _:
@@ -361,10 +314,11 @@ class Supervisor:
         routers = self._routers_here
         for name, silent_s in routers.kill_stuck():
             self._say(f"{name} is stuck: not a word for {silent_s:.0f} s")
-        for action in self._verdicts.judge(int(time.monotonic() * 1000), self._running):
+        for action in self._verdicts.judge(_now_ms(), self._workers.running):
             match action:
                 case KillWorker(worker_id=worker_id, reason=reason):
                     self._say(f"{worker_id} is dead: {reason}")
+                    self._workers.doom(worker_id)
                     self._pools_here.kill(worker_id)  # it may only be stopped or stuck: WorkerDown follows
                 case RestartRouter(router=name, reason=reason):
                     self._say(f"{name} is cut off: {reason}")
@@ -391,7 +345,7 @@ class Supervisor:
             case RayUp():
                 self._has_ray = True
                 self._progress(f"Ray {'joined' if self.config.address else 'started'}")
-                for worker_id in self._roles.keys() - self._given_up:
+                for worker_id in self._workers.wanted:
                     self._start_worker(worker_id)
             case RayLost(reason=reason):
                 self._why_ray_lost = reason
@@ -404,22 +358,20 @@ class Supervisor:
         if not self._is_ready:
             raise StartFailed(why)
         self._has_ray = False
-        for worker_id, incarnation in self._running.items():
+        for worker_id, incarnation in self._workers.running.items():
             self._lost(worker_id, incarnation, f"Ray is gone: {why}")
-        self._running.clear()
         self._due = [each for each in self._due if each[1] in self._routers_here.names]
-        for worker_id in list(self._leaving):
-            self._has_left(worker_id)
+        for worker_id, left in self._workers.all_down().items():
+            self._has_left(worker_id, left)
         self._again(RAY, f"Ray is gone: {why}")
 
     def _watch_pools(self) -> None:
-        """A process that holds Ray and hangs harms nobody until a worker has to be started."""
+        """A process that holds Ray and hangs harms nobody until a worker has to be started, or ended."""
         now_s = time.monotonic()
         self._pools_silent_s += min(now_s - self._looked_s, POOLS_LOOK_MAX_S)
         self._looked_s = now_s
-        is_whole = self._roles.keys() - self._given_up == self._running.keys()
         patience_s = POOLS_SILENT_MAX_S + (0 if self._has_ray else self.config.start_timeout_s)
-        if self._is_ready and not is_whole and self._pools_silent_s > patience_s:
+        if self._is_ready and not self._workers.is_whole and self._pools_silent_s > patience_s:
             self._why_ray_lost = f"the process that holds it hung for {self._pools_silent_s:.0f} s"
             self._pools_silent_s = 0.0
             self._pools_here.end_now()
@@ -430,13 +382,12 @@ class Supervisor:
         if not self._has_ray:
             return  # the next Ray gets every worker
         config = self.config
-        self._starts[worker_id] += 1
         bind_host = config.worker_host or ("" if config.address else "127.0.0.1")
         self._pools_here.start(
             WorkerSettings(
                 worker_id=worker_id,
-                incarnation=self._starts[worker_id],
-                role=self._roles[worker_id],
+                incarnation=self._workers.start(worker_id),
+                role=self._workers.roles[worker_id],
                 config=config.without_store(),
                 threads=self._threads,
                 registries=self._routers_here.internal,
@@ -451,13 +402,13 @@ class Supervisor:
         routers = self._routers_here
         worker_id, state, reason = WorkerId(str(fields["id"])), fields["state"], str(fields["reason"])
         incarnation = int(str(fields["incarnation"]))
-        if incarnation != self._starts.get(worker_id):
+        if incarnation != self._workers.starts.get(worker_id):
             return  # of one that is over
         routers.holds(router, worker_id, ready=state == "ready")
         if state == "ready":
             self._warn_of_inexactness(fields)
         elif state == "dead":
-            self._verdicts.dead(int(time.monotonic() * 1000), router, worker_id, incarnation, reason)
+            self._verdicts.dead(_now_ms(), router, worker_id, incarnation, reason)
         elif state == "suspect":
             self._say(f"{worker_id} is suspect{self._of(router)}: {reason}")
         self._announce_once()
@@ -465,40 +416,47 @@ class Supervisor:
     def _of(self, router: str) -> str:
         return f" for {router}" if self.config.routers > 1 else ""
 
-    def _drained(self, worker_id: WorkerId, *, restart: bool) -> None:
-        """Nothing of the worker is needed any more: it ends, and that is no crash."""
-        if worker_id not in self._roles:
-            return
-        self._leaving[worker_id] = _Leaving(time.monotonic() + self.config.stop_timeout_s, restart)
-        if any(name == worker_id for _, name in self._due):  # it has crashed just now
+    def _drained(self, worker_id: WorkerId, incarnation: int, *, restart: bool) -> None:
+        """Nothing of that incarnation is needed any more: it ends, and that is no crash."""
+        waits = any(name == worker_id for _, name in self._due)  # it has crashed just now
+        left = self._workers.drained(
+            worker_id,
+            incarnation,
+            restart=restart,
+            until_ms=_now_ms() + 1000 * self.config.stop_timeout_s,
+            is_gone=waits or not self._has_ray,
+        )
+        if waits and left is not None:
             self._due = [each for each in self._due if each[1] != worker_id]
             heapq.heapify(self._due)
-            self._has_left(worker_id)
-        else:
-            self._pools_here.retire(worker_id)
+        if left is not None:
+            self._has_left(worker_id, left)
 
-    def _has_left(self, worker_id: WorkerId) -> None:
-        if self._leaving.pop(worker_id).restart:
-            self._say(f"{worker_id} is drained and has left; another one takes its place")
-            self._start_worker(worker_id)
-        else:
-            del self._roles[worker_id]
-            self._say(f"{worker_id} is drained and has left")
+    def _has_left(self, worker_id: WorkerId, left: Left) -> None:
+        match left:
+            case Left.RETIRE:
+                self._pools_here.retire(worker_id)
+            case Left.REPLACE:
+                self._say(f"{worker_id} is drained and has left; another one takes its place")
+                self._start_worker(worker_id)
+            case Left.FORGET:
+                self._say(f"{worker_id} is drained and has left")
+            case _:
+                assert_never(left)
 
     def _kill_overdue(self) -> None:
-        for worker_id, leaving in self._leaving.items():
-            if time.monotonic() >= leaving.until_s:
-                self._pools_here.kill(worker_id)
+        for worker_id in self._workers.overdue(_now_ms()):
+            self._pools_here.kill(worker_id)
 
     def _worker_down(self, down: WorkerDown) -> None:
         if not down.started and not self._is_ready:
             raise StartFailed(f"{down.worker_id} did not start: {down.reason}")
-        self._running.pop(down.worker_id, None)
+        left = self._workers.down(down.worker_id)
         self._lost(down.worker_id, down.incarnation, down.reason)
-        if down.worker_id in self._leaving:
-            self._has_left(down.worker_id)
-            return
-        self._again(down.worker_id, f"{down.worker_id} ended: {down.reason}")
+        if left is not None:
+            self._has_left(down.worker_id, left)
+        else:
+            self._again(down.worker_id, f"{down.worker_id} ended: {down.reason}")
 
     def _lost(self, worker_id: WorkerId, incarnation: int, reason: str) -> None:
         """No router shall wait for its heartbeats, nor a drain for its end."""
@@ -510,7 +468,7 @@ class Supervisor:
 
     def _again(self, name: str, what: str) -> None:
         """Plans the restart of what has died, as often as it is worth it."""
-        delay_ms = self._restarts.died(int(time.monotonic() * 1000), name)
+        delay_ms = self._restarts.died(_now_ms(), name)
         if delay_ms is not None:
             self._say(f"{what}; it is started again" + (f" in {delay_ms / 1000:g} s" if delay_ms else ""))
             heapq.heappush(self._due, (time.monotonic() + delay_ms / 1000, name))
@@ -523,8 +481,8 @@ class Supervisor:
             if not self._routers_here.num_running and not {due for _, due in self._due} & set(self._routers_here.names):
                 raise StartFailed("no router is left")
             return
-        self._given_up.add(WorkerId(name))
-        if self._roles.keys() == self._given_up:  # workers of any role serve alone if they must
+        self._workers.given_up.add(WorkerId(name))
+        if self._workers.none_is_left:
             raise StartFailed("no worker is left")
 
     def _restart_due(self) -> None:
@@ -558,22 +516,14 @@ class Supervisor:
 
         A worker's heartbeat to the router may be heard before Ray's word that it has started.
         """
-        all_here = self._routers_here.ready() == set(self._roles) == set(self._running)
+        workers = self._workers
+        all_here = self._routers_here.ready() == workers.roles.keys() == workers.running.keys()
         if self._is_ready or not all_here or self._why_not_ready():
             return
         self._is_ready = True
-        config = self.config
-        url = f"{config.scheme}://{reachable(config.host)}:{config.port}"
-        grpc = f"{reachable(config.host)}:{config.grpc_port}"
-        self._say(
-            f"Tandem is ready at {url} (gRPC {grpc}) after {time.monotonic() - self._began_s:.1f} s. "
-            "Ctrl-C or `tandem down` stops it. Try:"
-        )
-        question = {"role": "user", "content": "What is the capital of France?"}
-        body = json.dumps({"model": self._model, "messages": [question], "max_tokens": 32, "temperature": 0})
-        self._say(
-            f"  curl -s{curl_flags(config)} {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
-        )
+        after_s = time.monotonic() - self._began_s
+        for line in greeting(self.config, model=self._model, after_s=after_s):
+            self._say(line)
 
     # ---- signals -----------------------------------------------------------------------------------------------------
 
@@ -592,8 +542,5 @@ class Supervisor:
         os._exit(FORCED)
 
 
-def _described(config: ClusterConfig, threads: int) -> str:
-    counts = [(config.prefill, "prefill"), (config.decode, "decode"), (config.mixed, "mixed")]
-    workers = " + ".join(f"{count} {role}" for count, role in counts if count)
-    exact = "exact" if config.exact else "fast"
-    return f"{config.model} ({config.dtype}, {exact}) on {workers} workers of {threads} thread{'s' * (threads > 1)}"
+def _now_ms() -> int:
+    return time.monotonic_ns() // 1_000_000

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 5.0
 RETRY_S = 0.2
+LOOK_MS = 7_000  # a call that nobody answers, the wait after it, and what a busy machine makes of both
 # Not understood, no member of this cluster, or of another version.
 _REFUSALS = (
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -63,7 +64,7 @@ class Registrations:
     ) -> None:
         access = access or ClusterAccess()
         self._standing = Standing(
-            registries=tuple(registries), began_ms=_now_ms(), gone_ms=round(gone_s * 1000)
+            registries=tuple(registries), began_ms=_now_ms(), gone_ms=round(gone_s * 1000), look_ms=LOOK_MS
         )  # fmt: skip
         self._each = [_Registration(name, address, info, incarnation, access) for name, address in registries.items()]
 

@@ -21,8 +21,6 @@ from router.events import (
     AttemptLost,
     ClientGone,
     Event,
-    Fail,
-    Finish,
     LetGo,
     LinkLost,
     LinkUp,
@@ -43,14 +41,14 @@ from router.events import (
     WorkerSuspected,
 )
 from router.fleet import Fleet, Worker, WorkerState
-from router.history import History
+from router.in_flight import InFlight
 from router.line import Line
 from router.moves import Moves
 from router.outbox import Outbox
 from router.owners import Owners
 from router.placement import NoPlacement, Placer
 from router.prefix_index import PrefixIndex
-from router.request import Request, RequestState, StatusSnapshot, snapshot, worker_snapshot
+from router.request import Request, RequestState, StatusSnapshot
 from router.store import EmbeddedOwners, OwnerStore
 from tandem.errors import (
     ERRORS,
@@ -69,7 +67,6 @@ from tandem.messages import (
     MoveFailed,
     OwnerQuery,
     RequestFailed,
-    TransferStats,
     WorkerReport,
 )
 from tandem.request import FinishReason, RequestId, Token, TransferId
@@ -87,11 +84,17 @@ class RouterCore:
         self._placer = Placer(self._fleet, self._index, config)
         self._moves = Moves(config, self._fleet, self._placer, self._outbox)
         self._attempts = Attempts(config, self._fleet, self._placer, self._owners, self._moves, self._outbox)
-        self._requests: dict[RequestId, Request] = {}
         self.line = self._line = Line(config)  # likewise
         self._admission = Admission(config, placer=self._placer, line=self._line, ask=self._attempts.ask)
-        self._history = History(keep_ms=config.history_ms, num_max=config.history_max)
-        self._queued_tokens = 0
+        self._flight = InFlight(
+            config,
+            fleet=self._fleet,
+            line=self._line,
+            attempts=self._attempts,
+            admission=self._admission,
+            outbox=self._outbox,
+        )
+        self._requests = self._flight.requests  # to read only
         self._now_ms = 0
         self._look_again = False
         self.num_stale_tokens = 0
@@ -126,7 +129,7 @@ class RouterCore:
                 if request is not None:
                     self._step(request, None, event)
             case MoveRequested(request_id=request_id):
-                ended = self._history.state_of(request_id)
+                ended = self._flight.history.state_of(request_id)
                 self._moves.ask(now_ms, event, self._requests.get(request_id), ended)
             case Tick():
                 self._tick()
@@ -152,9 +155,7 @@ class RouterCore:
         if error is not None:
             self._outbox.add(Refuse(request_id=new.request_id, error=error))
             return
-        request.tell(self._now_ms, f"taken over after {len(event.answer)} tokens" if event.taken_over else "admitted")
-        self._requests[new.request_id] = request
-        self._queued_tokens += len(new.tokens)
+        self._flight.add(self._now_ms, request, taken_over=event.taken_over)
         if new.canary is not None:
             self._place(request)
             return
@@ -170,7 +171,7 @@ class RouterCore:
         if event.taken_over or new.canary is not None:
             return None
         return self._admission.refusal(
-            self._now_ms, request, num_requests=len(self._requests), queued_tokens=self._queued_tokens
+            self._now_ms, request, num_requests=len(self._requests), queued_tokens=self._flight.queued_tokens
         )
 
     def _place(self, request: Request) -> NoPlacement | None:
@@ -241,7 +242,8 @@ class RouterCore:
         if report.blocks is not None:
             self._index.apply(worker.slot, worker.incarnation, report.blocks)
         for stats in report.transfers:
-            self._transferred(stats)
+            if not self._moves.transferred(stats):
+                self._flight.transferred(stats)
         pieces: list[Token | CommitAsk | OwnerQuery | RequestFailed | MoveFailed] = []
         pieces += (*report.tokens, *report.commit_asks, *report.owner_queries, *report.failed, *report.moves_failed)
         for event in pieces:
@@ -256,15 +258,6 @@ class RouterCore:
             self._fleet.report(worker, report.load, self._now_ms)
             self._look_again = True
 
-    def _transferred(self, stats: TransferStats) -> None:
-        if self._moves.transferred(stats):
-            return
-        request = self._requests.get(stats.request_id)
-        if request is not None:
-            request.transferred = request.transferred.plus(stats)
-        else:
-            self._history.transferred(stats)
-
     # ---- time ------------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
@@ -272,7 +265,7 @@ class RouterCore:
             event = self._due(request)
             if event is not None:
                 self._step(request, None, event)
-        self._history.expire(self._now_ms)
+        self._flight.history.expire(self._now_ms)
         self._moves.expire(self._now_ms)
         self._look_again = True
 
@@ -324,10 +317,7 @@ class RouterCore:
             if worker is not None:
                 self._fleet.first_token(worker, request.request_id, self._now_ms)
         if request.first_token_ms is None:
-            request.first_token_ms = self._now_ms
-            self._queued_tokens -= len(request.new.tokens)
-            self._admission.first_token(self._now_ms, request)
-            request.tell(self._now_ms, "first token")
+            self._flight.first_token(self._now_ms, request)
         if request.landing is not None:
             self._moves.landed(self._now_ms, request)
         request.last_token_ms = self._now_ms
@@ -505,33 +495,11 @@ class RouterCore:
     # ---- ends ------------------------------------------------------------------------------------------------------
 
     def _finish(self, request: Request, reason: FinishReason, by: Worker | None) -> None:
-        """`by` wrote the last token and needs no telling."""
-        request.state = RequestState.FINISHED
-        if by is not None and request.placement is not None and request.num_moves == 0:
-            self._fleet.served((request.placement.source, by.key), request.placed_ms)
-        if by is not None and by in request.involved:
-            request.involved.remove(by)
-            self._fleet.forget(by, request.request_id)
-        self._admission.ended(self._now_ms)
-        request.tell(self._now_ms, f"finished: {reason.value}")
-        self._outbox.add(Finish(request_id=request.request_id, reason=reason, usage=request.usage()))
-        self._end(request, "")
+        self._flight.finish(self._now_ms, request, reason, by)
+        self._look_again = True
 
     def _fail(self, request: Request, error: TandemError) -> None:
-        request.state = RequestState.CANCELLED if isinstance(error, Cancelled) else RequestState.FAILED
-        request.tell(self._now_ms, f"{request.state.value}: {error.message}")
-        self._outbox.add(Fail(request_id=request.request_id, error=error, num_tokens=len(request.answer)))
-        self._end(request, f"{error.code}: {error.message}")
-
-    def _end(self, request: Request, error: str) -> None:
-        ended = snapshot(request, self._now_ms, error=error)
-        self._attempts.end(self._now_ms, request, error or "the request is finished")
-        if request.first_token_ms is None:
-            self._queued_tokens -= len(request.new.tokens)
-        del self._requests[request.request_id]
-        self._line.tidy(len(self._requests))
-        if request.new.canary is None:
-            self._history.add(self._now_ms, ended)
+        self._flight.fail(self._now_ms, request, error)
         self._look_again = True
 
     def _answer(self, worker: Worker, request_id: RequestId, transfer_id: TransferId, refused: str = "") -> None:
@@ -541,21 +509,7 @@ class RouterCore:
 
     def status(self, now_ms: int) -> StatusSnapshot:
         """What operators see."""
-        workers = [
-            worker_snapshot(each, self._index.num_blocks(each.slot) if each.state is not WorkerState.DEAD else 0)
-            for each in (*self._fleet, *self._fleet.dead())
-        ]
-        waits_for = "" if self._line.blocked is None else self._line.blocked.reason
-        clients = [each for each in self._requests.values() if each.new.canary is None]
-        running = [snapshot(each, now_ms, waits_for=waits_for) for each in clients]
-        return StatusSnapshot(
-            now_ms=now_ms,
-            workers=tuple(workers),
-            requests=(*self._history.snapshots(), *running),
-            moves=self._moves.records(),
-            queued_tokens=self._queued_tokens,
-            waiting=sum(each.state is RequestState.ADMITTED for each in self._requests.values()),
-        )
+        return self._flight.status(now_ms, self._index, self._moves)
 
 
 _Row = Callable[[RouterCore, Request, Worker | None, RequestEvent], None]

@@ -89,11 +89,16 @@ def test_an_ambush_kills_the_agent_that_runs_by_then() -> None:
     [
         (pb.DisturbRequest(link=pb.LINK_ROUTERS), "for_ms: is 0"),
         (pb.DisturbRequest(link=pb.LINK_ROUTERS, for_ms=FOR_MS_MAX + 1), f"must be 1 to {FOR_MS_MAX}"),
+        (pb.DisturbRequest(link=pb.LINK_ROUTERS, for_ms=5, period_ms=FOR_MS_MAX + 1), f"must be 0 to {FOR_MS_MAX}"),
         (pb.DisturbRequest(for_ms=5), "link: is 0"),
         (pb.DisturbRequest(link=pb.LINK_WORKERS, for_ms=5, corrupt_every=2), "there is no such fault"),
         (pb.AmbushRequest(state="handoff.lost", signal=pb.SIGNAL_KILL, within_ms=5), "state: is 'handoff.lost'"),
         (pb.AmbushRequest(state="handoff.sending", within_ms=5), "signal: is 0"),
         (pb.AmbushRequest(state="handoff.sending", signal=pb.SIGNAL_STOP), "within_ms: is 0"),
+        (
+            pb.AmbushRequest(state="target.sealed", signal=pb.SIGNAL_KILL, within_ms=5, after_ms=FOR_MS_MAX + 1),
+            f"after_ms: is {FOR_MS_MAX + 1}, must be 0 to",
+        ),
     ],
 )
 def test_a_fault_that_makes_no_sense_is_refused_with_its_field(

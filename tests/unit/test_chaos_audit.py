@@ -15,6 +15,7 @@ from cluster.chaos_audit import (
     exact_and_here,
     grown,
     held,
+    missing,
     unbalanced,
 )
 from tandem.v1.admin_pb2 import BlockCountsStatus, RequestStatus, StatusResponse, WorkerStatus
@@ -39,7 +40,8 @@ def test_blocks_that_do_not_add_up_are_found_under_load() -> None:
 def test_what_is_held_when_all_is_still_is_found(state: str) -> None:
     status = StatusResponse(workers=[worker("p0"), worker(counts={"free": 8, state: 2})])
     assert held(status) == [f"d0 has 2 blocks {state}"]
-    assert held(StatusResponse(workers=[worker(counts={"free": 8, "cached": 2}), worker("d1", state="dead")])) == []
+    assert held(StatusResponse(workers=[worker(counts={"free": 8, "cached": 2}), worker("d1", state="left")])) == []
+    assert held(StatusResponse(workers=[worker("d1", state="dead")])) == ["d1 is dead"], "nobody has replaced it"
     assert held(StatusResponse(workers=[worker(state="joining")])) == ["d0 is joining"]
     assert held(StatusResponse(workers=[worker(running=1)])) == ["d0 has 1 requests running and 0 waiting"]
 
@@ -68,6 +70,13 @@ def test_processes_and_files_that_were_not_there_before_are_found() -> None:
     (files,) = grown(before, {"agent": Footprint(num_processes=4, num_files=101 + 4 * FILES_MORE_MAX)})
     assert files.endswith("100 before")
     assert grown(before, {"stray": Footprint(num_processes=1, num_files=1)}) == ["1 processes stray run, 0 did before"]
+
+
+def test_processes_that_nobody_has_replaced_are_found() -> None:
+    before = {name: Footprint(num_processes=2, num_files=9) for name in ("router", "agent", "Ray")}
+    assert missing(before, before) == []
+    fewer = {"agent": Footprint(num_processes=1, num_files=9)}
+    assert missing(before, fewer) == ["0 processes router run, 2 did before", "1 processes agent run, 2 did before"]
 
 
 def test_what_cannot_be_struck_from_here_is_named() -> None:

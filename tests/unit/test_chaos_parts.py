@@ -196,6 +196,7 @@ def test_each_harm_is_seen_and_charged_to_the_last_fault(
     for index, tokens in pieces:
         tally.came(3, 1, index, tokens)
     tally.ended(4, 1)
+    _serve(tally, 2_000)
     assert tally.harm == tally.strikes[1].harm == harm
     assert not tally.strikes[0].harm
     assert len(tally.failures(recovery_limit_ms=100)) == len(harm)
@@ -215,21 +216,78 @@ def test_an_error_loses_a_stream_a_refusal_or_its_client_does_not() -> None:
     assert "after 1 of 2 tokens: unavailable" in tally.examples[1]
 
 
+def _serve(tally: Tally, now_ms: int) -> None:
+    """Somebody else is served."""
+    tally.opened(now_ms, 99, [5])
+    tally.came(now_ms, 99, 0, [5])
+    tally.ended(now_ms, 99)
+
+
 def test_a_fault_that_streams_do_not_get_over_is_told_until_they_do() -> None:
     tally = Tally()
     tally.opened(0, 1, [5])
     tally.opened(0, 2, [5])
     tally.struck(10, FAULT, "d0")
-    tally.came(20, 1, 0, [5])
+    tally.came(1_010, 1, 0, [5])
     assert tally.failures(recovery_limit_ms=10_000) == ["kill decode worker at 10 ms (d0): 1 streams did not go on"]
     assert tally.rows()[0].recovered_ms is None
-    tally.ended(500, 2, cancelled=True)
-    assert tally.strikes[0].recovered_ms == 490
-    tally.leaked(600, "d0: 3 blocks owned")
+    tally.ended(2_500, 2, cancelled=True)
+    assert tally.strikes[0].recovered_ms == 2_490
+    tally.leaked(2_600, "d0: 3 blocks owned")
     assert tally.failures(recovery_limit_ms=10_000) == ["d0: 3 blocks owned"]
 
 
-def test_a_fault_with_nobody_in_flight_is_over_at_once() -> None:
+def test_a_token_that_was_on_its_way_ends_no_recovery() -> None:
+    """The stream of a worker that is killed has one more token in its pipe, and is silent after that."""
+    tally = Tally()
+    tally.opened(0, 1, [5, 6, 7])
+    tally.came(5, 1, 0, [5])
+    tally.struck(10, FAULT, "d0")
+    tally.came(12, 1, 1, [6])
+    assert tally.failures(recovery_limit_ms=10_000) == ["kill decode worker at 10 ms (d0): nothing was served since"]
+    tally.came(30_012, 1, 2, [7])
+    tally.ended(30_013, 1)
+    assert (tally.strikes[0].recovered_ms, tally.strikes[0].gap_ms) == (30_002, 30_000)
+    assert tally.failures(recovery_limit_ms=10_000) == ["kill decode worker at 10 ms (d0): all went on after 30002 ms"]
+
+
+def test_who_goes_on_at_once_has_recovered_at_once() -> None:
+    tally = Tally()
+    tally.opened(0, 1, list(range(200)))
+    for index in range(200):
+        if index == 50:
+            tally.struck(495, FAULT, "d0")
+        tally.came(10 * index, 1, index, [index])
+    tally.ended(2_000, 1)
+    assert tally.strikes[0].recovered_ms == 5
+
+
+def test_a_cluster_that_refuses_everybody_has_not_recovered() -> None:
+    tally = Tally()
+    tally.opened(0, 1, [5])
+    tally.struck(10, FAULT, "d0")
+    tally.ended(20, 1, "unavailable: no worker", refused=True)
+    tally.struck(5_000, FAULT, "d1")
+    for now_ms in range(6_000, 60_000, 1_000):
+        tally.opened(now_ms, now_ms, [5])
+        tally.ended(now_ms, now_ms, "unavailable: no worker", refused=True)
+    assert tally.failures(recovery_limit_ms=10_000) == [
+        "kill decode worker at 10 ms (d0): nothing was served since",
+        "kill decode worker at 5000 ms (d1): nothing was served since",
+    ]
+    _serve(tally, 60_000)
+    assert [each.recovered_ms for each in tally.strikes] == [59_990, 55_000]
+
+
+def test_a_run_whose_faults_all_missed_has_shown_nothing() -> None:
+    tally = Tally()
+    tally.not_met(10, FAULT, "there was no decode worker")
+    assert tally.failures(recovery_limit_ms=10_000) == ["none of 1 faults struck anybody"]
+
+
+def test_a_fault_with_nobody_in_flight_is_over_when_somebody_is_served() -> None:
     tally = Tally()
     tally.struck(10, FAULT, "d0")
+    assert tally.strikes[0].recovered_ms is None
+    _serve(tally, 3_000)
     assert tally.strikes[0].recovered_ms == 0

@@ -7,7 +7,6 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from cluster.pool_events import RayLost, RayMended, RayUp, WorkerDown, WorkerUp,
 from cluster.pools_child import PoolsChild, PoolsEnded
 from cluster.router_child import RouterEnded, RouterSaid
 from cluster.routers import Routers
-from cluster.supervisor import StartFailed, StopAsked, Supervisor
+from cluster.start_check import StartFailed
+from cluster.supervisor import StopAsked, Supervisor
 from cluster.worker_settings import WorkerSettings
 from tandem.request import WorkerId
 
@@ -124,7 +124,8 @@ class Watched:
         self.supervisor._log_dir = Path("logs")
         self.routers.stop(0)  # its ports are not needed
         self.supervisor._routers = self.routers
-        self.supervisor._starts = dict.fromkeys(self.supervisor._starts, 1)
+        for worker_id in self.supervisor._workers.wanted:
+            self.supervisor._workers.start(worker_id)
         for name in self.routers.names:
             self.supervisor._router_said(said("listening", router=name, pid=7))
 
@@ -201,9 +202,8 @@ def test_a_drained_worker_is_replaced_at_once_when_that_is_wanted() -> None:
 def test_a_drained_worker_that_does_not_end_is_killed() -> None:
     watching = three_up()
     assert watching.take(drained("decode-1")) == ["retire decode-1"]
-    leaving = watching.supervisor._leaving[WorkerId("decode-1")]
-    watching.supervisor._leaving[WorkerId("decode-1")] = replace(leaving, until_s=0.0)
-    assert "kill decode-1" in watching.take()
+    watching.supervisor._workers.leaving[WorkerId("decode-1")].until_ms = 0
+    assert watching.take(said("beat"), said("beat")) == ["kill decode-1"], "once in a while is enough"
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -216,7 +216,38 @@ def test_a_worker_that_crashes_when_it_has_just_been_drained_has_left(restart: b
     asked = watching.take(drained("decode-1", restart=restart))
     assert asked == (["start decode-1"] if restart else [])
     assert watching.supervisor._due == []
-    assert (WorkerId("decode-1") in watching.supervisor._roles) is restart
+    assert (WorkerId("decode-1") in watching.supervisor._workers.roles) is restart
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_drained_worker_that_has_crashed_and_is_back_has_been_replaced(restart: bool) -> None:
+    """Its restart may be quicker than the router's word: the fresh one is what a drain with a restart is for."""
+    watching = three_up()
+    assert watching.take(down("decode-1", "exit code 1")) == ["start decode-1"]
+    assert watching.take(drained("decode-1", restart=restart)) == ([] if restart else ["retire decode-1"])
+    assert (WorkerId("decode-1") in watching.supervisor._workers.leaving) is not restart
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_worker_that_is_drained_while_there_is_no_ray_has_left(restart: bool) -> None:
+    """Nobody waits for the end of a process that went with Ray, nor kills the fresh one for being late."""
+    watching = three_up()
+    watching.take(PoolsEnded(code=-9))
+    assert watching.take(drained("decode-1", restart=restart)) == []
+    others = ["start decode-0", "start prefill-0"]
+    assert sorted(watching.take(RayUp())) == sorted([*others, *(["start decode-1"] if restart else [])])
+    assert not watching.supervisor._workers.leaving
+
+
+def test_a_worker_that_died_too_often_and_was_drained_is_not_waited_for() -> None:
+    watching = Watched(decode=2, max_restarts=0)
+    names = ("prefill-0", "decode-0", "decode-1")
+    watching.take(*(each(name) for name in names for each in (up, ready)), serving())
+    assert watching.take(down("decode-1"), drained("decode-1")) == []
+    assert not watching.supervisor._workers.leaving
+    assert watching.take(down("decode-0")) == []
+    with pytest.raises(StartFailed, match="no worker is left"):
+        watching.take(down("prefill-0"))
 
 
 def test_a_worker_that_left_is_not_drained_twice() -> None:
@@ -378,6 +409,19 @@ def test_a_holder_of_ray_that_hangs_is_ended_only_when_a_worker_is_missing() -> 
     watching.supervisor._pools_silent_s = 1e6
     assert watching.take() == [], "everybody works: it may hang"
     assert watching.take(down("decode-1", "exit code 1")) == ["start decode-1", "end"]
+
+
+def test_a_holder_of_ray_that_hangs_is_ended_when_a_worker_is_to_be_killed() -> None:
+    """It would neither kill it nor start another one: the worker that nobody can use would never be replaced."""
+    watching = three_up()
+    assert watching.take(state("decode-1", "dead")) == ["kill decode-1"]
+    watching.supervisor._pools_silent_s = 1e6
+    assert watching.take() == ["end"]
+    watching = three_up()
+    watching.take(drained("decode-1"))
+    watching.supervisor._workers.leaving[WorkerId("decode-1")].until_ms = 0
+    watching.supervisor._pools_silent_s = 1e6
+    assert watching.take() == ["kill decode-1", "end"]
 
 
 def test_time_in_which_the_supervisor_stood_still_is_no_silence() -> None:

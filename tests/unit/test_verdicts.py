@@ -190,6 +190,27 @@ def test_one_that_is_away_may_still_want_it() -> None:
     assert two.over(15_001) == "router-1 refused: it is over"
 
 
+def test_refusals_of_long_ago_end_nobody_whom_another_one_wanted_since() -> None:
+    """None of them answers just now: that is a wait for a word, as with one registry, and not a refusal of all."""
+    two = standing("router-0", "router-1")
+    two.refused(0, "router-1", "it is over")
+    two.accepted(1000, "router-0")
+    assert two.over(16_001) == ""
+    assert two.over(61_001) == "no registry for 60 s"
+
+
+def test_time_in_which_the_worker_stood_still_is_nobodys_silence() -> None:
+    """A machine that was paused for minutes wakes up with all of its workers: none may think itself forgotten."""
+    two = Standing(registries=("router-0", "router-1"), began_ms=0, gone_ms=60_000, look_ms=7_000)
+    two.refused(500, "router-1", "it is over")
+    two.accepted(1000, "router-0")
+    assert two.over(600_000) == ""
+    two.accepted(600_001, "router-0")
+    for now_ms in range(605_000, 660_001, 5_000):
+        assert two.over(now_ms) == ""
+    assert two.over(660_002) == "no registry for 60 s"
+
+
 def test_without_a_word_it_is_over() -> None:
     two = standing("router-0", "router-1")
     two.accepted(30_000, "router-1")
