@@ -309,12 +309,9 @@ class Service:
         over = found.ended is not None or (found.tokens and found.tokens[-1].finish is not None)
         if over:
             return found, replay_of(found)
+        stream = self.driver.take_over(found)  # which ends what this router had of it, and its account
         self.door.adopt(found.new.owner, request_id)
-        try:
-            return found, self.driver.take_over(found)
-        except BaseException:
-            self.door.ended(request_id)
-            raise
+        return found, stream
 
     async def _check_owner(self, request_id: RequestId, here: Kept | None, caller: Caller) -> None:
         """Raises UnknownRequest for who may not touch it, before anything is taken from anybody."""
