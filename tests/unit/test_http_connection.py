@@ -218,6 +218,18 @@ def test_chunks_of_one_byte_are_a_body_as_any_other() -> None:
     with_server(use)
 
 
+def test_what_is_no_request_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def use(connect: Connect) -> None:
+        for said in (b"\x16\x03\x01 hello\r\n\r\n", LIVE[:-2] + b"Connection: upgrade\r\nUpgrade: x\r\n\r\n"):
+            reader, writer = await connect()
+            writer.write(said)
+            assert (await reader.readline()).startswith(b"HTTP/1.1 ")
+            writer.close()
+
+    with_server(use)
+    assert not [each for each in caplog.records if each.name.startswith("uvicorn")]
+
+
 def test_no_more_connections_than_the_limit() -> None:
     async def use(connect: Connect) -> None:
         open_ones = []
