@@ -7,12 +7,13 @@ import hashlib
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from router.answer import Answer, Answers, TokenStream
-from router.api_keys import ANYBODY, Caller
+from router.api_keys import ANYBODY, CALLER, KEY_SHARE, Caller
 from router.door import Door
 from router.driver import replay_of
 from router.events import NewRequest
@@ -151,7 +152,7 @@ class Service:
         )
         self._in_flight: dict[RequestId, Answers] = {}
         self._opening: dict[str, asyncio.Event] = {}  # by idempotency key: the same again waits for what becomes of it
-        self._encoding = 0
+        self._encoding: Counter[str] = Counter()  # by API key
 
     def check_model(self, name: str) -> None:
         """Raises UnknownModel unless `name` is the model served; empty is taken for it."""
@@ -183,13 +184,18 @@ class Service:
             )
         if len(text) <= _ENCODE_HERE_CHARACTERS:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        if self._encoding >= _ENCODING_MAX:
+        owner = CALLER.get().name
+        if owner and self._encoding[owner] >= _ENCODING_MAX // KEY_SHARE:
+            limit = _ENCODING_MAX // KEY_SHARE
+            raise Overloaded(f"{limit} long prompts of this key are being tokenized", retry_after_ms=1000)
+        if self._encoding.total() >= _ENCODING_MAX:
             raise Overloaded(f"{_ENCODING_MAX} long prompts are being tokenized", retry_after_ms=1000)
-        self._encoding += 1
+        self._encoding[owner] += 1
         try:
             return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
         finally:
-            self._encoding -= 1
+            self._encoding[owner] -= 1
+            self._encoding += Counter()  # forgets who has none
 
     async def open(self, ask: Ask) -> Answers:
         """Checks and submits all answers that `ask` asks for; of a known idempotency key, resumes from the beginning.
