@@ -61,6 +61,13 @@ class Door:
             raise RateLimited(f"{limited.limit}: {limited.reason}", retry_after_ms=limited.retry_after_ms)
         self._inside.update(dict.fromkeys(request_ids, caller))
 
+    def give_up(self, caller: Caller, request_ids: Sequence[RequestId], *, num_tokens: int) -> None:
+        """Requests that were begun do not come to run: their prompts cost nothing."""
+        for request_id in request_ids:
+            self.ended(request_id)
+        if caller.entry is not None:
+            self._limits.give_back(caller.entry, num_tokens)
+
     def adopt(self, owner: str, request_id: RequestId) -> None:
         """Counts a request that another router let in and that goes on here, whatever its owner's limits."""
         entry = None if self.ring is None else self.ring.entries.get(owner)

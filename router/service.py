@@ -233,7 +233,8 @@ class Service:
             raise DuplicateRequest(f"request_id: {request_id!r} is in flight")
         requests = self._requests(ask, request_id)
         num_tokens = sum(len(request.tokens) for request in requests)
-        self.door.begin(ask.caller, [request.request_id for request in requests], num_tokens=num_tokens)
+        ids = [request.request_id for request in requests]
+        self.door.begin(ask.caller, ids, num_tokens=num_tokens)
         form = None if keep is None else json.loads(keep.form)
         group = Answers(self, request_id, owner=ask.caller.name, num_prompts=len(ask.prompts), form=form)
         named = frozenset(ask.fields.stop_token_ids)
@@ -244,12 +245,12 @@ class Service:
                 claim = await self.journal.claim(requests[0], keep)
                 if isinstance(claim, Kept):
                     self.forget(group)
-                    self.door.ended(request_id)
+                    self.door.give_up(ask.caller, ids, num_tokens=num_tokens)
                     return await self._same(claim, keep, ask.caller)
                 fence = claim
                 if keep.key and (known := self.driver.transcripts.of_key(keep.key)) is not None:
                     self.forget(group)  # it came here meanwhile
-                    self.door.ended(request_id)
+                    self.door.give_up(ask.caller, ids, num_tokens=num_tokens)
                     return await self._same(known, keep, ask.caller)
             for request in requests:
                 stream = self.driver.submit(request, keep, fence=fence)
@@ -257,8 +258,7 @@ class Service:
                 group.answers.append(Answer(self, ask.api, request, stream, stops=stops, named=named))
         except BaseException:
             group.close("another answer of the same request was refused")
-            for request in requests:
-                self.door.ended(request.request_id)
+            self.door.give_up(ask.caller, ids, num_tokens=num_tokens)
             raise
         return group
 

@@ -25,7 +25,7 @@ from router.service import Ask, ServedModel, Service
 from router.transcripts import Kept
 from router.validation import SamplingFields
 from tandem.client import AsyncClient
-from tandem.errors import Cancelled, RateLimited, TakenOver, Unauthenticated, UnknownRequest
+from tandem.errors import Cancelled, Overloaded, RateLimited, TakenOver, Unauthenticated, UnknownRequest
 from tandem.messages import Assign
 from tandem.request import RequestId
 from tandem.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -332,6 +332,22 @@ def test_an_id_that_is_asked_for_again_stays_on_its_own_account() -> None:
         router.worker.num_tokens_max = 1000
         assert (await router.post(ALICE, n=2)).status_code == 200
         assert (await router.post(BOB)).status_code == 200
+
+    run(case)
+
+
+def test_a_prompt_that_is_not_taken_in_costs_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def case(router: Router) -> None:
+        router.door.ring = KeyRing([entry("alice", ALICE, tokens_per_minute=100)])
+
+        def full(*arguments: object, **fields: object) -> None:
+            raise Overloaded("no room", retry_after_ms=1000)
+
+        monkeypatch.setattr(router.driver, "submit", full)
+        codes = {(await router.post(ALICE, n=2)).json()["error"]["code"] for _ in range(100 // len(PROMPT))}
+        assert codes == {"overloaded"}
+        monkeypatch.undo()
+        assert (await router.post(ALICE)).status_code == 200
 
     run(case)
 
