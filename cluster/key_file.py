@@ -174,12 +174,16 @@ def changing(path: Path) -> Iterator[list[KeySpec]]:
 def _write(path: Path, specs: list[KeySpec]) -> None:
     text = _HEAD + yaml.safe_dump({"keys": [spec.document() for spec in specs]}, sort_keys=False)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    ring_of(draft)  # a name or key that is there already is refused before it replaces anything
-    draft.replace(path)
+    draft.unlink(missing_ok=True)  # of an earlier process, or somebody else's
+    try:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        ring_of(draft)  # a name or key that is there already is refused before it replaces anything
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _spec(path: Path, number: int, entry: object) -> KeySpec:

@@ -120,6 +120,19 @@ def test_changes_are_whole_private_and_one_at_a_time(path: Path) -> None:
     with pytest.raises(KeyFileError, match="have the same sha256"), changing(path) as specs:
         specs.append(specs[0].model_copy(update={"name": "twin"}))
     assert "twin" not in path.read_text()
+    assert {each.name for each in path.parent.iterdir()} == {"keys.yaml", "keys.yaml.lock"}
+
+
+def test_a_file_that_waits_where_the_draft_is_written_gets_nothing(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("theirs")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    draft.symlink_to(other)
+    with changing(path) as specs:
+        specs[0] = specs[0].model_copy(update={"tenant": "a"})
+    assert other.read_text() == "theirs"
+    assert not path.is_symlink()
+    assert read_keys(path)[0].tenant == "a"
 
 
 def test_keys_are_created_listed_and_revoked(tmp_path: Path) -> None:
