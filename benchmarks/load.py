@@ -7,10 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 
 import grpc
+import grpc.aio
 
 from benchmarks.figures import Outcome
 from benchmarks.workload import Offered
 from tandem.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+Metadata = tuple[tuple[str, str], ...]
 
 REQUEST_DEADLINE_S = 600.0
 MOVE_DEADLINE_S = 60.0
@@ -26,10 +29,11 @@ async def generate(
     ignore_eos: bool = True,
     request_id: str = "",
     on_tokens: Callable[[int], None] | None = None,
+    metadata: Metadata = (),
 ) -> Outcome:
     """Sends one request and returns its outcome; errors become `Outcome.error`.
 
-    `on_tokens` hears after each message how many tokens have come.
+    `on_tokens` hears after each message how many tokens have come. `metadata`: an API key, where one is needed.
     """
     sampling = inference_pb2.SamplingParams(
         temperature=temperature, seed=seed, max_tokens=output_tokens, ignore_eos=ignore_eos
@@ -42,7 +46,7 @@ async def generate(
     )
     outcome = Outcome(sent_s=time.perf_counter(), asked_tokens=output_tokens)
     try:
-        async for response in stub.Generate(request, timeout=REQUEST_DEADLINE_S):
+        async for response in stub.Generate(request, timeout=REQUEST_DEADLINE_S, metadata=metadata):
             now = time.perf_counter()
             outcome.token_ids.extend(response.token_ids)
             outcome.token_times_s.extend([now] * len(response.token_ids))
@@ -68,9 +72,11 @@ async def offer(
     prompts: Sequence[Sequence[int]],
     *,
     progress: Callable[[int, int], None] | None = None,
+    dial: Callable[[str], grpc.aio.Channel] = grpc.aio.insecure_channel,
+    metadata: Metadata = (),
 ) -> list[Outcome]:
     """Sends each request at its arrival time, whether or not earlier ones have ended, and waits for all."""
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with dial(address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
         start = time.perf_counter()
         ended = 0
@@ -78,7 +84,9 @@ async def offer(
         async def one(index: int) -> Outcome:
             nonlocal ended
             await asyncio.sleep(max(0.0, offered[index].arrival_s - (time.perf_counter() - start)))
-            outcome = await generate(stub, prompts[index], output_tokens=offered[index].output_tokens)
+            outcome = await generate(
+                stub, prompts[index], output_tokens=offered[index].output_tokens, metadata=metadata
+            )
             ended += 1
             if progress is not None:
                 progress(ended, len(offered))

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
+
 from benchmarks.figures import Slo, summary
-from benchmarks.load import offer
+from benchmarks.load import Metadata, offer
 from benchmarks.report import table
 from benchmarks.workload import BadWorkload, Offered, Scale, from_trace, random_prompts, uniform
 
@@ -20,6 +22,8 @@ class ServingOptions:
     """One run: the workload, its bounds and its seed."""
 
     address: str  # host:port of tandem.v1.Inference
+    dial: Callable[[str], grpc.aio.Channel] = grpc.aio.insecure_channel
+    metadata: Metadata = field(default=(), repr=False)  # an API key, where one is needed
     trace: Path | None = None
     num_requests: int = 50
     rate: float | None = 1.0
@@ -64,7 +68,9 @@ def run(options: ServingOptions, *, progress: Callable[[int, int], None] | None 
     """Offers the workload and returns all figures as plain numbers, ready for JSON."""
     offered = workload(options)
     prompts: Sequence[Sequence[int]] = random_prompts(offered, vocab_size=options.vocab_size, seed=options.seed)
-    outcomes = asyncio.run(offer(options.address, offered, prompts, progress=progress))
+    outcomes = asyncio.run(
+        offer(options.address, offered, prompts, progress=progress, dial=options.dial, metadata=options.metadata)
+    )
     return {
         "workload": {
             "trace": str(options.trace) if options.trace else None,

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import grpc
 import typer
 from rich.progress import Progress
 
 from benchmarks.figures import Slo
 from benchmarks.serving import ServingOptions, as_json, as_text, run
 from cli.down import run_dir_of
+from cluster.member_access import client_options, dial_routers, key_metadata
 from cluster.run_file import find
-from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tandem import Client
 
 TIMEOUT_S = 10.0
 
@@ -35,12 +35,13 @@ def bench(
     run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
 ) -> None:
     """Offer requests in an open loop: TTFT, TPOT, ITL percentiles and goodput under both SLOs together."""
-    address = find(run_dir_of(run_dir), port).grpc_address
-    with grpc.insecure_channel(address) as channel:
-        stub = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
-        model = stub.ListModels(inference_pb2.ListModelsRequest(), timeout=TIMEOUT_S).models[0]
+    found = find(run_dir_of(run_dir), port)
+    with Client(found.grpc_address, timeout_s=TIMEOUT_S, **client_options(found)) as client:
+        [model, *_] = client.models()
     options = ServingOptions(
-        address=address,
+        address=found.grpc_address,
+        dial=lambda address: dial_routers(found),
+        metadata=key_metadata(),
         trace=trace,
         num_requests=requests,
         rate=rate if rate is not None or trace is not None else 1.0,

@@ -6,7 +6,7 @@ from pydantic import ByteSize
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import Effective
+from cluster.config import Effective, without_password
 
 
 def show_config(effective: Effective) -> None:
@@ -14,6 +14,8 @@ def show_config(effective: Effective) -> None:
     table = Table("setting", "value", "from", box=None, pad_edge=False)
     for key, value in effective.config.model_dump(mode="json").items():
         shown = "" if value is None else str(value)
+        if key == "redis":
+            shown = without_password(shown)
         if key in ("kv_memory", "swap_memory"):
             config = effective.config
             shown = ByteSize(config.swap_bytes if key == "swap_memory" else config.kv_memory).human_readable()

@@ -23,6 +23,7 @@ from cluster.config import ConfigError
 from cluster.key_file import KeyFileError
 from cluster.run_file import NoCluster
 from cluster.secret_files import SecretError
+from tandem.errors import TandemError
 from tandem.tls import TlsError
 
 app = typer.Typer(
@@ -55,6 +56,8 @@ def main() -> None:
         _fail(str(error), 1)
     except Refused as error:
         _fail(str(error), 1)
+    except TandemError as error:
+        _fail(error.message, 1)
     except grpc.RpcError as error:
         _fail(_sentence(error), 1)
 

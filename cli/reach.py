@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
-from cluster.member_access import access_here
+from cluster.member_access import access_here, key_metadata
 from cluster.run_file import NoCluster, RunFile
 from tandem.tls import Tls
 from tandem.v1 import admin_pb2_grpc
 
 ANSWER_S = 3.0  # for a router to say that it speaks gRPC
-API_KEY = "TANDEM_API_KEY"
 
 _Metadata = tuple[tuple[str, str], ...]
 
@@ -42,10 +40,10 @@ def admin(run: RunFile) -> Iterator[admin_pb2_grpc.AdminStub]:
     With TANDEM_API_KEY over the public port, as that key's owner; else over an internal one, as a member of the
     cluster, with the join token that only its own user may read.
     """
-    key = os.environ.get(API_KEY, "")
+    key = key_metadata()
     access = access_here(run, needs_token=not key)
     addresses = [run.grpc_address] if key else list(run.internal.values())
-    metadata: _Metadata = (("authorization", f"Bearer {key}"),) if key else access.metadata
+    metadata = key or access.metadata
     for address in addresses:
         with _dial(address, access.tls) as channel:
             if _answers(channel):

@@ -27,7 +27,7 @@ from cluster.chaos_processes import (
     until_struck,
 )
 from cluster.chaos_tally import Tally
-from cluster.member_access import access_here
+from cluster.member_access import access_here, dial_routers
 from cluster.run_file import RunFile
 from tandem.cluster_access import ClusterAccess
 from tandem.v1 import admin_pb2, admin_pb2_grpc, faults_pb2, faults_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -66,16 +66,16 @@ class NoVictim(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where the cluster is: its gRPC address, its supervisor's process, and what its members ask to be shown."""
+    """Where the cluster is, its supervisor's process, and what its members ask to be shown."""
 
-    address: str
+    run: RunFile
     supervisor_pid: int
     access: ClusterAccess
 
     @classmethod
     def of(cls, run: RunFile) -> Place:
         """Of a cluster that runs here. Raises SecretError, TlsError."""
-        return cls(address=run.grpc_address, supervisor_pid=run.pid, access=access_here(run))
+        return cls(run=run, supervisor_pid=run.pid, access=access_here(run))
 
 
 class ChaosRun:
@@ -95,16 +95,14 @@ class ChaosRun:
         self._paused_ms = 0  # in which no fault is due
         self._baseline: Mapping[str, Footprint] = {}
         self._stores: list[subprocess.Popen[bytes]] = []  # started in place of a Redis that was killed
-        self._load = CheckingLoad(
-            place.address, load=load, draw=random.Random(seed), tally=self.tally, now_ms=self._now_ms
-        )
+        self._load = CheckingLoad(place.run, load=load, draw=random.Random(seed), tally=self.tally, now_ms=self._now_ms)
 
     def _now_ms(self) -> int:
         return round((time.monotonic() - self._begin_s) * 1000)
 
     async def ground(self) -> Ground:
         """What the cluster allows. Raises NotReady and grpc.RpcError."""
-        async with grpc.aio.insecure_channel(self._place.address) as channel:
+        async with dial_routers(self._place.run) as channel:
             status = await self._status(admin_pb2_grpc.AdminStub(channel))  # type: ignore[no-untyped-call]
         problem = exact_and_here(status, psutil.pids())
         if problem:
@@ -116,7 +114,7 @@ class ChaosRun:
 
     async def run(self, faults: Sequence[Fault], duration_ms: int) -> Tally:
         """All faults in their time; returns what they did. Raises NotReady and grpc.RpcError."""
-        async with grpc.aio.insecure_channel(self._place.address) as channel:
+        async with dial_routers(self._place.run) as channel:
             admin = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
             inference = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
             (model, *_) = (

@@ -12,6 +12,8 @@ from typing import cast
 import grpc
 
 from cluster.chaos_tally import Tally
+from cluster.member_access import client_options
+from cluster.run_file import RunFile
 from tandem.client import AsyncClient, Chunk, SamplingOptions
 from tandem.errors import Overloaded, TandemError, Unavailable
 from tandem.v1 import admin_pb2, admin_pb2_grpc
@@ -57,9 +59,9 @@ class CheckingLoad:
     """`ask_first`, then `run` until it is cancelled; `pause` lets all streams end. Tells `tally` what clients see."""
 
     def __init__(
-        self, address: str, *, load: Load, draw: random.Random, tally: Tally, now_ms: Callable[[], int]
+        self, cluster: RunFile, *, load: Load, draw: random.Random, tally: Tally, now_ms: Callable[[], int]
     ) -> None:
-        self._address = address
+        self._cluster = cluster
         self._load = load
         self._draw = draw
         self._tally = tally
@@ -73,7 +75,7 @@ class CheckingLoad:
     async def ask_first(self, vocab_size: int, context_tokens: int) -> int:
         """Draws the questions and has each answered before anything happens; how many there are."""
         self._questions = _questions(self._draw, self._load, vocab_size, context_tokens)
-        async with AsyncClient(self._address, timeout_s=STREAM_TIMEOUT_S) as client:
+        async with self._connected() as client:
             for question in self._questions:
                 answer = await client.generate(question.prompt, **question.sampling)
                 question.answer = list(answer.token_ids)
@@ -106,10 +108,15 @@ class CheckingLoad:
             each.cancel()
         return told
 
+    def _connected(self) -> AsyncClient:
+        return AsyncClient(
+            self._cluster.grpc_address, timeout_s=STREAM_TIMEOUT_S, **client_options(self._cluster)
+        )  # fmt: skip
+
     # ---- one client --------------------------------------------------------------------------------------------------
 
     async def _client(self) -> None:
-        async with AsyncClient(self._address, timeout_s=STREAM_TIMEOUT_S) as client:
+        async with self._connected() as client:
             while True:
                 await self._going.wait()
                 reading = asyncio.create_task(self._read(client, self._draw.choice(self._questions)))

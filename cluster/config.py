@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -287,9 +288,9 @@ def check_url(url: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """The address as it may be shown and logged."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    place = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{place}"))
+    """The address as it may be shown and logged, also where it is none: a password may hold what no address may."""
+    scheme, mark, rest = url.partition("://")
+    user, at, place = rest.rpartition("@")
+    if ":" in user:
+        user = f"{user.partition(':')[0]}:***"
+    return scheme + mark + re.sub(r"(?i)(password=)[^&]*", r"\1***", user + at + place)

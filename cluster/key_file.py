@@ -147,8 +147,8 @@ def read_keys(path: Path) -> list[KeySpec]:
         raise KeyFileError(f"{path}: has more than {FILE_BYTES_MAX} bytes")
     try:
         content = yaml.safe_load(raw)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise KeyFileError(f"{path}: is not YAML: {error}") from None
+    except Exception as error:  # of a date or a number that is none PyYAML raises whatever it met
+        raise KeyFileError(f"{path}: is not YAML: {_said(error)}") from None
     entries = content.get("keys") if isinstance(content, dict) else None
     if not isinstance(entries, list) or set(content) != {"keys"}:
         raise KeyFileError(f"{path}: must hold a list named `keys`, and nothing else")
@@ -174,12 +174,16 @@ def changing(path: Path) -> Iterator[list[KeySpec]]:
 def _write(path: Path, specs: list[KeySpec]) -> None:
     text = _HEAD + yaml.safe_dump({"keys": [spec.document() for spec in specs]}, sort_keys=False)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    ring_of(draft)  # a name or key that is there already is refused before it replaces anything
-    draft.replace(path)
+    draft.unlink(missing_ok=True)  # of an earlier process, or somebody else's
+    try:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        ring_of(draft)  # a name or key that is there already is refused before it replaces anything
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _spec(path: Path, number: int, entry: object) -> KeySpec:
@@ -190,6 +194,14 @@ def _spec(path: Path, number: int, entry: object) -> KeySpec:
         detail = error.errors(include_input=False)[0]  # what stands there may be a key itself
         field = ".".join(str(part) for part in detail["loc"]) or "entry"
         raise KeyFileError(f"{path}: keys[{number}] {name!r}: {field}: {detail['msg']}") from None
+
+
+def _said(error: Exception) -> str:
+    """What is wrong, without what stands there, which may be a key."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return type(error).__name__ if "'" in str(error) else f"{type(error).__name__}: {error}"
 
 
 def _stamp(path: Path) -> _Stamp | None:

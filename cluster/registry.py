@@ -39,13 +39,22 @@ LOOK_MS = 100
 class Registry(worker_pb2_grpc.RegistryServicer):
     """The shell around Membership. All methods run on the driver's event loop.
 
-    `on_change` hears of every change of a worker's state, after the driver has.
+    `on_change` hears of every change of a worker's state, after the driver has; `on_refused` how many more strangers
+    a worker has refused.
     """
 
-    def __init__(self, *, membership: Membership, driver: Driver, on_change: Callable[[StateChanged], None]) -> None:
+    def __init__(
+        self,
+        *,
+        membership: Membership,
+        driver: Driver,
+        on_change: Callable[[StateChanged], None],
+        on_refused: Callable[[int], None] = lambda num: None,
+    ) -> None:
         self.membership = membership
         self._driver = driver
         self._on_change = on_change
+        self._on_refused = on_refused
 
     async def Register(
         self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext[pb.RegisterRequest, pb.RegisterReply]
@@ -73,6 +82,9 @@ class Registry(worker_pb2_grpc.RegistryServicer):
             agent_pid=request.agent_pid,
             refused=request.refused,
         )
+        member = self.membership.current(beat)
+        if member is not None and beat.refused > member.refused:
+            self._on_refused(beat.refused - member.refused)
         self._take(beat)
         return pb.HeartbeatReply(
             known=self.membership.current(beat) is not None, leave=self.membership.has_left(beat)

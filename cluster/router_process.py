@@ -146,7 +146,12 @@ class RouterProcess:
             look_ms=LOOK_MS,
             model=edge.name,
         )
-        self.registry = Registry(membership=self.membership, driver=self.driver, on_change=self._changed)
+        self.registry = Registry(
+            membership=self.membership,
+            driver=self.driver,
+            on_change=self._changed,
+            on_refused=lambda num: self.service.metrics.refused_at_workers(num),
+        )
         self.operations = Operations(
             driver=self.driver,
             registry=self.registry,

@@ -82,6 +82,11 @@ class IncomingLink(threading.Thread):
         """No frame is under way."""
         return self._num_open == 0
 
+    @property
+    def is_greeted(self) -> bool:
+        """The other end has said that it is a member of this cluster, and proved it."""
+        return self._source_agent != 0
+
     def hang_up(self) -> None:
         """Asks the thread to end."""
         self._sock.hang_up()

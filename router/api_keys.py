@@ -17,6 +17,7 @@ from tandem.errors import Unauthenticated
 
 KEY_PREFIX = "tandem_"  # lets scanners for leaked secrets find it
 KEY_CHARACTERS_MAX = 512
+KEY_SHARE = 4  # of what a router does for requests before any limit counts them, no key has more than this part
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SALT_BYTES = 16
 _LOOKUP_BYTES = 8

@@ -13,6 +13,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from router.validation import show
 from tandem.errors import InvalidRequest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -123,6 +124,6 @@ def text_of_content(content: object, field: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("text") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(text, str):
-            raise InvalidRequest(f"{field}.{number}", f"a part of type {kind!r} is not supported, only 'text'")
+            raise InvalidRequest(f"{field}.{number}", f"a part of type {show(kind)} is not supported, only 'text'")
         texts.append(text)
     return "".join(texts)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from router.api_keys import ANYBODY, Caller, KeyRing, bearer
 from router.key_limits import KeyLimits
-from tandem.errors import PermissionDenied, RateLimited, Unauthenticated
+from tandem.errors import DuplicateRequest, PermissionDenied, RateLimited, Unauthenticated
 from tandem.request import RequestId
 
 
@@ -46,16 +46,27 @@ class Door:
     def begin(self, caller: Caller, request_ids: Sequence[RequestId], *, num_tokens: int) -> None:
         """Counts requests that are about to run, all or none; `ended` must follow for each. Raises RateLimited.
 
-        Raises Unauthenticated for a caller who did not come in by this door: a way around it would stay unnoticed.
+        Raises Unauthenticated for a caller who did not come in by this door: a way around it would stay unnoticed; and
+        DuplicateRequest for an id that runs, also when its client is gone: its account must not become another one's.
         """
         if self.ring is None:
             return
         if caller.entry is None:
             raise Unauthenticated("authorization: is missing; this cluster asks for API keys")
+        for request_id in request_ids:
+            if request_id in self._inside:
+                raise DuplicateRequest(f"a request of id {request_id!r} is being served")
         limited = self._limits.begin(self._now_ms(), caller.entry, num_requests=len(request_ids), num_tokens=num_tokens)
         if limited is not None:
             raise RateLimited(f"{limited.limit}: {limited.reason}", retry_after_ms=limited.retry_after_ms)
         self._inside.update(dict.fromkeys(request_ids, caller))
+
+    def give_up(self, caller: Caller, request_ids: Sequence[RequestId], *, num_tokens: int) -> None:
+        """Requests that were begun do not come to run: their prompts cost nothing."""
+        for request_id in request_ids:
+            self.ended(request_id)
+        if caller.entry is not None:
+            self._limits.give_back(caller.entry, num_tokens)
 
     def adopt(self, owner: str, request_id: RequestId) -> None:
         """Counts a request that another router let in and that goes on here, whatever its owner's limits."""

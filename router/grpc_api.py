@@ -160,6 +160,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 fields=fields,
                 priority=request.priority,
                 caller=CALLER.get(),
+                cache_salt=request.cache_salt,
                 slo_class=request.slo_class,
                 ttft_target_ms=request.ttft_target_ms,
                 tpot_target_ms=request.tpot_target_ms,

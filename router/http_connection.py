@@ -58,8 +58,9 @@ class HttpConnection(HttpToolsProtocol):
         self._limits = limits
         self._timer: asyncio.TimerHandle | None = None
         self._in_body = False
-        self._moved = False  # a head or a message ended in the bytes just parsed
+        self._moved = False  # a head or a message ended in the bytes just parsed, or some of a body came
         self._head_bytes = 0
+        self._tail_bytes = 0  # since a chunk: of its extensions, or of the fields after the last one
         self._drops_rest = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
@@ -82,13 +83,25 @@ class HttpConnection(HttpToolsProtocol):
         super().data_received(data)
         if self.transport.is_closing():
             return
-        if not (was_in_body or self._moved):
-            self._head_bytes += len(data)
+        if not self._moved:
+            self._head_bytes += 0 if was_in_body else len(data)
+            self._tail_bytes += len(data) if was_in_body else 0
         most = self._limits.head_bytes_max
-        if self._head_bytes > most:
+        if self._tail_bytes > most:
+            self.transport.abort()  # the reply may be under way
+        elif self._head_bytes > most:
             self._refuse(HeadTooLarge("head", f"has {self._head_bytes} bytes or more, at most {most}"))
         elif not self._is_busy:
             self._start_timer()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Takes a field of the head. Those after a body come when the head has been judged: they are dropped."""
+        if not self._in_body:
+            super().on_header(name, value)
+
+    def on_chunk_header(self) -> None:
+        """The length of another chunk came."""
+        self._moved, self._tail_bytes = True, 0
 
     def on_headers_complete(self) -> None:
         """Starts the request, unless another is under way.
@@ -110,12 +123,13 @@ class HttpConnection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Hands the body on, if its request was taken."""
+        self._moved, self._tail_bytes = True, 0
         if not self._drops_rest:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The next byte belongs to another head."""
-        self._in_body, self._moved = False, True
+        self._in_body, self._moved, self._tail_bytes = False, True, 0
         super().on_message_complete()
 
     @property

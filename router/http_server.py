@@ -114,6 +114,7 @@ async def serve_http(
         http=functools.partial(HttpConnection, limits=limits),  # type: ignore[arg-type]
         ws="none",
         log_config=None,
+        log_level="error",  # it warns of each request that is none: strangers may send what they like, and fill no log
         access_log=False,
         lifespan="off",
         timeout_keep_alive=limits.idle_timeout_s,

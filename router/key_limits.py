@@ -91,6 +91,12 @@ class KeyLimits:
         usage.running += num_requests
         return None
 
+    def give_back(self, key: KeyEntry, num_tokens: int) -> None:
+        """Prompt tokens of requests that did not come to run. That they were asked counts."""
+        usage = self._usage.get(key.name)
+        if usage is not None and usage.tokens is not None:
+            usage.tokens.take(-num_tokens)  # never more than a minute's worth: the next fill sees to it
+
     def adopt(self, key: KeyEntry) -> None:
         """A request of the key runs that was let in elsewhere."""
         self._of(key.name).running += 1

@@ -43,6 +43,7 @@ class EdgeMetrics:
         self._requests = self._plain(Counter, table.REQUESTS_TOTAL)
         self._refusals = self._plain(Counter, table.REFUSALS_TOTAL)
         self._strangers = self._plain(Counter, table.STRANGERS_TOTAL)
+        self._at_workers = self._plain(Counter, table.WORKER_STRANGERS_TOTAL)
         self._running = self._plain(Gauge, table.REQUESTS_RUNNING)
         self._resumed = self._plain(Counter, table.RESUMED_TOTAL)
         self._prompt_tokens = self._plain(Counter, table.PROMPT_TOKENS_TOTAL)
@@ -63,6 +64,10 @@ class EdgeMetrics:
     def stranger(self) -> None:
         """Somebody without the join token, or of another version, called what is for members of the cluster."""
         self._strangers.inc()
+
+    def refused_at_workers(self, num: int) -> None:
+        """A worker has refused so many more calls, links, messages and frames."""
+        self._at_workers.inc(num)
 
     def first_tokens(self, num_tokens: int, after_s: float) -> None:
         """A request's first tokens came `after_s` seconds after it was taken in."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import logging
 import math
 import time
@@ -61,24 +62,13 @@ class _NoSuchPage(TandemError):
 
 def build_app(service: Service) -> FastAPI:
     """The application; others may add routers and pages to it."""
-    # FastAPI's own pages load their script from a CDN.
-    app = FastAPI(title="Tandem", description=_DESCRIPTION, version="1", docs_url=None, redoc_url=None)
+    app = FastAPI(title="Tandem", description=_DESCRIPTION, version="1", openapi_url=None)
     app.add_middleware(HttpDoor, door=service.door, on_refused=service.metrics.refused)
     _add_completions(app, service)
     _add_models(app, service)
     _add_health(app, service)
 
-    limits = ModelLimits(
-        id=service.model.id,
-        vocab_size=service.limits.vocab_size,
-        context_tokens=service.limits.context_tokens,
-    )
-    app.openapi = functools.partial(document_of, app, limits)  # type: ignore[method-assign]
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        """The schema for people."""
-        return HTMLResponse(page_of(app.openapi()))
+    _add_documentation(app, service)
 
     @app.exception_handler(TandemError)
     async def on_error(request: Request, error: TandemError) -> Response:
@@ -94,6 +84,29 @@ def build_app(service: Service) -> FastAPI:
         return _error_response(TandemError(f"internal error: {type(error).__name__}"), _valid_id(request))
 
     return app
+
+
+def _add_documentation(app: FastAPI, service: Service) -> None:
+    """Made once: anybody may open these pages, and a tenth of a second of work each time would hold up all answers."""
+    limits = ModelLimits(
+        id=service.model.id,
+        vocab_size=service.limits.vocab_size,
+        context_tokens=service.limits.context_tokens,
+    )
+    app.openapi = functools.cache(functools.partial(document_of, app, limits))  # type: ignore[method-assign]
+    as_json = functools.cache(lambda: json.dumps(app.openapi()).encode())
+    as_page = functools.cache(lambda: page_of(app.openapi()).encode())
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        """The schema for machines."""
+        return Response(as_json(), media_type="application/json")
+
+    # FastAPI's own pages load their script from a CDN.
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        """The schema for people."""
+        return HTMLResponse(as_page())
 
 
 def _add_completions(app: FastAPI, service: Service) -> None:

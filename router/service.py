@@ -7,12 +7,13 @@ import hashlib
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from router.answer import Answer, Answers, TokenStream
-from router.api_keys import ANYBODY, Caller
+from router.api_keys import ANYBODY, CALLER, KEY_SHARE, Caller
 from router.door import Door
 from router.driver import replay_of
 from router.events import NewRequest
@@ -151,7 +152,7 @@ class Service:
         )
         self._in_flight: dict[RequestId, Answers] = {}
         self._opening: dict[str, asyncio.Event] = {}  # by idempotency key: the same again waits for what becomes of it
-        self._encoding = 0
+        self._encoding: Counter[str] = Counter()  # by API key
 
     def check_model(self, name: str) -> None:
         """Raises UnknownModel unless `name` is the model served; empty is taken for it."""
@@ -183,13 +184,18 @@ class Service:
             )
         if len(text) <= _ENCODE_HERE_CHARACTERS:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        if self._encoding >= _ENCODING_MAX:
+        owner = CALLER.get().name
+        if owner and self._encoding[owner] >= _ENCODING_MAX // KEY_SHARE:
+            limit = _ENCODING_MAX // KEY_SHARE
+            raise Overloaded(f"{limit} long prompts of this key are being tokenized", retry_after_ms=1000)
+        if self._encoding.total() >= _ENCODING_MAX:
             raise Overloaded(f"{_ENCODING_MAX} long prompts are being tokenized", retry_after_ms=1000)
-        self._encoding += 1
+        self._encoding[owner] += 1
         try:
             return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
         finally:
-            self._encoding -= 1
+            self._encoding[owner] -= 1
+            self._encoding += Counter()  # forgets who has none
 
     async def open(self, ask: Ask) -> Answers:
         """Checks and submits all answers that `ask` asks for; of a known idempotency key, resumes from the beginning.
@@ -227,7 +233,8 @@ class Service:
             raise DuplicateRequest(f"request_id: {request_id!r} is in flight")
         requests = self._requests(ask, request_id)
         num_tokens = sum(len(request.tokens) for request in requests)
-        self.door.begin(ask.caller, [request.request_id for request in requests], num_tokens=num_tokens)
+        ids = [request.request_id for request in requests]
+        self.door.begin(ask.caller, ids, num_tokens=num_tokens)
         form = None if keep is None else json.loads(keep.form)
         group = Answers(self, request_id, owner=ask.caller.name, num_prompts=len(ask.prompts), form=form)
         named = frozenset(ask.fields.stop_token_ids)
@@ -238,12 +245,12 @@ class Service:
                 claim = await self.journal.claim(requests[0], keep)
                 if isinstance(claim, Kept):
                     self.forget(group)
-                    self.door.ended(request_id)
+                    self.door.give_up(ask.caller, ids, num_tokens=num_tokens)
                     return await self._same(claim, keep, ask.caller)
                 fence = claim
                 if keep.key and (known := self.driver.transcripts.of_key(keep.key)) is not None:
                     self.forget(group)  # it came here meanwhile
-                    self.door.ended(request_id)
+                    self.door.give_up(ask.caller, ids, num_tokens=num_tokens)
                     return await self._same(known, keep, ask.caller)
             for request in requests:
                 stream = self.driver.submit(request, keep, fence=fence)
@@ -251,8 +258,7 @@ class Service:
                 group.answers.append(Answer(self, ask.api, request, stream, stops=stops, named=named))
         except BaseException:
             group.close("another answer of the same request was refused")
-            for request in requests:
-                self.door.ended(request.request_id)
+            self.door.give_up(ask.caller, ids, num_tokens=num_tokens)
             raise
         return group
 
@@ -309,12 +315,9 @@ class Service:
         over = found.ended is not None or (found.tokens and found.tokens[-1].finish is not None)
         if over:
             return found, replay_of(found)
+        stream = self.driver.take_over(found)  # which ends what this router had of it, and its account
         self.door.adopt(found.new.owner, request_id)
-        try:
-            return found, self.driver.take_over(found)
-        except BaseException:
-            self.door.ended(request_id)
-            raise
+        return found, stream
 
     async def _check_owner(self, request_id: RequestId, here: Kept | None, caller: Caller) -> None:
         """Raises UnknownRequest for who may not touch it, before anything is taken from anybody."""

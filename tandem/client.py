@@ -67,11 +67,28 @@ class SamplingOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float]
 
 
+class RequestOptions(SamplingOptions, total=False):
+    """What else may be asked of a request, see GenerateRequest in proto/tandem/v1/inference.proto.
+
+    A request with targets is refused with Overloaded rather than served late, as its class (`interactive`, `sheddable`
+    or `batch`) says. `cache_salt` sets its prefixes apart from those of other requests.
+    """
+
+    slo_class: str
+    ttft_target_ms: int
+    tpot_target_ms: int
+    cache_salt: str
+
+
+_OWN_OPTIONS = RequestOptions.__annotations__.keys() - SamplingOptions.__annotations__.keys()  # not of sampling
+
+
 class SecurityOptions(TypedDict, total=False):
-    """What a cluster may ask for. Any of the last four makes the client speak TLS.
+    """What a cluster may ask for. `tls`, `ca`, `cert` or `key` makes the client speak TLS.
 
     `api_key` is shown with every call. `ca` is a PEM file of the authority that signed the router's certificate, `tls`
     alone trusts those of the system. `cert` and `key` are PEM files of the client's own, where the router wants one.
+    `tls_name` is what the router's certificate is made out to, where that is not the address that is dialled.
     TlsError is raised when one of the files cannot be used.
     """
 
@@ -80,6 +97,7 @@ class SecurityOptions(TypedDict, total=False):
     ca: str | Path
     cert: str | Path
     key: str | Path
+    tls_name: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +162,7 @@ class ModelInfo:
     created_s: int
     dtype: str
     exact: bool
+    vocab_size: int
 
 
 class Client:
@@ -191,10 +210,10 @@ class Client:
         model: str = "",
         request_id: str = "",
         priority: int = 0,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> Completion:
         """The whole answer. Raises TandemError."""
-        return _joined(list(self.stream(prompt, model=model, request_id=request_id, priority=priority, **sampling)))
+        return _joined(list(self.stream(prompt, model=model, request_id=request_id, priority=priority, **options)))
 
     def stream(
         self,
@@ -203,10 +222,10 @@ class Client:
         model: str = "",
         request_id: str = "",
         priority: int = 0,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> Iterator[Chunk]:
         """The answer as it comes; leaving the iteration cancels the request. Raises TandemError."""
-        request = _request(prompt, model, request_id, priority, sampling, self._resume_s)
+        request = _request(prompt, model, request_id, priority, options, self._resume_s)
         resuming = Resuming(resume_s=self._resume_s, heard_s=time.monotonic())
         call: Any = None
         try:
@@ -294,10 +313,10 @@ class AsyncClient:
         model: str = "",
         request_id: str = "",
         priority: int = 0,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> Completion:
         """The whole answer. Raises TandemError."""
-        stream = self.stream(prompt, model=model, request_id=request_id, priority=priority, **sampling)
+        stream = self.stream(prompt, model=model, request_id=request_id, priority=priority, **options)
         return _joined([each async for each in stream])
 
     async def stream(
@@ -307,10 +326,10 @@ class AsyncClient:
         model: str = "",
         request_id: str = "",
         priority: int = 0,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> AsyncIterator[Chunk]:
         """The answer as it comes; closing the iterator cancels the request. Raises TandemError."""
-        request = _request(prompt, model, request_id, priority, sampling, self._resume_s)
+        request = _request(prompt, model, request_id, priority, options, self._resume_s)
         resuming = Resuming(resume_s=self._resume_s, heard_s=time.monotonic())
         call: Any = None
         try:
@@ -354,14 +373,16 @@ class AsyncClient:
 
 
 def _request(
-    prompt: Prompt, model: str, request_id: str, priority: int, sampling: SamplingOptions, resume_s: float
+    prompt: Prompt, model: str, request_id: str, priority: int, options: RequestOptions, resume_s: float
 ) -> GenerateRequest:
     """The request; with `resume_s` it has a name and a key of its own, to be found and sent again by."""
     try:
         # protobuf's own errors name neither the field nor the value well, but say what type it wants.
+        own: Any = {name: value for name, value in options.items() if name in _OWN_OPTIONS}
+        sampling: Any = {name: value for name, value in options.items() if name not in _OWN_OPTIONS}
         params = inference_pb2.SamplingParams(**sampling)
         request = inference_pb2.GenerateRequest(
-            model=model, request_id=request_id, priority=priority, sampling=params, return_token_ids=True
+            model=model, request_id=request_id, priority=priority, sampling=params, return_token_ids=True, **own
         )
         if resume_s:
             request.request_id = request_id or f"req-{uuid.uuid4().hex}"
@@ -386,7 +407,8 @@ def _secured(security: SecurityOptions) -> tuple[Tls | None, _Metadata]:
     files = {name: Path(security[name]) for name in ("ca", "cert", "key") if security.get(name)}
     if not files and not security.get("tls", False):
         return None, metadata
-    return load_tls(ca=files.get("ca"), cert=files.get("cert"), key=files.get("key")), metadata
+    name = security.get("tls_name", "")
+    return load_tls(ca=files.get("ca"), cert=files.get("cert"), key=files.get("key"), name=name), metadata
 
 
 def _next(stub: Any, resuming: Resuming, request: GenerateRequest, timeout_s: float, metadata: _Metadata) -> Any:
@@ -482,6 +504,7 @@ def _models(response: inference_pb2.ListModelsResponse) -> list[ModelInfo]:
             created_s=model.created_s,
             dtype=model.dtype,
             exact=model.exact,
+            vocab_size=model.vocab_size,
         )
         for model in response.models
     ]

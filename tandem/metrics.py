@@ -69,6 +69,13 @@ STRANGERS_TOTAL = Metric(
     unit=Unit.REQUESTS,
     help="Calls to the registry that were refused: no join token, a wrong one, or another protocol version.",
 )
+WORKER_STRANGERS_TOTAL = Metric(
+    name="tandem_router_refused_at_workers_requests_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.REQUESTS,
+    help="What workers have refused, as their heartbeats say: calls without the join token, and links, messages and "
+    "frames that were forged, replayed or strangers'. Each router hears of all workers.",
+)
 REQUESTS_RUNNING = Metric(
     name="tandem_router_running_requests",
     kind=MetricKind.GAUGE,
@@ -119,6 +126,7 @@ METRICS: tuple[Metric, ...] = (
     REQUESTS_TOTAL,
     REFUSALS_TOTAL,
     STRANGERS_TOTAL,
+    WORKER_STRANGERS_TOTAL,
     REQUESTS_RUNNING,
     RESUMED_TOTAL,
     PROMPT_TOKENS_TOTAL,

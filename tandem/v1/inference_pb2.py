@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tandem/v1/inference.proto\x12\ttandem.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"6\n\nChatPrompt\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.tandem.v1.ChatMessage\"\x1e\n\x0bTokenPrompt\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\"\xe0\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\rH\x08\x88\x01\x01\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x1a\n\x0estop_token_ids\x18\x0c \x03(\rB\x02\x10\x01\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\t\x88\x01\x01\x12<\n\nlogit_bias\x18\x0f \x03(\x0b\x32(.tandem.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_logprobs\"\xc0\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12%\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x15.tandem.v1.ChatPromptH\x00\x12(\n\x06tokens\x18\x05 \x01(\x0b\x32\x16.tandem.v1.TokenPromptH\x00\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x18\n\x10return_token_ids\x18\x07 \x01(\x08\x12\x17\n\x0fidempotency_key\x18\t \x01(\t\x12\x11\n\tresume_ms\x18\x14 \x01(\r\x12\x10\n\x08priority\x18\r \x01(\r\x12\x11\n\tslo_class\x18\n \x01(\t\x12\x16\n\x0ettft_target_ms\x18\x0b \x01(\r\x12\x16\n\x0etpot_target_ms\x18\x0c \x01(\rB\x08\n\x06promptJ\x04\x08\x08\x10\tJ\x04\x08\x0e\x10\x14R\x11\x61ttach_from_indexR\nsession_idR\x06tenantR\x07\x61\x64\x61pterR\x07grammarR\x05toolsR\x0btraceparent\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"^\n\rTokenLogprobs\x12\'\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x17.tandem.v1.TokenLogprob\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xcc\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x15\n\ttoken_ids\x18\x04 \x03(\rB\x02\x10\x01\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.tandem.v1.TokenLogprobs\x12\x0e\n\x06\x66inish\x18\x06 \x01(\t\x12\x13\n\x0bstop_reason\x18\x07 \x01(\t\x12\x1f\n\x05usage\x18\x08 \x01(\x0b\x32\x10.tandem.v1.Usage\"7\n\rAttachRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nfrom_index\x18\x02 \x01(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"`\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12%\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x15.tandem.v1.ChatPromptH\x00\x42\x07\n\x05input\"#\n\x10TokenizeResponse\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\"\x13\n\x11ListModelsRequest\"p\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x11\n\tcreated_s\x18\x03 \x01(\x04\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\r\n\x05\x65xact\x18\x05 \x01(\x08\x12\x12\n\nvocab_size\x18\x06 \x01(\r\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.tandem.v1.Model2\xe4\x02\n\tInference\x12\x45\n\x08Generate\x12\x1a.tandem.v1.GenerateRequest\x1a\x1b.tandem.v1.GenerateResponse0\x01\x12\x41\n\x06\x41ttach\x12\x18.tandem.v1.AttachRequest\x1a\x1b.tandem.v1.GenerateResponse0\x01\x12=\n\x06\x43\x61ncel\x12\x18.tandem.v1.CancelRequest\x1a\x19.tandem.v1.CancelResponse\x12\x43\n\x08Tokenize\x12\x1a.tandem.v1.TokenizeRequest\x1a\x1b.tandem.v1.TokenizeResponse\x12I\n\nListModels\x12\x1c.tandem.v1.ListModelsRequest\x1a\x1d.tandem.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tandem/v1/inference.proto\x12\ttandem.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"6\n\nChatPrompt\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.tandem.v1.ChatMessage\"\x1e\n\x0bTokenPrompt\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\"\xe0\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\rH\x08\x88\x01\x01\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x1a\n\x0estop_token_ids\x18\x0c \x03(\rB\x02\x10\x01\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\t\x88\x01\x01\x12<\n\nlogit_bias\x18\x0f \x03(\x0b\x32(.tandem.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_logprobs\"\xd4\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12%\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x15.tandem.v1.ChatPromptH\x00\x12(\n\x06tokens\x18\x05 \x01(\x0b\x32\x16.tandem.v1.TokenPromptH\x00\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x18\n\x10return_token_ids\x18\x07 \x01(\x08\x12\x17\n\x0fidempotency_key\x18\t \x01(\t\x12\x11\n\tresume_ms\x18\x14 \x01(\r\x12\x10\n\x08priority\x18\r \x01(\r\x12\x11\n\tslo_class\x18\n \x01(\t\x12\x16\n\x0ettft_target_ms\x18\x0b \x01(\r\x12\x16\n\x0etpot_target_ms\x18\x0c \x01(\r\x12\x12\n\ncache_salt\x18\x15 \x01(\tB\x08\n\x06promptJ\x04\x08\x08\x10\tJ\x04\x08\x0e\x10\x14R\x11\x61ttach_from_indexR\nsession_idR\x06tenantR\x07\x61\x64\x61pterR\x07grammarR\x05toolsR\x0btraceparent\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"^\n\rTokenLogprobs\x12\'\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x17.tandem.v1.TokenLogprob\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.tandem.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xcc\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x15\n\ttoken_ids\x18\x04 \x03(\rB\x02\x10\x01\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.tandem.v1.TokenLogprobs\x12\x0e\n\x06\x66inish\x18\x06 \x01(\t\x12\x13\n\x0bstop_reason\x18\x07 \x01(\t\x12\x1f\n\x05usage\x18\x08 \x01(\x0b\x32\x10.tandem.v1.Usage\"7\n\rAttachRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nfrom_index\x18\x02 \x01(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"`\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12%\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x15.tandem.v1.ChatPromptH\x00\x42\x07\n\x05input\"#\n\x10TokenizeResponse\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\"\x13\n\x11ListModelsRequest\"p\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x11\n\tcreated_s\x18\x03 \x01(\x04\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\r\n\x05\x65xact\x18\x05 \x01(\x08\x12\x12\n\nvocab_size\x18\x06 \x01(\r\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.tandem.v1.Model2\xe4\x02\n\tInference\x12\x45\n\x08Generate\x12\x1a.tandem.v1.GenerateRequest\x1a\x1b.tandem.v1.GenerateResponse0\x01\x12\x41\n\x06\x41ttach\x12\x18.tandem.v1.AttachRequest\x1a\x1b.tandem.v1.GenerateResponse0\x01\x12=\n\x06\x43\x61ncel\x12\x18.tandem.v1.CancelRequest\x1a\x19.tandem.v1.CancelResponse\x12\x43\n\x08Tokenize\x12\x1a.tandem.v1.TokenizeRequest\x1a\x1b.tandem.v1.TokenizeResponse\x12I\n\nListModels\x12\x1c.tandem.v1.ListModelsRequest\x1a\x1d.tandem.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,31 +52,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=586
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=634
   _globals['_GENERATEREQUEST']._serialized_start=786
-  _globals['_GENERATEREQUEST']._serialized_end=1234
-  _globals['_TOKENLOGPROB']._serialized_start=1236
-  _globals['_TOKENLOGPROB']._serialized_end=1299
-  _globals['_TOKENLOGPROBS']._serialized_start=1301
-  _globals['_TOKENLOGPROBS']._serialized_end=1395
-  _globals['_USAGE']._serialized_start=1397
-  _globals['_USAGE']._serialized_end=1477
-  _globals['_GENERATERESPONSE']._serialized_start=1480
-  _globals['_GENERATERESPONSE']._serialized_end=1684
-  _globals['_ATTACHREQUEST']._serialized_start=1686
-  _globals['_ATTACHREQUEST']._serialized_end=1741
-  _globals['_CANCELREQUEST']._serialized_start=1743
-  _globals['_CANCELREQUEST']._serialized_end=1778
-  _globals['_CANCELRESPONSE']._serialized_start=1780
-  _globals['_CANCELRESPONSE']._serialized_end=1811
-  _globals['_TOKENIZEREQUEST']._serialized_start=1813
-  _globals['_TOKENIZEREQUEST']._serialized_end=1909
-  _globals['_TOKENIZERESPONSE']._serialized_start=1911
-  _globals['_TOKENIZERESPONSE']._serialized_end=1946
-  _globals['_LISTMODELSREQUEST']._serialized_start=1948
-  _globals['_LISTMODELSREQUEST']._serialized_end=1967
-  _globals['_MODEL']._serialized_start=1969
-  _globals['_MODEL']._serialized_end=2081
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2083
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2137
-  _globals['_INFERENCE']._serialized_start=2140
-  _globals['_INFERENCE']._serialized_end=2496
+  _globals['_GENERATEREQUEST']._serialized_end=1254
+  _globals['_TOKENLOGPROB']._serialized_start=1256
+  _globals['_TOKENLOGPROB']._serialized_end=1319
+  _globals['_TOKENLOGPROBS']._serialized_start=1321
+  _globals['_TOKENLOGPROBS']._serialized_end=1415
+  _globals['_USAGE']._serialized_start=1417
+  _globals['_USAGE']._serialized_end=1497
+  _globals['_GENERATERESPONSE']._serialized_start=1500
+  _globals['_GENERATERESPONSE']._serialized_end=1704
+  _globals['_ATTACHREQUEST']._serialized_start=1706
+  _globals['_ATTACHREQUEST']._serialized_end=1761
+  _globals['_CANCELREQUEST']._serialized_start=1763
+  _globals['_CANCELREQUEST']._serialized_end=1798
+  _globals['_CANCELRESPONSE']._serialized_start=1800
+  _globals['_CANCELRESPONSE']._serialized_end=1831
+  _globals['_TOKENIZEREQUEST']._serialized_start=1833
+  _globals['_TOKENIZEREQUEST']._serialized_end=1929
+  _globals['_TOKENIZERESPONSE']._serialized_start=1931
+  _globals['_TOKENIZERESPONSE']._serialized_end=1966
+  _globals['_LISTMODELSREQUEST']._serialized_start=1968
+  _globals['_LISTMODELSREQUEST']._serialized_end=1987
+  _globals['_MODEL']._serialized_start=1989
+  _globals['_MODEL']._serialized_end=2101
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2103
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2157
+  _globals['_INFERENCE']._serialized_start=2160
+  _globals['_INFERENCE']._serialized_end=2516
 # @@protoc_insertion_point(module_scope)

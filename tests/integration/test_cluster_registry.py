@@ -14,9 +14,10 @@ from cluster.membership import Membership, MemberState, StateChanged
 from cluster.registry import Registry
 from cluster.worker_registration import Pulse, RegistrationOver, Registrations
 from router.driver import Driver
+from tandem import wire
 from tandem.messages import Role, WorkerInfo
 from tandem.request import WorkerId
-from tandem.v1 import worker_pb2_grpc
+from tandem.v1 import worker_pb2, worker_pb2_grpc
 
 D0 = WorkerId("decode-0")
 INFO = WorkerInfo(
@@ -102,6 +103,26 @@ def test_joining_living_and_falling_silent() -> None:
                 assert await ended(task) == (
                     "router-0 refused: incarnation 1 of decode-0 is over; the latest is 1"
                 )  # fmt: skip
+
+    asyncio.run(body())
+
+
+def test_what_workers_have_refused_is_counted_once() -> None:
+    async def body() -> None:
+        counted: list[int] = []
+        membership = Membership(heartbeat_ms=10_000)
+        async with Driver() as driver:
+            place = Registry(
+                membership=membership, driver=driver, on_change=lambda change: None, on_refused=counted.append
+            )
+            for incarnation in (1, 2):
+                request = wire.encode_worker_info(INFO)
+                request.incarnation = incarnation
+                await place.Register(request, None)  # type: ignore[arg-type]
+                for refused in (0, 2, 2, 7):
+                    beat = worker_pb2.HeartbeatRequest(worker_id=D0, incarnation=incarnation, refused=refused)
+                    assert (await place.Heartbeat(beat, None)).known  # type: ignore[arg-type]
+            assert counted == [2, 5, 2, 5]
 
     asyncio.run(body())
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import psutil
 import pytest
 from agent_pair import FAST, LAYOUT, End, Pair, with_transport
 
@@ -97,6 +98,36 @@ def test_agents_of_another_cluster_do_not_link(pair: Pair) -> None:
     finally:
         stranger.close()
     still_works(pair)
+
+
+def test_strangers_push_out_no_link_of_a_member() -> None:
+    """As many connections as an agent takes, that say nothing: they make room for one another."""
+    few = replace(GLOO, max_links=4)
+    source, target = End(settings=few, fill=True, secret=SECRET), End(settings=few, secret=SECRET)
+    pair, endpoint = Pair(source, target), parse_endpoint(target.info.endpoint)
+
+    def link() -> int:
+        """The source's end of the link."""
+        found = psutil.Process(source.info.pid).net_connections("tcp")
+        [port] = [each.laddr.port for each in found if each.raddr and each.raddr.port == endpoint.port]
+        return int(port)
+
+    strangers: list[socket.socket] = []
+    try:
+        still_works(pair)
+        before = link()
+        for _ in range(3 * few.max_links):
+            strangers.append(socket.create_connection((endpoint.host, endpoint.port), timeout=10))
+        strangers[0].settimeout(10)
+        assert strangers[0].recv(1) == b"", "the first to come is the first to go"
+        pair.expect("beside", blocks=(5,))
+        pair.move(pair.header("beside", source=(5,), target=(5,)))
+        assert link() == before
+    finally:
+        for each in strangers:
+            each.close()
+        source.close()
+        target.close()
 
 
 class Between:

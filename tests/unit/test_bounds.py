@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
+from contextvars import Context, copy_context
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 from router_rig import D, Rig, info, request
+from scripted_driver import ScriptedDriver
 from starlette.requests import Request as HttpRequest
 from starlette.types import Message
 
@@ -20,10 +24,13 @@ from cluster.worker_service import WorkerService
 from engine.events import RouterGone
 from kv_transfer.actions import RouterJoined
 from router import fleet, request_body
+from router.api_keys import CALLER, Caller, KeyEntry, digest_of
 from router.events import ClientGone, Submitted
 from router.fleet import Fleet
 from router.line import ENDED_KEPT
+from router.metrics import EdgeMetrics
 from router.request_body import Bodies
+from router.service import ServedModel, Service
 from tandem.errors import Overloaded
 from tandem.messages import BlockCounts, BlockEvents, Role, WorkerLoad, WorkerReport
 from tandem.request import RequestId, Token, WorkerId
@@ -129,6 +136,70 @@ def test_who_waits_too_long_is_told_to_come_again(monkeypatch: pytest.MonkeyPatc
         assert len(await bodies.read(late.request)) == 100 * KIB
 
     run(case)
+
+
+def as_key(name: str) -> Context:
+    context = copy_context()
+    context.run(CALLER.set, Caller(entry=KeyEntry(name=name, digest=digest_of(name))))
+    return context
+
+
+def test_large_bodies_of_one_key_wait_for_one_another_and_leave_room_for_those_of_others() -> None:
+    async def case(bodies: Bodies) -> None:
+        loop = asyncio.get_running_loop()
+        flood = [Client(100 * KIB) for _ in range(8)]
+        reads = [loop.create_task(bodies.read(each.request), context=as_key("alice")) for each in flood]
+        await flood[0].begun.wait()
+        other = Client(100 * KIB)
+        other.go.set()
+        assert len(await loop.create_task(bodies.read(other.request), context=as_key("bob"))) == 100 * KIB
+        assert [each.begun.is_set() for each in flood] == [True] + [False] * 7
+        whole = Client(300 * KIB)  # more than its share: alone it has its turn
+        whole.go.set()
+        assert len(await loop.create_task(bodies.read(whole.request), context=as_key("bob"))) == 300 * KIB
+        for each in flood:
+            each.go.set()
+        assert [len(each) for each in await asyncio.gather(*reads)] == [100 * KIB] * 8
+        assert not bodies._large_bytes_of
+
+    run(case)
+
+
+def test_long_prompts_of_one_key_leave_room_for_those_of_others() -> None:
+    released = threading.Event()
+
+    class Slow:
+        """A tokenizer that takes its time."""
+
+        vocab_size, eos_token_ids = 10, ()
+
+        def characters_max(self, num_tokens: int) -> int:
+            return 0
+
+        def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+            released.wait(20)
+            return (1,)
+
+    async def main() -> None:
+        loop, long = asyncio.get_running_loop(), "x" * 20_000
+        model = ServedModel(id="m", context_tokens=100, created_s=1)
+        tokenizer: Any = Slow()
+        service = Service(
+            driver=ScriptedDriver(lambda request: []), tokenizer=tokenizer, model=model, metrics=EdgeMetrics()
+        )  # fmt: skip
+        alices = [loop.create_task(service.encode(long), context=as_key("alice")) for _ in range(100)]
+        await asyncio.sleep(0)
+        bobs = loop.create_task(service.encode(long), context=as_key("bob"))
+        await asyncio.sleep(0)
+        released.set()
+        found = await asyncio.gather(*alices, bobs, return_exceptions=True)
+        assert found[-1] == (1,)
+        refused = [each for each in found if isinstance(each, Overloaded)]
+        assert len(refused) == 84
+        assert "16 long prompts of this key are being tokenized" in str(refused[0])
+        assert not service._encoding
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 # ---- workers and their names -----------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_config_shows_values_and_origins(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("decode: 5\n")
     arguments = ["config", "--config", str(file), "--port", "1234", "--no-exact", "--kv-memory", "64MiB"]
-    done = RUNNER.invoke(app, arguments, env={"TANDEM_PREFILL": "3"})
+    done = RUNNER.invoke(app, arguments, env={"TANDEM_PREFILL": "3", "TANDEM_REDIS": "redis://:secret@host/0"})
     assert done.exit_code == 0, done.output
     rows = {line.split()[0]: line.split()[1:] for line in done.output.splitlines() if line.strip()}
     assert rows["port"] == ["1234", "flag", "--port"]
@@ -58,6 +58,7 @@ def test_config_shows_values_and_origins(tmp_path: Path) -> None:
     assert rows["decode"][0] == "5"
     assert rows["kv_memory"][0] == "64.0MiB"
     assert rows["host"] == ["127.0.0.1", "default"]
+    assert rows["redis"] == ["redis://:***@host/0", "TANDEM_REDIS"]
 
 
 def test_a_wrong_setting_is_one_line_and_status_2(

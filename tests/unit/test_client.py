@@ -10,9 +10,12 @@ import pytest
 from edge import MODEL, saying, service_over, smol
 from scripted_driver import ScriptedDriver
 
+from router.api_keys import ANYBODY
 from router.grpc_api import build_grpc_server
 from tandem import Client
+from tandem.client import RequestOptions
 from tandem.errors import Cancelled, InvalidRequest, UnknownModel
+from tandem.request import Slo, SloClass
 
 TEXT = "One, two, three, and a wörld."
 DEADLINE_S = 20
@@ -69,6 +72,25 @@ def test_generate_stream_tokenize_models(running: Running) -> None:
         with pytest.raises(InvalidRequest) as caught:
             client.generate("x", top_p=2.0)
         assert caught.value.field == "top_p"
+
+
+def test_targets_and_a_cache_salt_can_be_asked_for(running: Running) -> None:
+    with Client(f"127.0.0.1:{running.port}", timeout_s=DEADLINE_S) as client:
+        asked: RequestOptions = {
+            "slo_class": "batch",
+            "ttft_target_ms": 500,
+            "tpot_target_ms": 50,
+            "cache_salt": "mine",
+        }
+        done = client.generate("x", priority=2, **asked)
+        request = running.driver.requests[done.request_id].request
+        assert request.slo == Slo(slo_class=SloClass.BATCH, ttft_ms=500, tpot_ms=50)
+        assert request.cache_salt == ANYBODY.cache_salt("mine")
+        plain = running.driver.requests[client.generate("x").request_id].request
+        assert (plain.slo, plain.cache_salt) == (None, b"")
+        with pytest.raises(InvalidRequest, match="has 257 characters, at most 256") as caught:
+            client.generate("x", cache_salt="s" * 257)
+        assert caught.value.field == "cache_salt"
 
 
 def test_leaving_a_stream_and_cancel(running: Running) -> None:

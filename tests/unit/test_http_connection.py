@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,63 @@ def test_a_head_that_does_not_end_is_refused_by_its_size() -> None:
         assert b"at most 8192" in reply
 
     with_server(use)
+
+
+CHUNKED = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize("part", [b"a: " + b"b" * 1000 + b"\r\n", b"b" * 1000])
+@pytest.mark.parametrize("before", [b"2\r\n{}\r\n0\r\n", b"2\r\n{}\r\n0\r\na: ", b"2;"])
+def test_what_follows_a_chunked_body_is_bounded_as_a_head_is(before: bytes, part: bytes) -> None:
+    async def use(connect: Connect) -> None:
+        reader, writer = await connect()
+        writer.write(CHUNKED + before)
+        await asyncio.sleep(0.01)
+        num_sent = 0
+        while num_sent < 100_000 and not writer.transport.is_closing():
+            writer.write(part)
+            num_sent += len(part)
+            await asyncio.sleep(0.001)
+        assert writer.transport.is_closing()
+        with suppress(BrokenPipeError):
+            await rest(reader)
+
+    with_server(use)
+
+
+def test_fields_after_a_body_are_not_of_the_head_that_was_judged() -> None:
+    async def use(connect: Connect) -> None:
+        reader, writer = await connect()
+        body = chat().split(b"\r\n\r\n")[1]
+        tail = b"\r\n0\r\nx-request-id: late\r\nauthorization: Bearer late\r\n\r\n"
+        writer.write(CHUNKED + f"{len(body):x}\r\n".encode() + body + tail + LIVE)
+        reply = await rest(reader)
+        assert reply.startswith(b"HTTP/1.1 200")
+        assert b"x-request-id: chatcmpl-" in reply
+
+    with_server(use)
+
+
+def test_chunks_of_one_byte_are_a_body_as_any_other() -> None:
+    async def use(connect: Connect) -> None:
+        reader, writer = await connect()
+        body = chat(user="x" * 5000).split(b"\r\n\r\n")[1]
+        writer.write(CHUNKED + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+        assert b" 200 " in await reader.readline()
+
+    with_server(use)
+
+
+def test_what_is_no_request_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def use(connect: Connect) -> None:
+        for said in (b"\x16\x03\x01 hello\r\n\r\n", LIVE[:-2] + b"Connection: upgrade\r\nUpgrade: x\r\n\r\n"):
+            reader, writer = await connect()
+            writer.write(said)
+            assert (await reader.readline()).startswith(b"HTTP/1.1 ")
+            writer.close()
+
+    with_server(use)
+    assert not [each for each in caplog.records if each.name.startswith("uvicorn")]
 
 
 def test_no_more_connections_than_the_limit() -> None:

@@ -44,6 +44,14 @@ BAD = [
     (GOOD + "  limit: 5\n", "'alice': limit: Extra inputs"),
     (GOOD + "  requests_per_minute: 0\n", "requests_per_minute: .*greater than or equal to 1"),
     (GOOD + "  expires: soon\n", "expires"),
+    (GOOD + "  expires: 2027-13-01\n", "is not YAML: ValueError: month must be in 1..12"),
+    (GOOD + "  expires: 2027-01-01 00:00:00+99:00\n", "is not YAML: ValueError: offset must be"),
+    (GOOD + "  revoked: !!bool x\n", "is not YAML"),
+    (GOOD + f"  concurrent: !!int {KEY}\n", "is not YAML: ValueError"),
+    (GOOD + "  revoked: !!int ''\n", "is not YAML"),
+    (GOOD + "  expires: !!timestamp x\n", "is not YAML"),
+    (GOOD + "  limit: " + 5000 * "[", "is not YAML"),
+    (GOOD + f"  tenant: {KEY}: x\n", "is not YAML: line 4, column 42: mapping values are not allowed here"),
     (GOOD.replace("alice", "al ice"), "name: .*letter or digit"),
     (GOOD.replace("alice", "''"), "name: .*must not be empty"),
     (GOOD + GOOD.removeprefix("keys:\n"), "two entries are named 'alice'"),
@@ -112,6 +120,19 @@ def test_changes_are_whole_private_and_one_at_a_time(path: Path) -> None:
     with pytest.raises(KeyFileError, match="have the same sha256"), changing(path) as specs:
         specs.append(specs[0].model_copy(update={"name": "twin"}))
     assert "twin" not in path.read_text()
+    assert {each.name for each in path.parent.iterdir()} == {"keys.yaml", "keys.yaml.lock"}
+
+
+def test_a_file_that_waits_where_the_draft_is_written_gets_nothing(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("theirs")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    draft.symlink_to(other)
+    with changing(path) as specs:
+        specs[0] = specs[0].model_copy(update={"tenant": "a"})
+    assert other.read_text() == "theirs"
+    assert not path.is_symlink()
+    assert read_keys(path)[0].tenant == "a"
 
 
 def test_keys_are_created_listed_and_revoked(tmp_path: Path) -> None:

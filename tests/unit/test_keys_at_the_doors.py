@@ -22,10 +22,12 @@ from router.driver import Driver
 from router.grpc_api import build_grpc_server
 from router.metrics import Api, EdgeMetrics
 from router.service import Ask, ServedModel, Service
+from router.transcripts import Kept
 from router.validation import SamplingFields
 from tandem.client import AsyncClient
-from tandem.errors import Cancelled, RateLimited, TakenOver, Unauthenticated, UnknownRequest
+from tandem.errors import Cancelled, Overloaded, RateLimited, TakenOver, Unauthenticated, UnknownRequest
 from tandem.messages import Assign
+from tandem.request import RequestId
 from tandem.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 DEADLINE_S = 20
@@ -298,6 +300,86 @@ def test_a_revoked_key_ends_the_streams_that_run() -> None:
             assert router.driver._core.num_requests == 1
             router.service.end_unwelcome()
             assert router.driver._core.num_requests == 1
+
+    run(case)
+
+
+def test_an_id_that_is_asked_for_again_stays_on_its_own_account() -> None:
+    """A request whose client is cut off goes on: who asks for its id meanwhile takes nothing off any account."""
+
+    async def case(router: Router) -> None:
+        router.door.ring = KeyRing([entry("alice", ALICE, concurrent=2), entry("bob", BOB, concurrent=1)])
+        router.worker.num_tokens_max = 5
+        asked = inference_pb2.GenerateRequest(request_id="mine", resume_ms=20_000)
+        asked.tokens.ids.extend(PROMPT)
+        asked.sampling.max_tokens, asked.sampling.ignore_eos = 400, True
+        async with grpc.aio.insecure_channel(router.target) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+            shown = {key: (("authorization", f"Bearer {key}"),) for key in (ALICE, BOB)}
+            call = stub.Generate(asked, metadata=shown[ALICE], timeout=DEADLINE_S)
+            await call.read()
+            call.cancel()
+            while router.service._in_flight:
+                await asyncio.sleep(0.001)
+            for key in (BOB, ALICE, BOB):
+                again = stub.Generate(asked, metadata=shown[key], timeout=DEADLINE_S)
+                assert await again.code() is grpc.StatusCode.ALREADY_EXISTS
+        assert (await router.post(ALICE, n=2)).status_code == 429, "hers runs"
+        router.door.ring = KeyRing([entry("alice", ALICE, revoked=True), entry("bob", BOB, concurrent=1)])
+        router.service.end_unwelcome()
+        assert not router.driver._core.num_requests, "it is still known whose it is"
+        router.door.ring = KeyRing([entry("alice", ALICE, concurrent=2), entry("bob", BOB, concurrent=1)])
+        router.worker.num_tokens_max = 1000
+        assert (await router.post(ALICE, n=2)).status_code == 200
+        assert (await router.post(BOB)).status_code == 200
+
+    run(case)
+
+
+def test_a_prompt_that_is_not_taken_in_costs_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def case(router: Router) -> None:
+        router.door.ring = KeyRing([entry("alice", ALICE, tokens_per_minute=100)])
+
+        def full(*arguments: object, **fields: object) -> None:
+            raise Overloaded("no room", retry_after_ms=1000)
+
+        monkeypatch.setattr(router.driver, "submit", full)
+        codes = {(await router.post(ALICE, n=2)).json()["error"]["code"] for _ in range(100 // len(PROMPT))}
+        assert codes == {"overloaded"}
+        monkeypatch.undo()
+        assert (await router.post(ALICE)).status_code == 200
+
+    run(case)
+
+
+class BackFromAnother:
+    """A journal as of a router whose request another one had meanwhile, which it has not heard of yet."""
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
+
+    async def take_over(self, request_id: RequestId) -> Kept:
+        return self._kept
+
+
+def test_a_request_that_comes_back_from_another_router_is_counted_once_and_given_back() -> None:
+    async def case(router: Router) -> None:
+        router.door.ring = ring = KeyRing([entry("alice", ALICE, concurrent=1)])
+        router.worker.num_tokens_max = 5
+        async with router.client(ALICE, 30) as alice:
+            stream = alice.stream(PROMPT, request_id="mine", max_tokens=400, ignore_eos=True)
+            await anext(stream)
+            kept = router.driver.transcripts.find(RequestId("mine"))
+            assert kept is not None
+            router.service.journal = BackFromAnother(replace(kept, fence=kept.fence + 1))  # type: ignore[assignment]
+            answers = await router.service.resume("mine", 0, ring.caller(ALICE, NOW_S))
+            router.service.journal = None
+            assert (await router.post(ALICE)).status_code == 429, "it runs"
+            assert router.service.cancel("mine", "enough", "alice")
+            answers.close("enough")
+            await stream.aclose()  # type: ignore[attr-defined]
+        router.worker.num_tokens_max = 1000
+        assert (await router.post(ALICE)).status_code == 200
 
     run(case)
 

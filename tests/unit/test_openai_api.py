@@ -14,7 +14,9 @@ import pytest
 from edge import CONTEXT_TOKENS, MODEL, http_server, saying, service_over, smol
 from scripted_driver import ScriptedDriver
 
+from router import openai_api
 from router.metrics import Api
+from router.openai_document import document_of
 from router.openai_schema import ChatRequest, CompletionRequest
 from router.service import Ask, Service
 from router.validation import SamplingFields
@@ -440,6 +442,22 @@ def test_docs_can_be_read_offline_and_name_every_endpoint_and_field() -> None:
         assert "<td>string or array of string</td>" in reply.text
         assert (await client.get("/redoc")).status_code == 404
 
+    with_server(service_over(saying(TEXT)), use)
+
+
+def test_the_documentation_is_made_once_whoever_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+
+    def counted(*arguments: Any) -> dict[str, Any]:
+        made.append(arguments)
+        return document_of(*arguments)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        for page in ("/docs", "/openapi.json") * 3:
+            assert (await client.get(page)).status_code == 200
+        assert len(made) == 1
+
+    monkeypatch.setattr(openai_api, "document_of", counted)
     with_server(service_over(saying(TEXT)), use)
 
 

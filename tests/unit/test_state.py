@@ -233,6 +233,10 @@ def test_a_claim_that_a_stopped_server_carries_out_late_takes_no_request_from_it
 def test_addresses() -> None:
     assert check_url("redis://u:secret@host:6379/3")
     assert without_password("redis://u:secret@host:6379/3") == "redis://u:***@host:6379/3"
+    assert without_password("redis://host:6379/3") == "redis://host:6379/3"
+    assert without_password("unix:///socket?db=1&password=secret&x=y") == "unix:///socket?db=1&password=***&x=y"
+    for odd in ("#", "/", "?", "@", ":"):  # urlsplit takes these for the end of the address
+        assert without_password(f"redis://u:sec{odd}ret@host/3") == "redis://u:***@host/3"
     for wrong in ("http://x", "redis://", "localhost:6379"):
         with pytest.raises(ValueError, match="must be redis"):
             check_url(wrong)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import ssl
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from certificates import Authority, Certificate
-from edge import saying, service_over
+from edge import MODEL, saying, service_over
 
+from cluster.run_file import RunFile, write
+from router.api_keys import KeyEntry, KeyRing, digest_of
+from router.door import Door
 from router.grpc_api import build_grpc_server
 from router.http_server import listen, serve_http
 from router.openai_api import build_app
@@ -186,3 +194,36 @@ def test_certificates_that_do_not_go_together_are_found_before_anything_listens(
     with pytest.raises(TlsError, match="No such file"):
         load_tls(ca=tmp_path / "none.pem", cert=None, key=None)
     assert "PRIVATE" not in repr(load_tls(ca=authority.cert, cert=member.cert, key=member.key))
+
+
+def test_bench_shows_the_key_of_its_environment_and_trusts_the_clusters_authority(
+    authority: Authority, tmp_path: Path
+) -> None:
+    key = "tandem_a-key-of-many-characters"
+    named = authority.sign("named", names="DNS:tandem.test")  # to a name that is not the address
+
+    def bench(**more: str) -> subprocess.CompletedProcess[str]:
+        words = ["bench", "--requests", "2", "--rate", "50", "--prompt-tokens", "8", "--output-tokens", "4", "--json"]
+        arguments = [sys.executable, "-m", "cli.main", *words, "--run-dir", str(tmp_path)]
+        return subprocess.run(arguments, env={**os.environ, **more}, capture_output=True, text=True, timeout=60)
+
+    async def main() -> None:
+        service = service_over(saying(TEXT))
+        service.door = Door(KeyRing([KeyEntry(name="alice", digest=digest_of(key))]))
+        tls = load_tls(ca=authority.cert, cert=named.cert, key=named.key)
+        server = build_grpc_server(service)
+        port = await server.start("127.0.0.1", 0, tls.server_credentials(tls.ca))
+        run = RunFile(
+            pid=os.getpid(), started_s=psutil.Process().create_time(), host="127.0.0.1", port=1, grpc_port=port,
+            model=MODEL, log_dir="", tls_ca=str(authority.cert), tls_cert=str(named.cert), tls_key=str(named.key),
+            tls_name="tandem.test",
+        )  # fmt: skip
+        write(tmp_path, run)
+        good = await asyncio.to_thread(bench, TANDEM_API_KEY=key)
+        assert good.returncode == 0, good.stderr
+        assert json.loads(good.stdout)["completed"] == 2, good.stdout
+        without = await asyncio.to_thread(bench)
+        assert (without.returncode, "error: authorization: is missing" in without.stderr) == (1, True), without.stderr
+        await server.stop(0.2)
+
+    asyncio.run(asyncio.wait_for(main(), 120))
