@@ -12,7 +12,7 @@ from engine.prefix_cache import block_hashes
 from engine.step import Batch, StepPlan, StepRow
 from kv_transfer.messages import CommitRequest, TransferMessage
 from router.core import RouterCore
-from router.events import Deliver, Fail, Finish, MoveEnded, MoveRefused, Submitted
+from router.events import Deliver, Fail, FenceRaised, Finish, MoveEnded, MoveRefused, Submitted
 from router.move import EPOCHS_PER_FENCE, MoveOutcome
 from router.transcripts import Write
 from simulator.reader_checks import ReaderChecks, Violation
@@ -108,6 +108,13 @@ class Checks:
         newest = self._newest.get(request_id, 0)
         self._newest[request_id] = max(newest, event.first_epoch)
 
+    def renewed(self, router: str, event: FenceRaised) -> None:
+        """The request goes on there under a later fence, unless it has ended."""
+        life = self._lives[router, event.request_id]
+        if life.end is None:
+            life.first_epoch = event.first_epoch
+            self._newest[event.request_id] = max(self._newest[event.request_id], event.first_epoch)
+
     def is_newest(self, router: str, request_id: RequestId) -> bool:
         """Whether no other router's life of the request came after this one."""
         life = self._lives.get((router, request_id))
@@ -157,7 +164,9 @@ class Checks:
             del self._moves[ticket]
 
     def router_stood_still(self, router: str, duration_ms: int) -> None:
-        """Its moves may take so much longer."""
+        """Its moves may take so much longer. Nobody looked at its owners meanwhile: what it has yet to hear is late."""
+        for owned in [each for (name, _), each in self._owned.items() if name == router]:
+            owned.known_ms = owned.ran_ms = None
         for move in self._moves.values():
             if move.router == router:
                 move.at_ms += duration_ms
