@@ -6,15 +6,17 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
-from router_rig import R, Rig, request
+from router_rig import R, Rig, request, token
 
 from router.config import RouterConfig
 from router.driver import Driver
-from router.events import FenceRaised, Submitted, Tick
+from router.events import FenceRaised, Submitted, Tick, WorkerLost
 from router.journal import Journal
 from router.move import EPOCHS_PER_FENCE
 from router.transcripts import Behind, Ended, Keep, Kept, Transcripts, Verdict, Write
+from tandem.errors import RequestLost
 from tandem.messages import Assign, CancelAssigned, Role
+from tandem.request import WorkerId
 
 
 def test_a_life_of_a_request_brings_its_own_epochs() -> None:
@@ -27,8 +29,19 @@ def test_a_life_of_a_request_brings_its_own_epochs() -> None:
 
 
 def test_the_placements_of_a_life_fit_under_its_fence() -> None:
-    with pytest.raises(ValueError, match="replacements_max: is 16, must be below 16"):
-        RouterConfig(replacements_max=16)
+    with pytest.raises(ValueError, match="replacements_all_max: is 65, must be below 65"):
+        RouterConfig(replacements_all_max=65)
+    rig = Rig()
+    rig.feed(Submitted(request=request(max_tokens=400), first_epoch=9 * EPOCHS_PER_FENCE))
+    for incarnation in range(1, 2 + RouterConfig().replacements_all_max):
+        rig.up("m0", Role.MIXED, incarnation=incarnation)
+        rig.feed(Tick(), after_ms=1000)
+        placed = rig.assigns()[-1].epoch
+        rig.report(WorkerId("m0"), incarnation, tokens=(token(placed, incarnation - 1),))
+        rig.feed(WorkerLost(worker_id=WorkerId("m0"), incarnation=incarnation, reason="killed"))
+    assert isinstance(rig.error(), RequestLost)
+    assert len({each.epoch for each in rig.assigns()}) == RouterConfig().replacements_all_max + 1
+    assert {each.epoch // EPOCHS_PER_FENCE for each in rig.assigns()} == {9}
 
 
 def test_a_life_goes_on_under_a_later_fence_when_its_router_says_so() -> None:
