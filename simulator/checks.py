@@ -14,7 +14,7 @@ from kv_transfer.messages import CommitRequest, TransferMessage
 from router.core import RouterCore
 from router.events import Deliver, Fail, FenceRaised, Finish, MoveEnded, MoveRefused, Submitted
 from router.move import EPOCHS_PER_FENCE, MoveOutcome
-from router.transcripts import Write
+from router.transcripts import Behind, Verdict, Write
 from simulator.reader_checks import ReaderChecks, Violation
 from tandem.errors import Cancelled
 from tandem.messages import Assign, AssignMode, CancelAssigned, OwnerIs, RouterMessage, StopMove, WorkerReport
@@ -87,6 +87,7 @@ class Checks:
         self._contents: dict[bytes, bytes] = {}
         self._owned: dict[_Served, _Owned] = {}
         self._moves: dict[int, _Move] = {}
+        self._fenced: set[tuple[str, RequestId, int]] = set()  # lives that routers have heard are over, by their fences
         self.num_tokens = 0
 
     # ---- while it runs -----------------------------------------------------------------------------------------------
@@ -179,6 +180,17 @@ class Checks:
         self._agree(write.request_id, tokens, 0, where)
         if write.ended is not None and write.ended.num_tokens > len(tokens):
             raise Violation(f"{where} {len(tokens)} tokens, and an end after {write.ended.num_tokens}")
+
+    def writes(self, router: str, writes: Sequence[Write]) -> None:
+        """Who has been told that another router has a request says no more of that life."""
+        for write in writes:
+            if (router, write.request_id, write.fence) in self._fenced:
+                raise Violation(f"{router} writes on of {write.request_id}, and knows that another router has it")
+
+    def answered(self, router: str, write: Write, verdict: Verdict | Behind) -> None:
+        """A router has heard what the store did with a write."""
+        if verdict is Verdict.FENCED:
+            self._fenced.add((router, write.request_id, write.fence))
 
     def final_writes(self, router: str, writes: Sequence[Write]) -> None:
         """The store lacks nothing that a router has for it."""

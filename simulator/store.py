@@ -199,7 +199,12 @@ class StoreLink:
                     self._world.checks.stored(write, model.records[write.request_id].tokens)
             return verdicts
 
-        return await self._call(apply)
+        checks = self._world.checks
+        checks.writes(self._holder, writes)
+        verdicts = await self._call(apply)
+        for write, verdict in zip(writes, verdicts, strict=True):
+            checks.answered(self._holder, write, verdict)
+        return verdicts
 
     async def _call(self, ask: Callable[[StoreModel, int], T]) -> T:
         world, server = self._world, self._server
