@@ -11,7 +11,7 @@ JOBS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve test check format proto equality equality-moves bench bench-migration bench-rebalance bench-transfer \
-	bench-rivals chaos chaos-long soak worlds fuzz clean
+	bench-rivals bench-worlds chaos chaos-long soak worlds fuzz clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -86,8 +86,11 @@ chaos-long: install  ## 500 faults and more, an hour and a half
 soak: install  ## an hour of mixed load with a fault every 30 s: memory, files and processes must not grow
 	$(BIN)/python -m benchmarks.soak --redis $(ARGS)
 
-worlds: install  ## seeded worlds of the protocol: make worlds SEEDS=100000
+worlds: install  ## seeded worlds of the protocol on all cores: make worlds SEEDS=100000
 	$(BIN)/python -m simulator.run --seeds $(or $(SEEDS),2000) $(ARGS)
+
+bench-worlds: install  ## 100,000 of them, written to benchmarks/results/worlds.md; hours
+	$(BIN)/python -m benchmarks.worlds $(ARGS)
 
 $(VENV)/.installed-fuzz: $(VENV)/.installed-dev
 	$(INSTALL) -e '.[fuzz]'

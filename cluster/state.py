@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 
 from cluster import journal_wire as wire
 from router.journal import LEASE_S, StoreDown
-from router.transcripts import Kept, Verdict, Write
+from router.transcripts import Behind, Kept, Verdict, Write
 from tandem.request import RequestId
 
 CALL_TIMEOUT_S = 1.0
@@ -112,9 +112,9 @@ return answer
 )
 
 # ARGV: prefix, holder, life in ms, life when ended in ms, then for each write: request id, fence, entry or '', key
-# or '', first index, number of tokens, tokens, end or ''. A verdict for each. A life of an id that is over gives way to
-# a later one, as does one of this very router: a claim that it gave up, since the store stood still, may be carried
-# out late.
+# or '', first index, number of tokens, tokens, end or ''. A verdict for each, or the fence of the running life that
+# this very router has, where that is a later one. A life of an id that is over gives way to a later one, as does one of
+# this very router: a claim that it gave up, since the store stood still, may be carried out late.
 _WRITE = (
     "local prefix = ARGV[1]\n"
     + _NOW
@@ -126,6 +126,7 @@ local function write(id, fence, entry, key, from, count, blob, ending)
   local mine = had[1] and tonumber(had[1]) == fence and had[4] == ARGV[2]
   if had[1] and not mine then
     local over = had[3] or had[4] == ARGV[2] or not lives(had[4])
+    if had[4] == ARGV[2] and not had[3] and tonumber(had[1]) > fence then return tonumber(had[1]) end
     if tonumber(had[1]) >= fence or not over then return 'fenced' end
   end
   if entry ~= '' then
@@ -252,7 +253,7 @@ class RedisStore:
             fence=int(fence),
         )
 
-    async def write(self, writes: Sequence[Write]) -> list[Verdict]:
+    async def write(self, writes: Sequence[Write]) -> list[Verdict | Behind]:
         """See RequestStore."""
         words: list[str | int | bytes] = [self._holder, RUNNING_MS, ENDED_MS]
         for each in writes:
@@ -261,7 +262,8 @@ class RedisStore:
             blob = wire.encode_tokens(each.tokens) if each.tokens else b""
             key = "" if each.entry is None else each.entry[1].key
             words += [each.request_id, each.fence, entry, key, each.from_index, len(each.tokens), blob, ending]
-        return [Verdict(each.decode()) for each in await self._call(self._write, *words)]
+        answers = await self._call(self._write, *words)
+        return [Behind(each) if isinstance(each, int) else Verdict(each.decode()) for each in answers]
 
     async def _call(self, script: AsyncScript, *words: str | int | bytes) -> Any:
         call: Awaitable[Any] = script(args=[self._prefix, *words])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-PLACEMENTS_MAX = 16  # of one life of a request at one router: they share the epochs of its fence
+PLACEMENTS_MAX = 65  # of one life of a request at one router: they share the epochs of its fence
 GRACE_MS = 1_000  # the router waits so much longer than it told the workers to
 
 
@@ -71,7 +71,7 @@ class RouterConfig:
             least = 0 if each.name in may_be_zero else 1
             if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
                 raise ValueError(f"{each.name}: is {value!r}, must be a number of at least {least}")
-        if self.replacements_max >= PLACEMENTS_MAX:
-            raise ValueError(f"replacements_max: is {self.replacements_max}, must be below {PLACEMENTS_MAX}")
+        if self.replacements_all_max >= PLACEMENTS_MAX:
+            raise ValueError(f"replacements_all_max: is {self.replacements_all_max}, must be below {PLACEMENTS_MAX}")
         if self.redial_max_ms < self.redial_ms:
             raise ValueError(f"redial_max_ms: is {self.redial_max_ms}, must be at least redial_ms ({self.redial_ms})")

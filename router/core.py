@@ -21,6 +21,7 @@ from router.events import (
     AttemptLost,
     ClientGone,
     Event,
+    FenceRaised,
     LetGo,
     LinkLost,
     LinkUp,
@@ -124,7 +125,7 @@ class RouterCore:
                 self._worker_joined(event)
             case WorkerDraining() | WorkerSuspected() | WorkerLost() | LinkUp() | LinkLost():
                 self._worker_changed(event)
-            case ClientGone() | LetGo() | StopRequested():
+            case ClientGone() | LetGo() | FenceRaised() | StopRequested():
                 request = self._requests.get(event.request_id)
                 if request is not None:
                     self._step(request, None, event)
@@ -464,14 +465,8 @@ class RouterCore:
         if request.state is RequestState.ORPHANED:  # of its two workers the one to blame is gone
             self._step(request, worker, AttemptLost(f"{request.last_failure}; no commit followed"))
             return
-        after_ms = self._now_ms - request.placed_ms
-        what = {
-            RequestState.PREFILLING: f"no first token {after_ms} ms after the placement",
-            RequestState.HANDING_OFF: f"no commit {after_ms} ms after the placement",
-            RequestState.DECODING: f"no token for {self._config.decode_stall_ms} ms",
-        }[request.state]
-        suspect = request.involved[-1 if request.state is RequestState.HANDING_OFF else 0]
-        self._step(request, worker, AttemptLost(f"{what} ({suspect.worker_id})", (suspect.key,)))
+        reason, suspect = recovery.overdue(self._config, request, self._now_ms)
+        self._step(request, worker, AttemptLost(reason, (suspect.key,)))
 
     def _on_request_due(self, request: Request, worker: Worker | None, event: RequestEvent) -> None:
         bound_ms = request.deadline_ms - request.submitted_ms
@@ -484,6 +479,12 @@ class RouterCore:
     def _on_let_go(self, request: Request, worker: Worker | None, event: RequestEvent) -> None:
         assert isinstance(event, LetGo)
         self._fail(request, event.error)
+
+    def _on_fence_raised(self, request: Request, worker: Worker | None, raised: RequestEvent) -> None:
+        assert isinstance(raised, FenceRaised)
+        request.next_epoch = raised.first_epoch
+        if request.state is not RequestState.ADMITTED:
+            self._step(request, worker, AttemptLost("it goes on under a later fence"))
 
     def _on_stop(self, request: Request, worker: Worker | None, event: RequestEvent) -> None:
         assert isinstance(event, StopRequested)
@@ -522,6 +523,7 @@ _ASSIGNED: dict[type, _Row] = {
     RequestFailed: _C._on_failed,
     ClientGone: _C._on_client_gone,
     LetGo: _C._on_let_go,
+    FenceRaised: _C._on_fence_raised,
     StopRequested: _C._on_stop,
     AttemptLost: _C._on_attempt_lost,
     WorkerGone: _C._on_worker_gone,
@@ -535,6 +537,7 @@ TABLE: dict[tuple[RequestState, type], _Row] = {
     (_S.ADMITTED, CommitAsk): _C._on_commit_ask,
     (_S.ADMITTED, ClientGone): _C._on_client_gone,
     (_S.ADMITTED, LetGo): _C._on_let_go,
+    (_S.ADMITTED, FenceRaised): _C._on_fence_raised,
     (_S.ADMITTED, StopRequested): _C._on_stop,
     (_S.ADMITTED, StageDue): _C._on_wait_due,
     (_S.ADMITTED, RequestDue): _C._on_request_due,

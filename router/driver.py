@@ -21,6 +21,7 @@ from router.events import (
     Deliver,
     Event,
     Fail,
+    FenceRaised,
     Finish,
     LetGo,
     LinkLost,
@@ -44,7 +45,7 @@ from router.events import (
 from router.fleet import Fleet
 from router.move import EPOCHS_PER_FENCE, MoveReason, MoveRecord
 from router.request import StatusSnapshot
-from router.transcripts import Ended, Keep, Kept, Transcripts
+from router.transcripts import Ended, Keep, Kept, Transcripts, Write
 from tandem.cluster_access import ClusterAccess
 from tandem.errors import (
     Cancelled,
@@ -278,9 +279,9 @@ class Driver:
 
     # ---- clients ---------------------------------------------------------------------------------------------------
 
-    def next_fence(self) -> int:
+    def next_fence(self, above: int = 0) -> int:
         """A fence for a request that begins here: the time of that, and above those of all that began before."""
-        self._fence = max(self._fence + 1, self._to_us + 1000 * self._now_ms())
+        self._fence = max(self._fence + 1, above + 1, self._to_us + 1000 * self._now_ms())
         return self._fence
 
     def submit(self, request: NewRequest, keep: Keep | None = None, *, fence: int | None = None) -> RequestStream:
@@ -302,6 +303,7 @@ class Driver:
         """
         if self._core.has(kept.new.request_id):
             self.let_go(kept.new.request_id, began_apart=False)
+        self._fence = max(self._fence, kept.fence)  # the id's next life here is above it, however the clocks stand
         self.transcripts.begin(kept.new, kept.keep, fence=kept.fence, tokens=kept.tokens, written=True)
         first_epoch = kept.fence * EPOCHS_PER_FENCE
         event = Submitted(request=kept.new, answer=kept.tokens, first_epoch=first_epoch, taken_over=True)
@@ -350,6 +352,17 @@ class Driver:
             self._feed(ClientGone(request_id=stream.request_id, reason=reason))
         else:
             del self._streams[stream.request_id]
+
+    def renew(self, write: Write, above: int) -> None:
+        """What this write is of goes on above that fence, which a take-over of this router's set without its hearing.
+
+        Workers may have heard of the request from a router in between, so they are told of it anew.
+        """
+        kept = self.transcripts.find(write.request_id)
+        if kept is not None and kept.fence == write.fence:  # else another life of it began
+            fence = self.next_fence(above)
+            self.transcripts.renew(write.request_id, fence)
+            self._feed(FenceRaised(request_id=write.request_id, first_epoch=fence * EPOCHS_PER_FENCE))
 
     def let_go(self, request_id: RequestId, *, began_apart: bool) -> None:
         """Another router has the request: it ends here, whatever was under way.

@@ -147,6 +147,14 @@ class LetGo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FenceRaised:
+    """The request goes on here under later epochs: those of before may be below what workers have heard since."""
+
+    request_id: RequestId
+    first_epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StopRequested:
     """The answer ends at token `index` (kept, 0-based) by a stop string that the edge found."""
 
@@ -170,6 +178,7 @@ Event = (
     | LinkLost
     | ClientGone
     | LetGo
+    | FenceRaised
     | StopRequested
     | MoveRequested
     | Tick
@@ -213,7 +222,16 @@ class RequestDue:
 Internal = AttemptLost | WorkerGone | MoveLost | StageDue | RequestDue
 INTERNAL = (AttemptLost, WorkerGone, MoveLost, StageDue, RequestDue)
 RequestEvent = (
-    Token | RequestFailed | CommitAsk | OwnerQuery | MoveFailed | ClientGone | LetGo | StopRequested | Internal
+    Token
+    | RequestFailed
+    | CommitAsk
+    | OwnerQuery
+    | MoveFailed
+    | ClientGone
+    | LetGo
+    | FenceRaised
+    | StopRequested
+    | Internal
 )
 
 # ---- actions -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from router.events import NewRequest
-from router.transcripts import Keep, Kept, Transcripts, Verdict, Write
+from router.transcripts import Behind, Keep, Kept, Transcripts, Verdict, Write
 from tandem.errors import DuplicateRequest, StoreAway
 from tandem.request import RequestId
 
@@ -46,7 +46,7 @@ class RequestStore(Protocol):
         has ended, or is this router's already."""
         ...
 
-    async def write(self, writes: Sequence[Write]) -> list[Verdict]:
+    async def write(self, writes: Sequence[Write]) -> list[Verdict | Behind]:
         """Writes what is lacking, and says of each what came of it."""
         ...
 
@@ -64,6 +64,10 @@ class Requests(Protocol):
         """A fence for a request that begins here."""
         ...
 
+    def renew(self, write: Write, above: int) -> None:
+        """The request that this write is of goes on here under a fence above this one."""
+        ...
+
     def let_go(self, request_id: RequestId, *, began_apart: bool) -> None:
         """Another router has the request; `began_apart`: it had it before it could be known here."""
         ...
@@ -79,6 +83,7 @@ class Journal:
         self._period_s = period_s
         self._driver = driver
         self._store = store
+        self._claiming: set[RequestId] = set()
 
     async def claim(self, new: NewRequest, keep: Keep) -> int | Kept | None:
         """Claims the request for this router: its fence; None when the store is away; or who came with the key before.
@@ -87,11 +92,14 @@ class Journal:
         """
         fence = self._driver.next_fence()
         write = Write(request_id=new.request_id, fence=fence, entry=(new, keep), from_index=0, tokens=(), ended=None)
+        self._claiming.add(new.request_id)
         try:
             known = await self._store.claim(write, keep.key)
         except StoreDown as error:
             self._is_down(error)
             return None  # better served twice than not at all
+        finally:
+            self._claiming.discard(new.request_id)
         if isinstance(known, str):
             raise DuplicateRequest(f"a request of id {known!r} is being served")
         return fence if known is None else known
@@ -140,7 +148,11 @@ class Journal:
         if not writes:
             return
         for write, verdict in zip(writes, await self._store.write(writes), strict=True):
-            if not transcripts.answered(write, verdict):
+            if isinstance(verdict, Behind):
+                if write.request_id not in self._claiming:  # else it is over: a new life of the id is about to begin
+                    log.warning("request=%s goes on under a fence above %d", write.request_id, verdict.fence)
+                    self._driver.renew(write, verdict.fence)
+            elif not transcripts.answered(write, verdict):
                 log.warning("request=%s another router has it", write.request_id)
                 self._driver.let_go(write.request_id, began_apart=write.entry is not None)
 

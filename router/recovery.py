@@ -35,6 +35,18 @@ def leaves_blocks(request: Request) -> bool:
     return any(each.key == target for each in request.involved)
 
 
+def overdue(config: RouterConfig, request: Request, now_ms: int) -> tuple[str, Worker]:
+    """What did not come in time, and from whom."""
+    after_ms = now_ms - request.placed_ms
+    what = {
+        RequestState.PREFILLING: f"no first token {after_ms} ms after the placement",
+        RequestState.HANDING_OFF: f"no commit {after_ms} ms after the placement",
+        RequestState.DECODING: f"no token for {config.decode_stall_ms} ms",
+    }[request.state]
+    suspect = request.involved[-1 if request.state is RequestState.HANDING_OFF else 0]
+    return f"{what} ({suspect.worker_id})", suspect
+
+
 def exhausted(config: RouterConfig, request: Request) -> str:
     """Counts one attempt more that was lost; why there shall be no other, or empty."""
     if request.new.canary is not None:

@@ -229,7 +229,8 @@ class Service:
 
     async def _begin(self, ask: Ask, request_id: RequestId, stops: tuple[str, ...], keep: Keep | None) -> Answers:
         """Claims and submits; of a key that another router knows, resumes."""
-        if request_id in self._in_flight:
+        runs = self.driver.transcripts.find(request_id)  # perhaps without a reader: a claim would take its place
+        if request_id in self._in_flight or (runs is not None and runs.ended is None):
             raise DuplicateRequest(f"request_id: {request_id!r} is in flight")
         requests = self._requests(ask, request_id)
         num_tokens = sum(len(request.tokens) for request in requests)

@@ -77,6 +77,16 @@ class Verdict(StrEnum):
     FENCED = "fenced"  # another router has the request
 
 
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """The store did nothing with a write: this very router has the request under this later fence, and it runs.
+
+    It asked for that, to take the request over, and did not hear the answer.
+    """
+
+    fence: int
+
+
 @dataclass(slots=True)
 class _Transcript:
     new: NewRequest
@@ -242,6 +252,12 @@ class Transcripts:
         """The store has forgotten everything: all of it is written anew."""
         for each in (*self._running.values(), *self._ended.values()):
             self._unwrite(each)
+
+    def renew(self, request_id: RequestId, fence: int) -> None:
+        """It goes on under a later fence, and is written anew under that."""
+        each = self._running.get(request_id) or self._ended[request_id]
+        each.fence = fence
+        self._unwrite(each)
 
     def let_go(self, request_id: RequestId) -> None:
         """Another router has the request."""

@@ -12,9 +12,9 @@ from engine.prefix_cache import block_hashes
 from engine.step import Batch, StepPlan, StepRow
 from kv_transfer.messages import CommitRequest, TransferMessage
 from router.core import RouterCore
-from router.events import Deliver, Fail, Finish, MoveEnded, MoveRefused, Submitted
+from router.events import Deliver, Fail, FenceRaised, Finish, MoveEnded, MoveRefused, Submitted
 from router.move import EPOCHS_PER_FENCE, MoveOutcome
-from router.transcripts import Write
+from router.transcripts import Behind, Verdict, Write
 from simulator.reader_checks import ReaderChecks, Violation
 from tandem.errors import Cancelled
 from tandem.messages import Assign, AssignMode, CancelAssigned, OwnerIs, RouterMessage, StopMove, WorkerReport
@@ -87,6 +87,7 @@ class Checks:
         self._contents: dict[bytes, bytes] = {}
         self._owned: dict[_Served, _Owned] = {}
         self._moves: dict[int, _Move] = {}
+        self._fenced: set[tuple[str, RequestId, int]] = set()  # lives that routers have heard are over, by their fences
         self.num_tokens = 0
 
     # ---- while it runs -----------------------------------------------------------------------------------------------
@@ -107,6 +108,13 @@ class Checks:
         self._lives[router, request_id] = _Life(event.first_epoch, len(event.answer))
         newest = self._newest.get(request_id, 0)
         self._newest[request_id] = max(newest, event.first_epoch)
+
+    def renewed(self, router: str, event: FenceRaised) -> None:
+        """The request goes on there under a later fence, unless it has ended."""
+        life = self._lives[router, event.request_id]
+        if life.end is None:
+            life.first_epoch = event.first_epoch
+            self._newest[event.request_id] = max(self._newest[event.request_id], event.first_epoch)
 
     def is_newest(self, router: str, request_id: RequestId) -> bool:
         """Whether no other router's life of the request came after this one."""
@@ -157,7 +165,9 @@ class Checks:
             del self._moves[ticket]
 
     def router_stood_still(self, router: str, duration_ms: int) -> None:
-        """Its moves may take so much longer."""
+        """Its moves may take so much longer. Nobody looked at its owners meanwhile: what it has yet to hear is late."""
+        for owned in [each for (name, _), each in self._owned.items() if name == router]:
+            owned.known_ms = owned.ran_ms = None
         for move in self._moves.values():
             if move.router == router:
                 move.at_ms += duration_ms
@@ -170,6 +180,17 @@ class Checks:
         self._agree(write.request_id, tokens, 0, where)
         if write.ended is not None and write.ended.num_tokens > len(tokens):
             raise Violation(f"{where} {len(tokens)} tokens, and an end after {write.ended.num_tokens}")
+
+    def writes(self, router: str, writes: Sequence[Write]) -> None:
+        """Who has been told that another router has a request says no more of that life."""
+        for write in writes:
+            if (router, write.request_id, write.fence) in self._fenced:
+                raise Violation(f"{router} writes on of {write.request_id}, and knows that another router has it")
+
+    def answered(self, router: str, write: Write, verdict: Verdict | Behind) -> None:
+        """A router has heard what the store did with a write."""
+        if verdict is Verdict.FENCED:
+            self._fenced.add((router, write.request_id, write.fence))
 
     def final_writes(self, router: str, writes: Sequence[Write]) -> None:
         """The store lacks nothing that a router has for it."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 CLIENTS = "clients"  # all of them are on one side of a partition
 RESUME_S = 30.0
+SHARED_MAX, OWN_MAX = 20, 20  # tokens of a prompt
+PROMPT_MAX = SHARED_MAX + OWN_MAX
 
 Said = tuple[RequestId, Piece] | TandemError | None
 
@@ -242,8 +244,8 @@ class Clients:
         """Prompts begin alike, so that there are prefixes to share."""
         world, choices, options = self._world, self._world.choices, self._world.options
         number = self.num_requests
-        shared = [100 * choices.choose(2) + each for each in range(4 * choices.choose(6))]
-        own = [1_000 * number + each for each in range(1 + choices.choose(20))]
+        shared = [100 * choices.choose(2) + each for each in range(4 * choices.choose(1 + SHARED_MAX // 4))]
+        own = [1_000 * number + each for each in range(1 + choices.choose(OWN_MAX))]
         prompt = (*shared, *own)
         sampled = choices.choose(2)
         room = options.num_blocks * world.block_size - len(prompt)  # of a pool: it could never end else

@@ -12,7 +12,7 @@ from tandem.errors import TandemError
 
 T = TypeVar("T")
 
-_Call = tuple[asyncio.Handle, Callable[..., object], tuple[Any, ...], contextvars.Context]
+_Call = tuple[asyncio.Handle | None, Callable[..., object], tuple[Any, ...], contextvars.Context]
 
 
 class ProcessLoop:
@@ -55,11 +55,11 @@ class ProcessLoop:
 
     def do(self, callback: Callable[..., object], *args: Any) -> None:
         """Something reaches the process from outside: now, or when it goes on."""
-        self._run((asyncio.Handle(callback, args, self._loop), callback, args, contextvars.copy_context()))
+        self._run((None, callback, args, contextvars.copy_context()))
 
     def _run(self, call: _Call) -> None:
         handle, callback, args, context = call
-        if not self.alive or handle.cancelled():
+        if not self.alive or (handle is not None and handle.cancelled()):
             return
         if self._late is not None:
             self._late.append(call)

@@ -29,6 +29,7 @@ class _Reader:
     over: bool = False
     error: TandemError | None = None
     gone: bool = False  # it left by itself
+    stored: bool = True  # the store has not forgotten it since it was over
 
 
 class ReaderChecks:
@@ -83,6 +84,11 @@ class ReaderChecks:
         if all(isinstance(each.error, TakenOver) for each in same):
             raise Violation(f"{where} was taken over by nobody: {reader.error}")
 
+    def store_forgot(self) -> None:
+        """The store begins anew: no router writes again what was over, and written, before."""
+        for each in self._readers.values():
+            each.stored = not each.over
+
     def unended(self) -> list[int]:
         """Clients that still wait."""
         return [number for number, each in self._readers.items() if not each.over]
@@ -102,8 +108,9 @@ class ReaderChecks:
         return found
 
     def finished(self) -> list[Wish]:
-        """What clients of after the healing got whole."""
-        return [each.wish for each in self._readers.values() if each.healthy and each.over and each.error is None]
+        """What clients of after the healing got whole, and the store must have."""
+        whole = [each for each in self._readers.values() if each.over and each.error is None]
+        return [each.wish for each in whole if each.healthy and each.stored]
 
 
 def _key(reader: _Reader) -> str:

@@ -11,7 +11,7 @@ from router.answer import Piece
 from router.config import RouterConfig
 from router.core import RouterCore
 from router.driver import Driver, RequestStream
-from router.events import Action, MoveRequested, NewRequest, Submitted
+from router.events import Action, Event, FenceRaised, MoveRequested, NewRequest, Submitted
 from router.journal import Journal
 from router.metrics import EdgeMetrics
 from router.service import Ask, ServedModel, Service
@@ -196,6 +196,11 @@ class _WatchedDriver(Driver):
         except TandemError:
             checks.refused(self._router.name, event.request.request_id)
             raise
+
+    def _handle(self, event: Event) -> list[Action]:
+        if isinstance(event, FenceRaised):
+            self._router.world.checks.renewed(self._router.name, event)
+        return super()._handle(event)
 
     def _perform(self, action: Action) -> None:
         if self._router.loop.alive:

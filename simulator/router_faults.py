@@ -126,6 +126,7 @@ class RouterMisfortune:
             if kind == 2:
                 world.tell("the store has forgotten everything")
                 store.model.clear()
+                world.checks.readers.store_forgot()
             store.up, store.slow_ms = True, 0
 
         world.schedule.after(duration_ms, again)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from router.events import NewRequest
 from router.journal import LEASE_S, StoreDown
-from router.transcripts import Ended, Keep, Kept, Verdict, Write
+from router.transcripts import Behind, Ended, Keep, Kept, Verdict, Write
 from simulator.loop import ProcessLoop
 from tandem.request import RequestId, Token
 
@@ -117,11 +117,13 @@ class StoreModel:
             fence=record.fence,
         )
 
-    def write(self, now_us: int, holder: str, write: Write) -> Verdict:
+    def write(self, now_us: int, holder: str, write: Write) -> Verdict | Behind:
         """See router.journal.RequestStore."""
         had = self.records.get(write.request_id)
         mine = had is not None and had.fence == write.fence and had.holder == holder
         if had is not None and not mine:
+            if had.holder == holder and had.ended is None and had.fence > write.fence:
+                return Behind(had.fence)
             over = had.ended is not None or had.holder == holder or not self.lives(now_us, had.holder)
             if had.fence >= write.fence or not over:
                 return Verdict.FENCED
@@ -189,15 +191,20 @@ class StoreLink:
     async def take_over(self, request_id: RequestId, fence: int) -> Kept | None:
         return await self._call(lambda model, now_us: model.take_over(now_us, self._holder, request_id, fence))
 
-    async def write(self, writes: Sequence[Write]) -> list[Verdict]:
-        def apply(model: StoreModel, now_us: int) -> list[Verdict]:
+    async def write(self, writes: Sequence[Write]) -> list[Verdict | Behind]:
+        def apply(model: StoreModel, now_us: int) -> list[Verdict | Behind]:
             verdicts = [model.write(now_us, self._holder, write) for write in writes]
             for write, verdict in zip(writes, verdicts, strict=True):
                 if verdict is Verdict.WRITTEN:
                     self._world.checks.stored(write, model.records[write.request_id].tokens)
             return verdicts
 
-        return await self._call(apply)
+        checks = self._world.checks
+        checks.writes(self._holder, writes)
+        verdicts = await self._call(apply)
+        for write, verdict in zip(writes, verdicts, strict=True):
+            checks.answered(self._holder, write, verdict)
+        return verdicts
 
     async def _call(self, ask: Callable[[StoreModel, int], T]) -> T:
         world, server = self._world, self._server

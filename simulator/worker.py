@@ -60,7 +60,7 @@ class VirtualWorker:
         self._choices = choices
         self._checks = checks
         self._step_max_ms = step_max_ms
-        self._slow_steps = slow_steps
+        self.slow_steps = slow_steps
         self._to_router = to_router
         self._to_peer = to_peer
         self._reports = ReportBuilder(worker_id=info.worker_id, incarnation=address.incarnation)
@@ -181,7 +181,7 @@ class VirtualWorker:
         self._stepping = True
         contents = self._checks.step_begins(self.worker_id, self.address.incarnation, plan, self.core.batch)
         duration_ms = 1 + self._choices.choose(self._step_max_ms)
-        if self._choices.chance(self._slow_steps):
+        if self._choices.chance(self.slow_steps):
             duration_ms += 200 * (1 + self._choices.choose(20))
         early = self._choices.choose(2) == 0
         sampled = self._steps.run(plan) if early else None

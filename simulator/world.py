@@ -26,11 +26,11 @@ from router.events import Action, Deliver, Fail, Finish, MoveEnded, MoveRefused,
 from simulator.agents import AgentFaults, VirtualAgent
 from simulator.checks import Checks, Violation, at_baseline
 from simulator.choices import Choices
-from simulator.clients import CLIENTS, Clients
+from simulator.clients import CLIENTS, PROMPT_MAX, Clients
 from simulator.faults import Misfortune, Partition
 from simulator.moves import Movers
 from simulator.network import Clock, Schedule, Stream
-from simulator.options import draw_options
+from simulator.options import Options, draw_options
 from simulator.router import NumberTokenizer, VirtualRouter
 from simulator.router_faults import RouterMisfortune
 from simulator.store import STORE, StoreServer
@@ -44,8 +44,9 @@ BLOCK_SIZE = 4
 VOCAB_SIZE = 50_000
 NAMESPACE = "fake"
 TICK_MS = 100
+QUEUE_WAIT_MS = 60_000
 UNHELD_MAX_MS = 3_000  # a worker has a request that no router has for no longer
-HEAL_LIMIT_MS = 300_000
+HEAL_LIMIT_MS = 300_000  # and as long as all requests of the world may wait for one another
 EVENTS_MAX = 400_000  # a world that does not come to rest is a violation, not a hang
 
 HANDOFF = HandoffConfig(
@@ -70,11 +71,11 @@ def worker_config(handoff: HandoffConfig, *, pressed: bool) -> WorkerCoreConfig:
     )
 
 
+BATCH = BatchConfig(max_tokens_per_step=16, chunk_tokens=8, context_tokens=200, namespace=NAMESPACE.encode())
 TOKENIZER = NumberTokenizer(VOCAB_SIZE)
 ROUTER_CONFIG = RouterConfig(
     handoff_deadline_ms=6_000,
     decode_stall_ms=6_000,
-    queue_wait_ms=60_000,
     tick_ms=TICK_MS,
     local_prefill_tokens=8,
     move_deadline_ms=4_000,
@@ -99,7 +100,9 @@ class World:
             move_limit_ms=ROUTER_CONFIG.move_deadline_ms + GRACE_MS + ROUTER_CONFIG.decode_stall_ms,
             excused=self.options.excuses,
         )
-        self.config = replace(ROUTER_CONFIG, decode_reserve_tokens=self.options.reserve_tokens)
+        self.config = replace(
+            ROUTER_CONFIG, decode_reserve_tokens=self.options.reserve_tokens, queue_wait_ms=_queue_wait_ms(self.options)
+        )
         self.store = StoreServer(self)
         self.routers: list[VirtualRouter] = []  # those that live
         self.num_routers = 0  # that ever were
@@ -143,7 +146,8 @@ class World:
         self.movers.look()
         self.schedule.run(until_ms=50 + options.faulty_ms)
         self._heal()
-        self.schedule.run(until_ms=self.schedule.now_ms + HEAL_LIMIT_MS, unless=self._at_rest)
+        limit_ms = HEAL_LIMIT_MS + self.config.queue_wait_ms
+        self.schedule.run(until_ms=self.schedule.now_ms + limit_ms, unless=self._at_rest)
         self._reckon()
 
     def _ask_pair(self) -> None:
@@ -297,9 +301,7 @@ class World:
         ledger = BlockLedger(num_blocks=self.options.num_blocks, block_size=BLOCK_SIZE)
         batch = Batch(
             ledger=ledger,
-            config=BatchConfig(
-                max_tokens_per_step=16, chunk_tokens=8, context_tokens=200, namespace=NAMESPACE.encode()
-            ),
+            config=BATCH,
             swapping=Swapping(BLOCK_SIZE, space=SwapSpace(self.options.swap_slots)),
         )
         memory = bytearray(self.options.num_blocks * layout.block_bytes)
@@ -325,7 +327,7 @@ class World:
             choices=self.choices,
             checks=self.checks,
             step_max_ms=self.options.step_max_ms,
-            slow_steps=self.options.slow_steps,
+            slow_steps=0 if self.healed else self.options.slow_steps,
             to_router=self.report,
             to_peer=self._to_peer,
         )
@@ -430,6 +432,8 @@ class World:
         self.tell("healed")
         self.healed = True
         self.agent_faults.loss = self.agent_faults.corruption = 0
+        for worker in self.workers.values():
+            worker.slow_steps = 0
         self._misfortune.heal()
         self.router_misfortune.heal()
         self.schedule.after(15_000, self.clients.submit)
@@ -447,7 +451,7 @@ class World:
 
     def _reckon(self) -> None:
         if waiting := self.checks.readers.unended():
-            raise Violation(f"{HEAL_LIMIT_MS} ms after healing these clients still wait: {waiting}")
+            raise Violation(f"long after healing these clients still wait: {waiting}")
         for worker in self.workers.values():
             self.checks.final_worker(worker.worker_id, worker.ledger, worker.runner, _num_held(worker))
         for router in self.routers:
@@ -472,6 +476,15 @@ class World:
     def tell(self, what: str) -> None:
         """Adds to the world's story."""
         self.story.append(f"{self.schedule.now_ms} {what}")
+
+
+def _queue_wait_ms(options: Options) -> int:
+    """What has memory for one request at a time serves them one after another: to give up before that would be early.
+
+    A step takes half of its bound on average, which leaves room for what is computed twice.
+    """
+    num_steps = options.answer_tokens_max + 1 + PROMPT_MAX // BATCH.chunk_tokens
+    return max(QUEUE_WAIT_MS, (options.num_requests + 2) * num_steps * options.step_max_ms)
 
 
 def _num_held(worker: VirtualWorker) -> int:

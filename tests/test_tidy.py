@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Imports point down only. Folders of one rank are siblings that do not know one another.
 LAYERS: dict[str, int] = {
-    "cli": 8,
+    "cli": 9,
+    "benchmarks": 8,
     "simulator": 7,
-    "benchmarks": 7,
     "cluster": 6,
     "router": 5,
     "prefill_worker": 5,

@@ -23,11 +23,13 @@ from router.driver import Driver
 from router.grpc_api import build_grpc_server
 from router.journal import Journal
 from router.metrics import EdgeMetrics
+from router.move import EPOCHS_PER_FENCE
 from router.service import ServedModel, Service
 from router.transcripts import Transcripts
 from tandem.client import AsyncClient
 from tandem.errors import InvalidRequest, RequestLost, Stopping, StoreAway, TakenOver, TandemError, UnknownRequest
-from tandem.messages import CancelAssigned
+from tandem.messages import Assign, CancelAssigned
+from tandem.request import RequestId
 from tandem.resuming import UNKNOWN_S, Attach, Begin, Resuming
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
@@ -249,6 +251,76 @@ def test_taken_over_from_a_router_that_lives() -> None:
         with pytest.raises(grpc.aio.AioRpcError, match="another router has this request"):
             [each async for each in call]
         assert [each.state for each in first.driver.status().requests] == ["failed"]
+
+    together(case)
+
+
+async def taken_and_taken_back(first: Router, second: Router) -> None:
+    """Of the request that runs at the first router, whose worker has said 12 tokens; neither hears the answer."""
+    kept = first.driver.transcripts
+
+    def is_written() -> bool:
+        found = kept.find(RequestId("r"))
+        return found is not None and len(found.tokens) == 12 and not kept.pending()
+
+    await until(is_written)
+    for each in (second, first):
+        assert each.service.journal is not None
+        assert await each.service.journal._store.take_over(RequestId("r"), each.driver.next_fence()) is not None
+
+
+def test_a_take_over_whose_answer_is_lost_does_not_end_what_runs_at_that_very_router() -> None:
+    """It was taken back from another router, which may have given it to the workers: they hear of it anew."""
+
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: RedisServer) -> None:
+        worker.num_tokens_max = 12
+        call = first.stub.Generate(ask("r", 40), timeout=DEADLINE_S)
+        seen = [await anext(aiter(call)) for _ in range(12)]
+        await taken_and_taken_back(first, second)
+        release(first, worker)
+        worker.num_tokens_max = 13
+        await until(
+            lambda: len({each.epoch // EPOCHS_PER_FENCE for each in worker.heard if isinstance(each, Assign)}) > 1
+        )
+        release(first, worker)
+        assert tokens_of(seen) + tokens_of([each async for each in call]) == ids(40)
+        epochs = [each.epoch for each in worker.heard if isinstance(each, Assign)]
+        assert epochs == sorted(epochs)
+        await until(lambda: not first.driver.transcripts.pending())
+        assert first.service.journal is not None
+        stored = await first.service.journal._store.take_over(RequestId("r"), 1)
+        assert stored is not None
+        assert stored.ended is not None
+        assert [each.token_id for each in stored.tokens] == ids(40)
+
+    together(case)
+
+
+def test_what_ended_is_written_though_a_take_over_of_its_own_router_fenced_it() -> None:
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: RedisServer) -> None:
+        worker.num_tokens_max = 12
+        await begun(first, ask("r", 40))
+        await taken_and_taken_back(first, second)
+        first.driver.cancel(RequestId("r"), "by the test")
+        await until(lambda: not first.driver.transcripts.pending())
+        assert first.service.journal is not None
+        stored = await first.service.journal._store.take_over(RequestId("r"), 1)
+        assert stored is not None
+        assert stored.ended is not None
+        assert stored.ended.message == "by the test"
+
+    together(case)
+
+
+def test_an_id_that_waits_for_its_client_is_not_claimed_for_another_request() -> None:
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: RedisServer) -> None:
+        worker.num_tokens_max = 12
+        seen = tokens_of(await begun(first, ask("r", 40)))
+        await until(lambda: "r" not in first.service._in_flight)
+        with pytest.raises(grpc.aio.AioRpcError, match="ALREADY_EXISTS"):
+            await begun(first, ask("r", 20))
+        worker.num_tokens_max = 10**9
+        assert seen + tokens_of(await attached(second, "r", len(seen))) == ids(40), "as it was asked first"
 
     together(case)
 

@@ -14,6 +14,7 @@ from router.events import (
     INTERNAL,
     AttemptLost,
     ClientGone,
+    FenceRaised,
     Finish,
     LetGo,
     LinkLost,
@@ -566,7 +567,7 @@ def test_accounts_are_empty_when_all_is_over(rig: Rig) -> None:
 
 def test_the_whole_square() -> None:
     """Every pair of state and event is in the table, or has no effect when from outside and is a bug from inside."""
-    outside = (Token, CommitAsk, RequestFailed, ClientGone, LetGo, StopRequested)
+    outside = (Token, CommitAsk, RequestFailed, ClientGone, LetGo, FenceRaised, StopRequested)
     assigned = {RequestState.PREFILLING, RequestState.HANDING_OFF, RequestState.DECODING}
     for state in RequestState:
         rows = {event for (of, event) in TABLE if of is state}
@@ -576,7 +577,7 @@ def test_the_whole_square() -> None:
         elif state is RequestState.ORPHANED:
             assert rows == {*outside, *INTERNAL} - {Token}
         elif state is RequestState.ADMITTED:
-            assert rows == {CommitAsk, ClientGone, LetGo, StopRequested, StageDue, RequestDue}
+            assert rows == {CommitAsk, ClientGone, LetGo, FenceRaised, StopRequested, StageDue, RequestDue}
         else:
             assert rows == set()
 

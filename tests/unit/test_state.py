@@ -14,7 +14,7 @@ from cluster.config import check_url, without_password
 from cluster.state import RedisStore, StoreRefused
 from router.events import NewRequest, Usage
 from router.journal import StoreDown
-from router.transcripts import Ended, Keep, Kept, Verdict, Write
+from router.transcripts import Behind, Ended, Keep, Kept, Verdict, Write
 from tandem.request import FinishReason, RequestId, Sampling, Token
 
 DEADLINE_S = 30
@@ -75,7 +75,7 @@ def write(
     )
 
 
-async def verdict(of: RedisStore, what: Write) -> Verdict:
+async def verdict(of: RedisStore, what: Write) -> Verdict | Behind:
     (only,) = await of.write([what])
     return only
 
@@ -121,6 +121,23 @@ def test_a_claim_whose_answer_was_lost_does_not_fence_its_own_router() -> None:
         assert await first.claim(write(5, 0, 0, entry=True), "") is None
         assert await verdict(first, write(6, 0, 2, entry=True)) is Verdict.WRITTEN, "it began under a later fence"
         assert await verdict(second, write(7, 0, 2, entry=True)) is Verdict.FENCED
+
+    run(case)
+
+
+def test_a_router_whose_own_take_over_fenced_it_is_told_the_fence_and_goes_on_above() -> None:
+    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+        later = 1 << 52
+        assert await verdict(first, write(5, 0, 2, entry=True)) is Verdict.WRITTEN
+        assert await second.take_over(RequestId("r"), 6) is not None
+        assert await first.take_over(RequestId("r"), later) is not None, "and the answer is lost"
+        assert await verdict(first, write(5, 2, 3)) == Behind(later)
+        assert await verdict(first, write(5, 0, 3, entry=True)) == Behind(later)
+        assert await verdict(second, write(6, 2, 3)) is Verdict.FENCED, "it is another router's"
+        assert await verdict(first, write(later + 1, 0, 3, entry=True)) is Verdict.WRITTEN
+        ended = Ended(num_tokens=3, usage=Usage(prompt_tokens=3, completion_tokens=3, cached_tokens=0))
+        assert await verdict(first, write(later + 1, 3, 3, ended=ended)) is Verdict.WRITTEN
+        assert await verdict(first, write(5, 2, 3)) is Verdict.FENCED, "that life is over"
 
     run(case)
 

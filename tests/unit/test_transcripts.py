@@ -74,6 +74,23 @@ def test_fenced_is_forgotten_and_only_in_the_life_that_was_written() -> None:
     assert kept.of_key("k") is None
 
 
+def test_renewed_is_written_anew_under_the_later_fence() -> None:
+    kept = Transcripts(shared=True)
+    for name in ("runs", "ended"):
+        kept.begin(new(name), keep(), fence=5)
+        kept.deliver(RequestId(name), tokens(0, 2, name))
+        assert all(kept.answered(write, Verdict.WRITTEN) for write in kept.pending())
+    kept.end(0, RequestId("ended"), Ended(num_tokens=2, usage=WELL))
+    (late,) = kept.pending()
+    for name in ("runs", "ended"):
+        kept.renew(RequestId(name), 7)
+    assert kept.answered(late, Verdict.FENCED), "it was of the life before"
+    ended, runs = kept.pending()
+    assert (ended.fence, ended.entry, ended.tokens) == (7, (new("ended"), keep()), tokens(0, 2, "ended"))
+    assert ended.ended is not None
+    assert (runs.fence, runs.entry, runs.tokens, runs.ended) == (7, (new("runs"), keep()), tokens(0, 2, "runs"), None)
+
+
 def test_who_does_not_come_back_is_overdue() -> None:
     kept = Transcripts(shared=False)
     kept.begin(new("a"), keep(resume_ms=100), fence=1)

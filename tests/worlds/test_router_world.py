@@ -12,7 +12,7 @@ import pytest
 from router.api_keys import Caller
 from router.driver import Driver
 from router.service import Service
-from router.transcripts import Kept, Transcripts, Verdict, Write
+from router.transcripts import Behind, Kept, Transcripts, Verdict, Write
 from simulator.run import run_seeds
 from simulator.store import StoreModel
 from simulator.worker import VirtualWorker
@@ -97,7 +97,7 @@ def store_takes_writes_with_a_gap(patch: pytest.MonkeyPatch) -> None:
     """What a write goes on from is not compared."""
     write = StoreModel.write
 
-    def blind(model: StoreModel, now_us: int, holder: str, what: Write) -> Verdict:
+    def blind(model: StoreModel, now_us: int, holder: str, what: Write) -> Verdict | Behind:
         record = model.records.get(what.request_id)
         at = 0 if record is None or what.entry is not None else len(record.tokens)
         return write(model, now_us, holder, replace(what, from_index=at))
@@ -122,7 +122,7 @@ def store_forgets_the_keys_of_late_requests(patch: pytest.MonkeyPatch) -> None:
     """A request that began while the store was away is not known by its idempotency key."""
     write = StoreModel.write
 
-    def keyless(model: StoreModel, now_us: int, holder: str, what: Write) -> Verdict:
+    def keyless(model: StoreModel, now_us: int, holder: str, what: Write) -> Verdict | Behind:
         entry = None if what.entry is None else (what.entry[0], replace(what.entry[1], key=""))
         return write(model, now_us, holder, replace(what, entry=entry))
 
