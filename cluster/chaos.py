@@ -34,6 +34,7 @@ from tandem.v1 import admin_pb2, admin_pb2_grpc, faults_pb2, faults_pb2_grpc, in
 
 SETTLE_TIMEOUT_S = 60.0
 WATCH_S = 0.5
+STILL_LOOKS = 2  # in a row: a worker that has just come back to a router has not reported its blocks yet
 WARM_UP_S = 3.0  # of load before the first fault: links among all are there
 VICTIM_WAIT_S = 45.0  # for one that is there to be struck
 STATE_WAIT_S = 20.0  # for a transfer that enters the state
@@ -94,6 +95,7 @@ class ChaosRun:
         self._begin_s = time.monotonic()
         self._paused_ms = 0  # in which no fault is due
         self._baseline: Mapping[str, Footprint] = {}
+        self._workers: frozenset[str] = frozenset()  # that there were then
         self._stores: list[subprocess.Popen[bytes]] = []  # started in place of a Redis that was killed
         self._load = CheckingLoad(place.run, load=load, draw=random.Random(seed), tally=self.tally, now_ms=self._now_ms)
 
@@ -166,19 +168,23 @@ class ChaosRun:
         await self._load.pause()
         still_ms = self._now_ms()
         until_s = time.monotonic() + SETTLE_TIMEOUT_S
+        num_still = 0
         while True:
-            problems = held(await self._status(admin))
+            status = await self._status(admin)
+            problems = held(status, self._workers)
             footprint = await asyncio.to_thread(footprints, self._place.supervisor_pid)
             if self._baseline:
                 problems += missing(self._baseline, footprint) + grown(self._baseline, footprint)
-            if not problems:
+            num_still = 0 if problems else num_still + 1
+            if num_still == STILL_LOOKS:
                 self._baseline = self._baseline or footprint
+                self._workers = self._workers or frozenset(each.id for each in status.workers if each.state != "left")
                 processes = ", ".join(f"{each.num_processes} {name}" for name, each in sorted(footprint.items()))
                 self.tally.audited(
                     self._now_ms(), f"everything is back after {self._now_ms() - still_ms} ms; {processes}"
                 )
                 break
-            if time.monotonic() > until_s:
+            if problems and time.monotonic() > until_s:
                 for problem in problems:
                     told = f"{problem}, {SETTLE_TIMEOUT_S:.0f} s after the last stream"
                     self._say(f"leak: {told}")

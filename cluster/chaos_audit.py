@@ -23,9 +23,13 @@ def unbalanced(worker: WorkerStatus) -> list[str]:
     return problems
 
 
-def held(status: StatusResponse) -> list[str]:
-    """What keeps the cluster from being as it was before any load; empty: nothing."""
-    problems = []
+def held(status: StatusResponse, wanted: Iterable[str] = ()) -> list[str]:
+    """What keeps the cluster from being as it was before any load; empty: nothing.
+
+    `wanted`: workers that must be there, which a router that was just started may not know yet.
+    """
+    known = {worker.id for worker in status.workers}
+    problems = [f"{name} is not known" for name in sorted(set(wanted) - known)]
     for worker in status.workers:
         if worker.state == "left":
             continue

@@ -74,8 +74,10 @@ class PoolsProcess:
             pools = Pools(self._session, threads=self._threads, post=self._inbox.put)
             self._say(RayUp())
             self._watch(pools)
-        except RayError as error:
-            self._say(RayLost(reason=str(error)))
+        except Exception as error:  # whatever it is: nobody goes on here, and the supervisor must not wait for us
+            if not isinstance(error, RayError):
+                log.exception("the holder of Ray ends")
+            self._say(RayLost(reason=str(error) or type(error).__name__))
             kill_all(descendants())  # nothing of it is of use, and Ray's own goodbye would wait for what is gone
             self._session.forget()
             return 1

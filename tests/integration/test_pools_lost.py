@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
+from checked_streams import Streams
 from cluster_under_test import ClusterUnderTest
 from served import wait_until
-from watched_streams import Streams
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
 

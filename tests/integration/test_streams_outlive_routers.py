@@ -10,9 +10,10 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from redis_server import RedisServer, redis_server
+from redis_server import redis_server
 from served import Served, wait_until
 
+from benchmarks.local_redis import LocalRedis
 from tandem.client import AsyncClient, Client
 from tandem.errors import DuplicateRequest, RequestLost
 
@@ -25,14 +26,14 @@ PROMPTS = [[7, 8, 9, number] for number in range(8)]
 
 
 @pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
+def redis() -> Iterator[LocalRedis]:
     with redis_server() as server:
         yield server
 
 
 @pytest.fixture(scope="module", params=ROUTERS)
 def cluster(
-    request: pytest.FixtureRequest, redis: RedisServer, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, redis: LocalRedis, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     arguments = [*ARGUMENTS, "--redis", redis.url, "--routers", str(request.param), "--max-restarts", "100"]
     with Served(arguments, run_dir=tmp_path_factory.mktemp("run")) as served:
@@ -103,7 +104,7 @@ def test_streams_go_on_behind_a_router_that_ends_in_order(cluster: Served, answe
 
 
 def test_redis_away_harms_nothing_that_runs(
-    cluster: Served, redis: RedisServer, answers: Sequence[Sequence[int]]
+    cluster: Served, redis: LocalRedis, answers: Sequence[Sequence[int]]
 ) -> None:
     async def stop() -> None:
         redis.process.suspend()
@@ -113,7 +114,7 @@ def test_redis_away_harms_nothing_that_runs(
 
 
 def test_redis_restarted_empty_is_repaired(
-    cluster: Served, redis: RedisServer, answers: Sequence[Sequence[int]]
+    cluster: Served, redis: LocalRedis, answers: Sequence[Sequence[int]]
 ) -> None:
     """And what it was told anew is enough to go on from."""
 

@@ -42,6 +42,7 @@ def test_what_is_held_when_all_is_still_is_found(state: str) -> None:
     assert held(status) == [f"d0 has 2 blocks {state}"]
     assert held(StatusResponse(workers=[worker(counts={"free": 8, "cached": 2}), worker("d1", state="left")])) == []
     assert held(StatusResponse(workers=[worker("d1", state="dead")])) == ["d1 is dead"], "nobody has replaced it"
+    assert held(StatusResponse(workers=[worker()]), ["d0", "d1"]) == ["d1 is not known"]
     assert held(StatusResponse(workers=[worker(state="joining")])) == ["d0 is joining"]
     assert held(StatusResponse(workers=[worker(running=1)])) == ["d0 has 1 requests running and 0 waiting"]
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import ray.exceptions
 
+from cluster import pools_process
 from cluster.actors import STARTED
 from cluster.config import load
-from cluster.pool_events import WorkerDown, WorkerUp
+from cluster.pool_events import PoolEvent, RayLost, RayUp, WorkerDown, WorkerUp
 from cluster.pools import Pools
+from cluster.pools_process import PoolsProcess
 from cluster.worker_settings import WorkerSettings
 from tandem.messages import Role
 from tandem.request import WorkerId
@@ -108,3 +112,38 @@ def test_a_worker_that_has_started_after_its_end_was_told_is_not_up(monkeypatch:
     actor.start.future().set_result(json.dumps({STARTED: {"pid": 7, "timings_ms": {}}}))
     assert bench.take() == ["down 1 ran"]
     assert actor.wait.asked == []
+
+
+class BrokenSession:
+    """A Ray whose parts cannot even be looked at."""
+
+    is_local = True
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.forgotten = False
+
+    def open(self, *, is_again: bool) -> None: ...
+
+    def look(self) -> list[str]:
+        raise PermissionError("its processes cannot be seen")
+
+    def forget(self) -> None:
+        self.forgotten = True
+
+
+def test_whatever_ends_the_holder_of_ray_is_told_and_ends_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its workers would go with Ray, one after the other, and nobody would say so."""
+    killed: list[object] = []
+    stand_ins: dict[str, Callable[..., Any]] = {
+        "RaySession": BrokenSession, "Reaper": object, "kill_all": killed.append, "descendants": lambda: ["raylet"],
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(pools_process, name, stand_in)
+    monkeypatch.setattr(PoolsProcess, "_listen", lambda self: None)
+    told: list[PoolEvent] = []
+    holder: Any = PoolsProcess(load({"model": "fake"}, {}).config, threads=1, log_file=Path("ray.log"), say=told.append)
+    assert holder.run(is_again=False) == 1
+    assert told[0] == RayUp()
+    assert told[-1] == RayLost(reason="its processes cannot be seen")
+    assert killed == [["raylet"]]
+    assert holder._session.forgotten

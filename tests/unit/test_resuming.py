@@ -13,9 +13,10 @@ import grpc.aio
 import httpx
 import pytest
 from edge import MODEL, http_server, smol
-from redis_server import RedisServer, redis_server
+from redis_server import redis_server
 from test_router_driver import INCARNATION, CountingWorker, token_at
 
+from benchmarks.local_redis import LocalRedis
 from cluster.state import RedisStore
 from router.clients import WorkerLink
 from router.config import RouterConfig
@@ -49,7 +50,7 @@ class Router:
 
 
 @asynccontextmanager
-async def a_router(worker: CountingWorker, redis: RedisServer | None, name: str) -> AsyncIterator[Router]:
+async def a_router(worker: CountingWorker, redis: LocalRedis | None, name: str) -> AsyncIterator[Router]:
     """A router over the worker, with the store if there is one."""
     async with AsyncExitStack() as stack:
         store, born_us = None, None
@@ -94,7 +95,7 @@ def alone(case: Callable[[Router, CountingWorker], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
 
 
-def together(case: Callable[[Router, Router, CountingWorker, RedisServer], Awaitable[None]]) -> None:
+def together(case: Callable[[Router, Router, CountingWorker, LocalRedis], Awaitable[None]]) -> None:
     """Two routers that share a store and a worker."""
 
     async def main() -> None:
@@ -185,7 +186,7 @@ def test_a_stop_string_is_found_across_the_break() -> None:
     stop = text[20:28]
     assert text.count(stop) == 1
 
-    async def case(first: Router, second: Router, worker: CountingWorker, redis: RedisServer) -> None:
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: LocalRedis) -> None:
         whole = await first.client.generate(PROMPT, max_tokens=40, stop=[stop], ignore_eos=True)
         assert whole.text == text[:20]
         for cut in range(1, len(whole.token_ids)):
@@ -240,7 +241,7 @@ def test_the_last_one_to_ask_reads() -> None:
 
 
 def test_taken_over_from_a_router_that_lives() -> None:
-    async def case(first: Router, second: Router, worker: CountingWorker, redis: RedisServer) -> None:
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: LocalRedis) -> None:
         worker.num_tokens_max = 12
         call = first.stub.Generate(ask("r", 40), timeout=DEADLINE_S)
         seen = await read_tokens(call, 12)
@@ -355,7 +356,7 @@ def test_a_client_goes_on_at_the_next_router_by_itself() -> None:
 
 
 def test_a_store_that_is_away_is_named_and_waited_for() -> None:
-    async def case(first: Router, second: Router, worker: CountingWorker, redis: RedisServer) -> None:
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: LocalRedis) -> None:
         worker.num_tokens_max = 12
         await begun(first, ask("r", 40))
         assert first.service.journal is not None
@@ -372,7 +373,7 @@ def test_a_store_that_is_away_is_named_and_waited_for() -> None:
 
 
 def test_an_idempotency_key_at_two_routers_at_once() -> None:
-    async def case(first: Router, second: Router, worker: CountingWorker, redis: RedisServer) -> None:
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: LocalRedis) -> None:
         body = {"prompt": PROMPT, "max_tokens": 30, "ignore_eos": True, "return_token_ids": True}
         posts = [
             each.http.post("/v1/completions", json=body, headers={"idempotency-key": "k"})
@@ -400,7 +401,7 @@ def test_http_events_can_be_cut_anywhere(chat: bool) -> None:
     body: dict[str, object] = {"max_tokens": 30, "ignore_eos": True, "stream": True, "temperature": 0}
     body |= {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": PROMPT}
 
-    async def case(first: Router, second: Router, worker: CountingWorker, redis: RedisServer) -> None:
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: LocalRedis) -> None:
         whole = await events(first, path, body, {"x-request-id": "whole"})
         assert len({mark for mark, _ in whole}) > 20
         for mark, _ in whole[:-1]:

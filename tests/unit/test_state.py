@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 import redis
-from redis_server import RedisServer, redis_server
+from redis_server import redis_server
 
+from benchmarks.local_redis import LocalRedis
 from cluster.config import check_url, without_password
 from cluster.state import RedisStore, StoreRefused
 from router.events import NewRequest, Usage
@@ -19,10 +20,10 @@ from tandem.request import FinishReason, RequestId, Sampling, Token
 
 DEADLINE_S = 30
 KEEP = Keep(form=b'{"api": "grpc"}', digest=b"d", key="", resume_ms=7)
-Case = Callable[[RedisServer, RedisStore, RedisStore], Awaitable[None]]
+Case = Callable[[LocalRedis, RedisStore, RedisStore], Awaitable[None]]
 
 
-def store(server: RedisServer, holder: str, *, identity: str = "m") -> RedisStore:
+def store(server: LocalRedis, holder: str, *, identity: str = "m") -> RedisStore:
     return RedisStore(server.url, prefix="t", holder=holder, identity=identity)
 
 
@@ -81,7 +82,7 @@ async def verdict(of: RedisStore, what: Write) -> Verdict | Behind:
 
 
 def test_taken_over_whole_and_the_one_before_is_fenced() -> None:
-    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
         assert await first.claim(write(5, 0, 0, entry=True), "") is None
         assert await verdict(first, write(5, 0, 3)) is Verdict.WRITTEN
         assert await verdict(first, write(5, 3, 4)) is Verdict.WRITTEN
@@ -103,7 +104,7 @@ def test_taken_over_whole_and_the_one_before_is_fenced() -> None:
 
 
 def test_gaps_and_what_is_missing_are_written_anew() -> None:
-    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
         assert await verdict(first, write(5, 0, 2)) is Verdict.MISSING
         assert await verdict(first, write(5, 0, 2, entry=True)) is Verdict.WRITTEN
         assert await verdict(first, write(5, 3, 4)) is Verdict.MISSING
@@ -117,7 +118,7 @@ def test_gaps_and_what_is_missing_are_written_anew() -> None:
 
 
 def test_a_claim_whose_answer_was_lost_does_not_fence_its_own_router() -> None:
-    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
         assert await first.claim(write(5, 0, 0, entry=True), "") is None
         assert await verdict(first, write(6, 0, 2, entry=True)) is Verdict.WRITTEN, "it began under a later fence"
         assert await verdict(second, write(7, 0, 2, entry=True)) is Verdict.FENCED
@@ -143,7 +144,7 @@ def test_a_router_whose_own_take_over_fenced_it_is_told_the_fence_and_goes_on_ab
 
 
 def test_a_request_that_was_not_claimed_is_known_by_its_key_once_it_is_written() -> None:
-    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
         late = replace(write(5, 0, 2, entry=True), entry=(new(), replace(KEEP, key="key")))
         assert await verdict(first, late) is Verdict.WRITTEN
         known = await second.claim(write(6, 0, 0, entry=True), "key")
@@ -156,7 +157,7 @@ def test_a_request_that_was_not_claimed_is_known_by_its_key_once_it_is_written()
 def test_what_ended_stays_as_it_ended() -> None:
     usage = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
 
-    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
         assert await verdict(first, write(5, 0, 4, entry=True)) is Verdict.WRITTEN
         ended = Ended(num_tokens=2, usage=usage)  # a stop string was found in what came before
         assert await verdict(first, write(5, 2, 2, ended=ended)) is Verdict.WRITTEN
@@ -168,7 +169,7 @@ def test_what_ended_stays_as_it_ended() -> None:
 
 
 def test_an_id_is_served_once_and_a_key_means_one_request() -> None:
-    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
         assert await first.claim(write(5, 0, 0, entry=True), "key") is None
         assert await second.claim(write(6, 0, 0, entry=True), "") == "r"
         known = await second.claim(write(6, 0, 0, entry=True, name="s"), "key")
@@ -183,7 +184,7 @@ def test_an_id_is_served_once_and_a_key_means_one_request() -> None:
 
 
 def test_a_dead_routers_id_is_free_but_not_a_living_ones() -> None:
-    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
         dead = store(server, "dead")
         await dead.open()  # never renews: it has no lease
         assert await dead.claim(write(5, 0, 0, entry=True), "") is None
@@ -194,7 +195,7 @@ def test_a_dead_routers_id_is_free_but_not_a_living_ones() -> None:
 
 
 def test_a_restart_that_forgets_is_noticed_and_another_cluster_refused() -> None:
-    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
         assert await first.renew()
         stranger = store(server, "c", identity="other")
         with pytest.raises(StoreRefused, match="serves m, this one serves other"):
@@ -212,7 +213,7 @@ def test_a_restart_that_forgets_is_noticed_and_another_cluster_refused() -> None
 
 
 def test_a_server_that_stands_still_is_given_up_in_time() -> None:
-    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
         server.process.suspend()
         async with asyncio.timeout(5):
             with pytest.raises(StoreDown):
@@ -226,7 +227,7 @@ def test_a_server_that_stands_still_is_given_up_in_time() -> None:
 def test_a_claim_that_a_stopped_server_carries_out_late_takes_no_request_from_its_own_router() -> None:
     """The router has given the call up, and serves the request under a later fence."""
 
-    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
         assert await first.claim(write(4, 0, 0, entry=True, name="s"), "") is None  # the server knows the script
         server.process.suspend()
         with pytest.raises(StoreDown):

@@ -10,8 +10,9 @@ import pytest
 import redis.asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from redis_server import RedisServer, redis_server
+from redis_server import redis_server
 
+from benchmarks.local_redis import LocalRedis
 from cluster.state import RedisStore, StoreRefused
 from router.events import NewRequest, Usage
 from router.transcripts import Ended, Keep, Kept, Write
@@ -167,14 +168,14 @@ def shown(answer: Kept | RequestId | None) -> object:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
+def server() -> Iterator[LocalRedis]:
     with redis_server() as running:
         yield running
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(calls=st.lists(CALLS, max_size=CALLS_MAX))
-def test_the_model_answers_as_redis_does(server: RedisServer, calls: list[object]) -> None:
+def test_the_model_answers_as_redis_does(server: LocalRedis, calls: list[object]) -> None:
     async def main() -> None:
         both = Both(server.url)
         await both.raw.flushall()
