@@ -150,7 +150,7 @@ class Agent:
     def _hang_up_idle(self) -> bool:
         """Ends the link over which no frame came for longest; its source makes it anew. False: all are in use.
 
-        Who has not said a good hello goes first: strangers may come as they like, and push out no member.
+        Who has not proved to be a member goes first: strangers may come as they like, and push out none.
         """
         idle = (link for link in self._incoming if link.is_idle)
         oldest = min(idle, key=lambda link: (link.is_greeted, link.used_s), default=None)

@@ -48,6 +48,7 @@ class IncomingLink(threading.Thread):
         self._context = context
         self._sock = FramedSocket(connection, send_timeout_s=context.operation_timeout_s, gate=context.gate)
         self._source_agent = 0
+        self._is_greeted = False
         self.used_s = time.monotonic()  # when a frame was announced last
         self._num_open = 0  # frames that were announced and not answered
         self._counting = threading.Lock()
@@ -84,8 +85,8 @@ class IncomingLink(threading.Thread):
 
     @property
     def is_greeted(self) -> bool:
-        """The other end has said that it is a member of this cluster, and proved it."""
-        return self._source_agent != 0
+        """The other end is a member of this cluster: it has used keys of this link, which no recorded hello tells."""
+        return self._is_greeted
 
     def hang_up(self) -> None:
         """Asks the thread to end."""
@@ -174,6 +175,7 @@ class IncomingLink(threading.Thread):
             message = self._sock.receive(silence_s)
             if message is None:
                 raise LinkLost(f"silent for {silence_s:g} s")
+            self._is_greeted = True
             if isinstance(message, Announce):
                 self._announced(message)
             elif isinstance(message, OpenChannel) and self._channel is None:

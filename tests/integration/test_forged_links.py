@@ -101,7 +101,7 @@ def test_agents_of_another_cluster_do_not_link(pair: Pair) -> None:
 
 
 def test_strangers_push_out_no_link_of_a_member() -> None:
-    """As many connections as an agent takes, that say nothing: they make room for one another."""
+    """More connections than an agent takes, that say nothing or repeat a good hello: they make room for one another."""
     few = replace(GLOO, max_links=4)
     source, target = End(settings=few, fill=True, secret=SECRET), End(settings=few, secret=SECRET)
     pair, endpoint = Pair(source, target), parse_endpoint(target.info.endpoint)
@@ -120,6 +120,14 @@ def test_strangers_push_out_no_link_of_a_member() -> None:
             strangers.append(socket.create_connection((endpoint.host, endpoint.port), timeout=10))
         strangers[0].settimeout(10)
         assert strangers[0].recv(1) == b"", "the first to come is the first to go"
+        said = hello(target)
+        for _ in range(3 * few.max_links):
+            strangers.append(socket.create_connection((endpoint.host, endpoint.port), timeout=10))
+            sock = FramedSocket(strangers[-1], send_timeout_s=5)
+            sock.sealing = LinkKeys(secret=SECRET).seal("hello")
+            sock.opening = LinkKeys(secret=SECRET, source_salt=said.salt).seal("welcome")
+            sock.send(said)
+            assert sock.receive(10) is not None
         pair.expect("beside", blocks=(5,))
         pair.move(pair.header("beside", source=(5,), target=(5,)))
         assert link() == before
