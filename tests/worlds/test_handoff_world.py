@@ -16,7 +16,7 @@ from engine.blocks import BlockLedger
 from kv_transfer.handoff import AcceptBlocks, Closed
 from kv_transfer.handoff_target import TargetHandoff, TargetState
 
-NUM_SEEDS = int(os.environ.get("TANDEM_HANDOFF_SEEDS", "500"))
+NUM_SEEDS = int(os.environ.get("TANDEM_HANDOFF_SEEDS", "200"))
 BATCHES = 10
 
 

