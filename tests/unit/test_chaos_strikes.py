@@ -20,6 +20,7 @@ from cluster.chaos_plan import Fault, FaultKind, Victim
 from cluster.chaos_processes import restart_store
 from cluster.chaos_tally import Tally
 from cluster.fault_service import FaultService
+from cluster.run_file import RunFile
 from kv_transfer.agent_wire import Disturb
 from kv_transfer.gate import Gate
 from tandem.cluster_access import ClusterAccess, MembersOnly
@@ -33,9 +34,9 @@ class Struck:
     """A run, and one worker that takes faults from members only."""
 
     def __init__(self) -> None:
-        self.run: Any = ChaosRun(
-            Place(address="", supervisor_pid=0, access=ACCESS), load=Load(), seed=1, say=lambda line: None
-        )
+        run = RunFile(pid=0, started_s=0.0, host="127.0.0.1", port=1, grpc_port=1, model="fake", log_dir="")
+        place = Place(run=run, supervisor_pid=0, access=ACCESS)
+        self.run: Any = ChaosRun(place, load=Load(), seed=1, say=lambda line: None)
         self.gate = Gate()
         self.disturbed: list[Disturb] = []
         self.laid: list[Ambush] = []

@@ -273,7 +273,7 @@ async def taken_and_taken_back(first: Router, second: Router) -> None:
 def test_a_take_over_whose_answer_is_lost_does_not_end_what_runs_at_that_very_router() -> None:
     """It was taken back from another router, which may have given it to the workers: they hear of it anew."""
 
-    async def case(first: Router, second: Router, worker: CountingWorker, redis: RedisServer) -> None:
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: LocalRedis) -> None:
         worker.num_tokens_max = 12
         call = first.stub.Generate(ask("r", 40), timeout=DEADLINE_S)
         seen = [await anext(aiter(call)) for _ in range(12)]
@@ -298,7 +298,7 @@ def test_a_take_over_whose_answer_is_lost_does_not_end_what_runs_at_that_very_ro
 
 
 def test_what_ended_is_written_though_a_take_over_of_its_own_router_fenced_it() -> None:
-    async def case(first: Router, second: Router, worker: CountingWorker, redis: RedisServer) -> None:
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: LocalRedis) -> None:
         worker.num_tokens_max = 12
         await begun(first, ask("r", 40))
         await taken_and_taken_back(first, second)
@@ -314,7 +314,7 @@ def test_what_ended_is_written_though_a_take_over_of_its_own_router_fenced_it() 
 
 
 def test_an_id_that_waits_for_its_client_is_not_claimed_for_another_request() -> None:
-    async def case(first: Router, second: Router, worker: CountingWorker, redis: RedisServer) -> None:
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: LocalRedis) -> None:
         worker.num_tokens_max = 12
         seen = tokens_of(await begun(first, ask("r", 40)))
         await until(lambda: "r" not in first.service._in_flight)

@@ -127,7 +127,7 @@ def test_a_claim_whose_answer_was_lost_does_not_fence_its_own_router() -> None:
 
 
 def test_a_router_whose_own_take_over_fenced_it_is_told_the_fence_and_goes_on_above() -> None:
-    async def case(server: RedisServer, first: RedisStore, second: RedisStore) -> None:
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
         later = 1 << 52
         assert await verdict(first, write(5, 0, 2, entry=True)) is Verdict.WRITTEN
         assert await second.take_over(RequestId("r"), 6) is not None
