@@ -32,6 +32,11 @@ _HEALTH_PERIOD_S = 0.2
 _KEEPALIVE_S = 20.0  # a client that vanished is given up after twice this
 _HANDSHAKE_TIMEOUT_S = 10.0
 CONNECTIONS_MAX = 4096
+# Calls that have come and that the event loop has not seen yet. It takes one each time round, and a round is long while
+# a thousand streams are written. gRPC itself ends some of them from 1,000 on, and those of 30 s, as a bare CANCELLED
+# without a reason or a time to come again: nobody but admission should refuse, and nobody but the client give up.
+CALLS_WAITING_MAX = 8192
+_CALL_WAITS_S = 3600
 _OPTIONS = [
     ("grpc.max_receive_message_length", BODY_BYTES_MAX),
     ("grpc.max_send_message_length", BODY_BYTES_MAX),
@@ -40,6 +45,9 @@ _OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # sooner, a client's pings are an attack
     ("grpc.max_concurrent_streams", 1024),  # of one connection; the client's own library holds back the rest
     ("grpc.max_connection_idle_ms", 300_000),  # without a call: the client dials again when it has one
+    ("grpc.server.max_pending_requests", CALLS_WAITING_MAX),
+    ("grpc.server.max_pending_requests_hard_limit", CALLS_WAITING_MAX),
+    ("grpc.server_max_unrequested_time_in_server", _CALL_WAITS_S),
 ]
 
 if TYPE_CHECKING:
