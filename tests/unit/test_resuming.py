@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import grpc.aio
 import httpx
@@ -141,16 +142,25 @@ def release(router: Router, worker: CountingWorker) -> None:
 
 
 async def begun(router: Router, request: inference_pb2.GenerateRequest) -> list[inference_pb2.GenerateResponse]:
-    """What a client has that is cut off after the third message."""
+    """What a client has that is cut off when it has three tokens."""
     call = router.stub.Generate(request, timeout=DEADLINE_S)
-    seen = [await call.read() for _ in range(3)]
+    seen = await read_tokens(call, 3)
     call.cancel()
     return seen
 
 
-def test_a_broken_stream_is_resumed_where_it_runs() -> None:
+async def read_tokens(call: Any, num: int) -> list[inference_pb2.GenerateResponse]:
+    """Messages with so many tokens or more: those that come while the router is busy come in one message."""
+    seen: list[inference_pb2.GenerateResponse] = []
+    while len(tokens_of(seen)) < num:
+        seen.append(await anext(aiter(call)))
+    return seen
+
+
+@pytest.mark.parametrize("num_at_once", [1, 12])
+def test_a_broken_stream_is_resumed_where_it_runs(num_at_once: int) -> None:
     async def case(router: Router, worker: CountingWorker) -> None:
-        worker.num_tokens_max = 12
+        worker.num_tokens_max, worker.num_at_once = 12, num_at_once
         seen = await begun(router, ask("r", 40))
         index = len(tokens_of(seen))
         reading = asyncio.create_task(attached(router, "r", index))
@@ -179,9 +189,7 @@ def test_a_stop_string_is_found_across_the_break() -> None:
         for cut in range(1, len(whole.token_ids)):
             worker.num_tokens_max = cut
             call = first.stub.Generate(ask(f"r{cut}", 40, stop=[stop]), timeout=DEADLINE_S)
-            seen: list[inference_pb2.GenerateResponse] = []
-            while len(tokens_of(seen)) < cut:
-                seen.append(await call.read())
+            seen = await read_tokens(call, cut)
             call.cancel()
             worker.num_tokens_max = 10**9
             rest = await attached(second, f"r{cut}", cut)
@@ -233,7 +241,7 @@ def test_taken_over_from_a_router_that_lives() -> None:
     async def case(first: Router, second: Router, worker: CountingWorker, redis: RedisServer) -> None:
         worker.num_tokens_max = 12
         call = first.stub.Generate(ask("r", 40), timeout=DEADLINE_S)
-        seen = [await anext(aiter(call)) for _ in range(12)]
+        seen = await read_tokens(call, 12)
         worker.num_tokens_max = 10**9
         rest = await attached(second, "r", 5)
         assert tokens_of(seen)[:5] + tokens_of(rest) == ids(40)

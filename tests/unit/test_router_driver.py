@@ -63,6 +63,7 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         self.heard: list[RouterMessage] = []
         self.cut_at: int | None = None
         self.num_tokens_max = 10**9  # says nothing after so many
+        self.num_at_once = 1  # tokens in a report
 
     async def Connect(self, request_iterator: AsyncIterator[pb.RouterMessage], context: Any) -> None:
         hello = await anext(request_iterator)
@@ -99,11 +100,14 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
                 continue
             prompt = assign.tokens[: assign.num_prompt_tokens]
             first = len(assign.tokens) - len(prompt)
-            for index in range(first, min(assign.sampling.max_tokens, self.num_tokens_max)):
+            end = min(assign.sampling.max_tokens, self.num_tokens_max)
+            for index in range(first, end, self.num_at_once):
                 if self.cut_at == index:
                     self.cut_at = None
                     return
-                yield wire.encode_report(self._report(assign, prompt, index))
+                reports = [self._report(assign, prompt, each) for each in range(index, end)[: self.num_at_once]]
+                tokens = tuple(token for report in reports for token in report.tokens)
+                yield wire.encode_report(replace(reports[0], tokens=tokens))
 
     def _report(self, assign: Assign, prompt: tuple[int, ...], index: int) -> WorkerReport:
         last = index + 1 == assign.sampling.max_tokens
