@@ -17,20 +17,22 @@ from cluster_under_test import ClusterUnderTest
 
 from engine.fake_runner import expected_tokens
 from tandem.client import AsyncClient
-from tandem.errors import Overloaded
+from tandem.errors import Overloaded, TandemError
 from tandem.request import Sampling
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
-# Long until each refusal in a flood has its name: a few of a hundred end as a bare CANCELLED.
-pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
 ENDLESS = 7_000
+IN_FLIGHT_MAX = 1_024
+CANARIES_MAX = 4  # of the router's own, which count as requests: two pairs, asked twice meanwhile
 MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterUnderTest]:
-    arguments = ("--prefill", "1", "--decode", "2", "--kv-memory", "512KiB", "--fake-step-ms", "5")
+    # Steps so long that workers leave the router its share of two cores: what is tested is the router.
+    arguments = ("--prefill", "1", "--decode", "2", "--kv-memory", "512KiB", "--fake-step-ms", "100")
     with ClusterUnderTest(*arguments, run_dir=tmp_path_factory.mktemp("run")) as served:
         yield served
 
@@ -64,11 +66,13 @@ def test_a_flood_of_answers_that_never_end_is_bounded_and_goes_when_its_clients_
             except Overloaded as error:
                 outcomes["refused"] += 1
                 outcomes["told when to come again"] += error.retry_after_ms >= 500
+            except TandemError as error:
+                outcomes[repr(error)] += 1
 
         clients = [AsyncClient(cluster.grpc_address, timeout_s=120, resume_s=0) for _ in range(12)]
         tasks = [asyncio.create_task(one(clients[number % 12], number)) for number in range(1_200)]
         async with asyncio.timeout(90):
-            while outcomes["refused"] < 176 or outcomes["tokens"] < 500:
+            while len(tasks) - sum(task.done() for task in tasks) > IN_FLIGHT_MAX or outcomes["tokens"] < 500:
                 await asyncio.sleep(0.05)
         for task in tasks:
             task.cancel()
@@ -79,7 +83,9 @@ def test_a_flood_of_answers_that_never_end_is_bounded_and_goes_when_its_clients_
 
     before = router(cluster).memory_info().rss
     outcomes = asyncio.run(flood())
-    assert outcomes["refused"] == outcomes["told when to come again"] == 1_200 - 1_024
+    assert outcomes.keys() == {"tokens", "refused", "told when to come again"}, outcomes
+    assert outcomes["refused"] == outcomes["told when to come again"]
+    assert 0 <= outcomes["refused"] - (1_200 - IN_FLIGHT_MAX) <= CANARIES_MAX
     serves(cluster)
     grown = router(cluster).memory_info().rss - before
     print(f"{outcomes}, the router has grown by {grown / MIB:.0f} MiB")
@@ -101,13 +107,13 @@ def test_a_flood_of_huge_prompts_is_served_or_told_and_memory_stays_bounded(clus
                 assert answer.status_code != 429 or int(answer.headers["retry-after"]) >= 1
                 return answer.status_code
 
-            return Counter(await asyncio.gather(*(one(number) for number in range(90))))
+            return Counter(await asyncio.gather(*(one(number) for number in range(60))))
 
     before = router(cluster).memory_info().rss
     codes = asyncio.run(flood())
     print(codes)
     assert codes[200] > 0
-    assert codes[400] + codes[429] >= 30, "the largest are far longer than the context"
+    assert codes[400] + codes[429] >= 20, "the largest are far longer than the context"
     assert set(codes) <= {200, 400, 429}
     serves(cluster)
     grown = router(cluster).memory_info().rss - before
@@ -145,8 +151,8 @@ def test_a_storm_of_cancels_leaves_nothing(cluster: ClusterUnderTest) -> None:
     assert router(cluster).num_fds() <= fds + 8
 
 
-def test_clients_that_do_not_read_feel_it_first_and_are_cut_off_then(cluster: ClusterUnderTest) -> None:
-    """Their sockets fill, then their part of the router's memory; others are served meanwhile."""
+def test_clients_that_do_not_read_hold_up_nobody_and_cost_little(cluster: ClusterUnderTest) -> None:
+    """Others are served meanwhile. The bound at which such a client is cut off is in test_router_driver."""
     before = router(cluster).memory_info().rss
     host, port = "127.0.0.1", cluster.port
     asked = {"prompt": "x", "max_tokens": ENDLESS, "stream": True, "ignore_eos": True, "logprobs": 20}
@@ -162,9 +168,9 @@ def test_clients_that_do_not_read_feel_it_first_and_are_cut_off_then(cluster: Cl
 
     async def ask() -> int:
         async with AsyncClient(cluster.grpc_address, timeout_s=60, resume_s=0) as client:
-            return len((await client.generate([1, 2, 3], max_tokens=200, ignore_eos=True)).token_ids)
+            return len((await client.generate([1, 2, 3], max_tokens=50, ignore_eos=True)).token_ids)
 
-    assert asyncio.run(ask()) == 200
+    assert asyncio.run(ask()) == 50
     grown = router(cluster).memory_info().rss - before
     print(f"20 clients that do not read cost the router {grown / MIB:.0f} MiB")
     assert grown < 300 * MIB
