@@ -32,8 +32,8 @@ _HEALTH_PERIOD_S = 0.2
 _KEEPALIVE_S = 20.0  # a client that vanished is given up after twice this
 _HANDSHAKE_TIMEOUT_S = 10.0
 CONNECTIONS_MAX = 4096
-# Calls that have come and that the event loop has not seen yet. It takes one each time round, and a round is long while
-# a thousand streams are written. gRPC itself ends some of them from 1,000 on, and those of 30 s, as a bare CANCELLED
+# Calls that have come and that grpc.aio has not taken yet. It takes one after another, a few dozen a second while a
+# thousand streams are written. gRPC itself ends some of them from 1,000 on, and those of 30 s, as a bare CANCELLED
 # without a reason or a time to come again: nobody but admission should refuse, and nobody but the client give up.
 CALLS_WAITING_MAX = 8192
 _CALL_WAITS_S = 3600

@@ -348,8 +348,8 @@ def test_no_more_connections_than_the_limit() -> None:
 
 
 def test_calls_that_come_faster_than_the_loop_takes_them_are_all_answered() -> None:
-    """gRPC's own server would end about one in ten of so many with a bare CANCELLED, before anybody saw them."""
-    num_calls, num_channels = 2_000, 4
+    """gRPC's own server would end dozens of so many with a bare CANCELLED, before anybody saw them."""
+    num_calls, num_channels, deadline_s = 1_500, 4, 90
 
     async def main() -> None:
         async with grpc_server(service_over(saying(TEXT))) as target:
@@ -357,10 +357,10 @@ def test_calls_that_come_faster_than_the_loop_takes_them_are_all_answered() -> N
             channels = [grpc.insecure_channel(target, options=options) for _ in range(num_channels)]
             stubs = [inference_pb2_grpc.InferenceStub(channel) for channel in channels]  # type: ignore[no-untyped-call]
             for stub in stubs:  # all are connected when the flood comes
-                await asyncio.to_thread(stub.ListModels, inference_pb2.ListModelsRequest(), timeout=DEADLINE_S)
+                await asyncio.to_thread(stub.ListModels, inference_pb2.ListModelsRequest(), timeout=deadline_s)
             # From here to the first await the server's loop stands still, as it does for a while under load.
             calls = [
-                stubs[number % num_channels].ListModels.future(inference_pb2.ListModelsRequest(), timeout=DEADLINE_S)
+                stubs[number % num_channels].ListModels.future(inference_pb2.ListModelsRequest(), timeout=deadline_s)
                 for number in range(num_calls)
             ]
             time.sleep(0.3)
@@ -369,7 +369,7 @@ def test_calls_that_come_faster_than_the_loop_takes_them_are_all_answered() -> N
                 channel.close()
             assert codes == {grpc.StatusCode.OK: num_calls}
 
-    asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
+    asyncio.run(asyncio.wait_for(main(), deadline_s))
 
 
 def test_one_service_behind_both_apis_knows_its_ids() -> None:
