@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from smoke import smoke_worlds
 
 import router.attempts
 import router.commit
@@ -29,7 +30,7 @@ from router.placement import NoPlacement, Placer, Why
 from router.request import RequestSnapshot
 from simulator.agents import VirtualAgent
 from simulator.choices import Choices
-from simulator.run import Outcome, main, run_seed, run_seeds, run_world, show, shrink
+from simulator.run import main, run_seed, run_seeds, run_world, show, shrink
 from simulator.world import World
 from tandem.request import WorkerId
 
@@ -41,8 +42,8 @@ STORED_SEEDS = Path(__file__).parent.parent / "testdata" / "seeds.txt"
 
 
 @pytest.mark.slow
-def test_every_promise_holds_in_seeded_worlds(outcomes: list[Outcome]) -> None:
-    broken = [outcome for outcome in outcomes if outcome.problem]
+def test_every_promise_holds_in_seeded_worlds() -> None:
+    broken = [outcome for outcome in smoke_worlds() if outcome.problem]
     assert not broken, "\n".join(show(outcome) for outcome in broken[:1])
 
 
@@ -82,11 +83,11 @@ def test_the_calm_world_hands_every_request_over() -> None:
 
 
 @pytest.mark.slow
-def test_the_worlds_meet_what_they_are_meant_to_meet(outcomes: list[Outcome]) -> None:
+def test_the_worlds_meet_what_they_are_meant_to_meet() -> None:
     """Faults that never happen test nothing."""
     told: list[str] = []
     num_moved = num_replaced = num_lost = num_corrupted = num_swapped = num_recomputed = 0
-    for outcome in outcomes:
+    for outcome in smoke_worlds():
         world = outcome.world
         assert world is not None
         for each in statuses(world):
