@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from smoke_worlds import smoke_outcomes
+from smoke import smoke_worlds
 
 from router.api_keys import Caller
 from router.driver import Driver
@@ -30,7 +30,7 @@ def test_the_worlds_meet_what_they_are_meant_to_meet() -> None:
     """Faults that never happen test nothing."""
     told: list[str] = []
     ends: Counter[str] = Counter()
-    for outcome in smoke_outcomes():
+    for outcome in smoke_worlds():
         assert outcome.world is not None
         told += outcome.world.story
         ends += outcome.world.checks.readers.ends()

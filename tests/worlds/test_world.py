@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from smoke_worlds import smoke_outcomes
+from smoke import smoke_worlds
 
 import router.attempts
 import router.commit
@@ -43,7 +43,7 @@ STORED_SEEDS = Path(__file__).parent.parent / "testdata" / "seeds.txt"
 
 @pytest.mark.slow
 def test_every_promise_holds_in_seeded_worlds() -> None:
-    broken = [outcome for outcome in smoke_outcomes() if outcome.problem]
+    broken = [outcome for outcome in smoke_worlds() if outcome.problem]
     assert not broken, "\n".join(show(outcome) for outcome in broken[:1])
 
 
@@ -87,7 +87,7 @@ def test_the_worlds_meet_what_they_are_meant_to_meet() -> None:
     """Faults that never happen test nothing."""
     told: list[str] = []
     num_moved = num_replaced = num_lost = num_corrupted = num_swapped = num_recomputed = 0
-    for outcome in smoke_outcomes():
+    for outcome in smoke_worlds():
         world = outcome.world
         assert world is not None
         for each in statuses(world):

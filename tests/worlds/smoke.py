@@ -1,4 +1,4 @@
-"""The first worlds, which several tests look at, each run once in a process."""
+"""The first seeded worlds, which several tests look at, each run once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ SMOKE_SEEDS = 100
 
 
 @cache
-def smoke_outcomes() -> list[Outcome]:
+def smoke_worlds() -> list[Outcome]:
     """What became of them."""
     return run_seeds(range(SMOKE_SEEDS))
