@@ -109,7 +109,7 @@ class Client:
         self.ended = False
         self._world = world
         self._request_id = RequestId(wish.ask.request_id)
-        self._resuming = Resuming(resume_s=RESUME_S, heard_s=self._now_s())
+        self._resuming = Resuming(resume_s=RESUME_S)
         world.checks.readers.comes(number, wish, healthy=world.healed)
         self._dial()
 
@@ -127,7 +127,7 @@ class Client:
         else:
             self._request_id, piece = said
             num, finished = len(piece.tokens), piece.finish is not None
-            if self._resuming.heard(self._now_s(), piece.index, num, finished=finished):
+            if self._resuming.heard(piece.index, num, finished=finished):
                 self._world.checks.readers.heard(self.number, piece)
                 self._world.movers.delivered(self._request_id)
             if self._resuming.finished:

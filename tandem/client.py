@@ -226,7 +226,7 @@ class Client:
     ) -> Iterator[Chunk]:
         """The answer as it comes; leaving the iteration cancels the request. Raises TandemError."""
         request = _request(prompt, model, request_id, priority, options, self._resume_s)
-        resuming = Resuming(resume_s=self._resume_s, heard_s=time.monotonic())
+        resuming = Resuming(resume_s=self._resume_s)
         call: Any = None
         try:
             while not resuming.finished:
@@ -330,7 +330,7 @@ class AsyncClient:
     ) -> AsyncIterator[Chunk]:
         """The answer as it comes; closing the iterator cancels the request. Raises TandemError."""
         request = _request(prompt, model, request_id, priority, options, self._resume_s)
-        resuming = Resuming(resume_s=self._resume_s, heard_s=time.monotonic())
+        resuming = Resuming(resume_s=self._resume_s)
         call: Any = None
         try:
             while not resuming.finished:
@@ -423,7 +423,7 @@ def _next(stub: Any, resuming: Resuming, request: GenerateRequest, timeout_s: fl
 
 def _is_news(resuming: Resuming, response: GenerateResponse) -> bool:
     num_tokens, finished = len(response.token_ids), bool(response.finish)
-    return resuming.heard(time.monotonic(), response.index, num_tokens, finished=finished)
+    return resuming.heard(response.index, num_tokens, finished=finished)
 
 
 def _check_finished(resuming: Resuming) -> None:

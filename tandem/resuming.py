@@ -27,14 +27,15 @@ class Attach:
 class Resuming:
     """One stream over all its calls. Times are seconds of one steady clock.
 
-    A break is answered for `resume_s` after the last sign of life; 0: it is the stream's end.
+    A break is answered for `resume_s`, until a message comes; 0: it is the stream's end. A request may wait in a queue
+    for as long as it likes before its first token: that is no break.
     """
 
     resume_s: float
-    heard_s: float
     num_tokens: int = 0
     finished: bool = False
     broken: TandemError | None = None  # why the stream first broke since it was heard last
+    broken_s: float = 0.0  # and when
     unknown_s: float | None = None  # since when no router knows it
     pause_s: float = FIRST_PAUSE_S
 
@@ -42,12 +43,12 @@ class Resuming:
         """What to call now."""
         return Attach(self.num_tokens) if self.num_tokens else Begin()
 
-    def heard(self, now_s: float, index: int, num_tokens: int, *, finished: bool) -> bool:
+    def heard(self, index: int, num_tokens: int, *, finished: bool) -> bool:
         """A message came, with tokens from `index` on. Whether it says anything new."""
         if index + num_tokens < self.num_tokens or (index < self.num_tokens and num_tokens):
             return False
         self.num_tokens = max(self.num_tokens, index + num_tokens)
-        self.heard_s, self.broken, self.unknown_s, self.pause_s = now_s, None, None, FIRST_PAUSE_S
+        self.broken, self.unknown_s, self.pause_s = None, None, FIRST_PAUSE_S
         self.finished = self.finished or finished
         return True
 
@@ -66,8 +67,9 @@ class Resuming:
             self.unknown_s = now_s if self.unknown_s is None else self.unknown_s
             if now_s - self.unknown_s + self.pause_s > UNKNOWN_S:
                 raise self._lost(error)
-        self.broken = self.broken or error
-        if now_s - self.heard_s + self.pause_s > self.resume_s:
+        if self.broken is None:
+            self.broken, self.broken_s = error, now_s
+        if now_s - self.broken_s + self.pause_s > self.resume_s:
             raise self.broken
         pause_s, self.pause_s = self.pause_s, min(2 * self.pause_s, PAUSE_S_MAX)
         return pause_s

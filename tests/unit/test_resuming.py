@@ -479,7 +479,7 @@ def test_where_tokens_are_not_exact_nothing_is_guessed() -> None:
 
 
 def resuming(resume_s: float = 10) -> Resuming:
-    return Resuming(resume_s=resume_s, heard_s=0)
+    return Resuming(resume_s=resume_s)
 
 
 def test_begins_until_a_token_came_and_attaches_after() -> None:
@@ -487,16 +487,16 @@ def test_begins_until_a_token_came_and_attaches_after() -> None:
     assert stream.next_call() == Begin()
     assert stream.failed(0, Stopping("x"), said=True) > 0
     assert stream.next_call() == Begin()
-    assert stream.heard(1, 0, 2, finished=False)
+    assert stream.heard(0, 2, finished=False)
     assert stream.next_call() == Attach(2)
-    assert not stream.heard(1, 0, 2, finished=False), "it has those"
-    assert stream.heard(1, 2, 0, finished=True)
+    assert not stream.heard(0, 2, finished=False), "it has those"
+    assert stream.heard(2, 0, finished=True)
     assert stream.finished
 
 
 def test_pauses_grow_and_end() -> None:
     stream = resuming()
-    stream.heard(0, 0, 1, finished=False)
+    stream.heard(0, 1, finished=False)
     pauses = [stream.failed(0, StoreAway("first"), said=True)]
     while sum(pauses) + min(2 * pauses[-1], 1) <= 10:
         pauses.append(stream.failed(sum(pauses), StoreAway("later"), said=True))
@@ -504,6 +504,15 @@ def test_pauses_grow_and_end() -> None:
         stream.failed(sum(pauses), StoreAway("later"), said=True)
     assert pauses == sorted(pauses)
     assert max(pauses) <= 1
+
+
+def test_what_waited_long_for_its_first_token_is_not_given_up_at_its_first_break() -> None:
+    """It may stand in a queue: the time in which nothing came counts from the break on."""
+    stream = resuming(10)
+    assert stream.failed(100, Stopping("first"), said=True) > 0
+    assert stream.failed(109, Stopping("later"), said=True) > 0
+    with pytest.raises(Stopping, match="first"):
+        stream.failed(110.5, Stopping("later"), said=True)
 
 
 @pytest.mark.parametrize(
@@ -517,7 +526,7 @@ def test_what_does_not_pass_is_raised(error: TandemError, said: bool) -> None:
 
 def test_a_request_that_nobody_knows_any_more_is_lost_by_name() -> None:
     stream = resuming()
-    stream.heard(0, 0, 3, finished=False)
+    stream.heard(0, 3, finished=False)
     stream.failed(0, Stopping("the router is stopping"), said=True)
     now_s = 0.0
     while now_s + stream.pause_s <= UNKNOWN_S:  # it may be known in a moment
