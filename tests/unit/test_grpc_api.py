@@ -184,7 +184,7 @@ def test_errors_come_back_as_they_were(error: TandemError) -> None:
 
 
 def test_server_that_is_not_there_is_unavailable() -> None:
-    with Client("127.0.0.1:1", timeout_s=DEADLINE_S) as client, pytest.raises(Unavailable):
+    with Client("127.0.0.1:1", timeout_s=DEADLINE_S, resume_s=2) as client, pytest.raises(Unavailable):
         client.generate("x")
 
 
