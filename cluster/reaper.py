@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import psutil
 
-from cluster.processes import descendants, kill_all, wait_gone
+from cluster.processes import descendants, is_heard, kill_all, wait_gone
 
 GRACE_S = 4.0  # for those that end by themselves
 
@@ -39,14 +39,20 @@ class Reaper:
             with suppress(psutil.NoSuchProcess):
                 if process.pid != self._process.pid:
                     known.append((process.pid, process.create_time()))
-        if known != self._known:
+        if known != self._known and self._is_heard():  # the newest is all that counts: the next look says it
             self._known = known
             self._write(json.dumps(known))
 
+    def _is_heard(self) -> bool:
+        assert self._process.stdin is not None
+        return is_heard(self._process.stdin.fileno())
+
     def dismiss(self) -> None:
         """Nothing is left to reap."""
-        self._write("[]")
         assert self._process.stdin is not None
+        if not self._is_heard():  # it stands still, and would reap once it went on
+            self._process.kill()
+        self._write("[]")
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):

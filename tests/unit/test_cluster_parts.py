@@ -8,13 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from cluster import run_file
+from cluster import reaper, run_file
 from cluster.config import load
 from cluster.processes import PortInUse, hold_port, pick_port
 from cluster.restarts import Restarts
@@ -130,6 +131,27 @@ def test_the_reaper_survives_a_line_that_was_cut() -> None:
     assert child.wait(10) == -signal.SIGKILL
     assert child.stdin is not None
     child.stdin.close()
+
+
+def test_a_reaper_that_stands_still_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who tells it what runs looks after workers, too."""
+    holder = reaper.Reaper()
+    stopped = holder._process
+    stopped.send_signal(signal.SIGSTOP)
+    run = psutil.Process()
+    looks = iter(range(10**6))
+    monkeypatch.setattr(reaper, "descendants", lambda: [run] * (1_000 + next(looks) % 2))  # 20 KiB a line
+
+    def tell() -> None:
+        for _ in range(20):
+            holder.update()
+        holder.dismiss()
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert stopped.poll() == -signal.SIGKILL, "what it was told last must not be reaped"
 
 
 def test_what_to_dial() -> None:
