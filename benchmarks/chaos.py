@@ -22,7 +22,7 @@ from benchmarks.local_cluster import LocalCluster
 from benchmarks.local_redis import LocalRedis
 from cluster.chaos import ChaosRun, Place
 from cluster.chaos_load import Load
-from cluster.chaos_plan import FaultKind, deck, parse_kinds, parse_states, plan
+from cluster.chaos_plan import SETTLE_MS, FaultKind, deck, parse_kinds, parse_states, plan
 from cluster.chaos_report import markdown, summary
 from cluster.chaos_tally import Tally
 from cluster.config import DEFAULT_MODEL
@@ -40,9 +40,9 @@ class Phase:
     """One cluster that is shot at."""
 
     model: str  # fat-kv, or a model of `tandem serve --model`
-    duration_s: float
-    num_faults: int | None  # None: as many as fit
     load: Load
+    duration_s: float = 0.0  # 0: as long as so many faults take
+    num_faults: int | None = None  # None: as many as fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +58,10 @@ class Least:
 
 SMALL = Load(num_clients=12, num_questions=24, prompt_tokens_max=384, output_tokens_max=160)
 LARGE = Load(num_clients=10, num_questions=12, prompt_tokens_max=160, output_tokens_max=64)
-SHORT = [Phase(model=fat_kv_model.NAME, duration_s=600, num_faults=None, load=SMALL)]
+SHORT = [Phase(model=fat_kv_model.NAME, duration_s=600, load=SMALL)]
 LONG = [
-    Phase(model=fat_kv_model.NAME, duration_s=460 * EVERY_S, num_faults=455, load=SMALL),
-    Phase(model=DEFAULT_MODEL, duration_s=60 * EVERY_S, num_faults=55, load=LARGE),
+    Phase(model=fat_kv_model.NAME, num_faults=455, load=SMALL),
+    Phase(model=DEFAULT_MODEL, num_faults=55, load=LARGE),
 ]
 LEAST_SHORT = Least(faults=60, of_each_kind=1, of_each_state=1)
 LEAST_LONG = Least(faults=500, of_each_kind=40, of_each_state=1, hard=100, streams=5_000)
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _flags(arguments)
     phases = LONG if flags.long else SHORT
     if flags.duration:
-        phases = [Phase(model=phases[0].model, duration_s=flags.duration, num_faults=None, load=phases[0].load)]
+        phases = [Phase(model=phases[0].model, duration_s=flags.duration, load=phases[0].load)]
     least = Least() if flags.duration else LEAST_LONG if flags.long else LEAST_SHORT
     parts, tallies, broken = [], [], []
     for number, phase in enumerate(phases):
@@ -132,7 +132,8 @@ def _shoot(phase: Phase, *, seed: int, flags: argparse.Namespace) -> Tally:
         ground = asyncio.run(shooting.ground())
         kinds = parse_kinds(flags.faults or ",".join(each for each in FaultKind if _possible(each, flags)))
         states = parse_states("all") if {FaultKind.KILL, FaultKind.STOP} & set(kinds) else ()
-        duration_ms, every_ms = round(phase.duration_s * 1000), round(flags.every * 1000)
+        every_ms = round(flags.every * 1000)
+        duration_ms = round(phase.duration_s * 1000) or 2 * (phase.num_faults or 1) * every_ms + SETTLE_MS
         faults = plan(
             random.Random(seed).randrange,
             suits=deck(ground, kinds=kinds, states=states),
@@ -140,6 +141,8 @@ def _shoot(phase: Phase, *, seed: int, flags: argparse.Namespace) -> Tally:
             every_ms=every_ms,
             num_max=phase.num_faults,
         )
+        if phase.num_faults:
+            duration_ms = faults[-1].at_ms + SETTLE_MS
         return asyncio.run(shooting.run(faults, duration_ms))
 
 

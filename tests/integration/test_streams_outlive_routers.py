@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -14,8 +14,10 @@ from redis_server import redis_server
 from served import Served, wait_until
 
 from benchmarks.local_redis import LocalRedis
+from engine.fake_runner import expected_tokens
 from tandem.client import AsyncClient, Client
 from tandem.errors import DuplicateRequest, RequestLost
+from tandem.request import Sampling
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -23,6 +25,7 @@ ROUTERS = ("1", "2")
 ARGUMENTS = ["--model", "fake", "--prefill", "1", "--decode", "2", "--fake-step-ms", "10"]
 NUM_TOKENS = 300
 PROMPTS = [[7, 8, 9, number] for number in range(8)]
+ANSWERS = [expected_tokens(prompt, Sampling(temperature=0.0), NUM_TOKENS, 256) for prompt in PROMPTS]  # undisturbed
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +41,6 @@ def cluster(
     arguments = [*ARGUMENTS, "--redis", redis.url, "--routers", str(request.param), "--max-restarts", "100"]
     with Served(arguments, run_dir=tmp_path_factory.mktemp("run")) as served:
         yield served
-
-
-@pytest.fixture(scope="module")
-def answers(cluster: Served) -> list[list[int]]:
-    """What undisturbed streams give."""
-    return [cluster.greedy(prompt, NUM_TOKENS) for prompt in PROMPTS]
 
 
 def router_of(cluster: Served) -> psutil.Process:
@@ -87,35 +84,31 @@ def nothing_is_held(status: dict[str, object]) -> bool:
     return len(counts) == 3 and all(each["free"] + each["cached"] == each["total"] for each in counts)
 
 
-def test_streams_go_on_behind_a_killed_router(cluster: Served, answers: Sequence[Sequence[int]]) -> None:
+def test_streams_go_on_behind_a_killed_router(cluster: Served) -> None:
     async def kill() -> None:
         router_of(cluster).kill()
 
-    assert streams_through(cluster, kill) == answers
+    assert streams_through(cluster, kill) == ANSWERS
     cluster.status_when(nothing_is_held)
 
 
-def test_streams_go_on_behind_a_router_that_ends_in_order(cluster: Served, answers: Sequence[Sequence[int]]) -> None:
+def test_streams_go_on_behind_a_router_that_ends_in_order(cluster: Served) -> None:
     async def terminate() -> None:
         router_of(cluster).terminate()
 
-    assert streams_through(cluster, terminate) == answers
+    assert streams_through(cluster, terminate) == ANSWERS
     cluster.status_when(nothing_is_held)
 
 
-def test_redis_away_harms_nothing_that_runs(
-    cluster: Served, redis: LocalRedis, answers: Sequence[Sequence[int]]
-) -> None:
+def test_redis_away_harms_nothing_that_runs(cluster: Served, redis: LocalRedis) -> None:
     async def stop() -> None:
         redis.process.suspend()
         asyncio.get_running_loop().call_later(3, redis.process.resume)
 
-    assert streams_through(cluster, stop) == answers
+    assert streams_through(cluster, stop) == ANSWERS
 
 
-def test_redis_restarted_empty_is_repaired(
-    cluster: Served, redis: LocalRedis, answers: Sequence[Sequence[int]]
-) -> None:
+def test_redis_restarted_empty_is_repaired(cluster: Served, redis: LocalRedis) -> None:
     """And what it was told anew is enough to go on from."""
 
     async def empty_then_kill() -> None:
@@ -124,7 +117,7 @@ def test_redis_restarted_empty_is_repaired(
         await asyncio.sleep(1.2)  # less than the streams last; the store is looked at once a second
         router_of(cluster).kill()
 
-    assert streams_through(cluster, empty_then_kill) == answers
+    assert streams_through(cluster, empty_then_kill) == ANSWERS
 
 
 def test_http_stream_goes_on_after_its_last_event(cluster: Served) -> None:
