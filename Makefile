@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 ARGS ?=
 JOBS ?= 2
+CLUSTERS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve test check format proto equality equality-moves bench bench-migration bench-rebalance bench-transfer \
@@ -37,10 +38,10 @@ test: install  ## all tests that need no GPU, half an hour on two cores; make te
 ifdef ARGS
 	@$(BIN)/python -m pytest -m "not gpu and not long" $(ARGS)
 else
-	@# Real clusters apart from what computes, and one at a time: their tests hold them to seconds.
+	@# Real clusters apart from what computes, and CLUSTERS at a time: their tests hold them to seconds.
 	@run="$(BIN)/python -m pytest -m 'not gpu and not long'"; failed=0; \
 	eval $$run -n $(JOBS) --dist worksteal tests --ignore=tests/integration || failed=1; \
-	eval $$run tests/integration || failed=1; \
+	eval $$run $(if $(filter-out 1,$(CLUSTERS)),-n $(CLUSTERS) --dist loadfile) tests/integration || failed=1; \
 	exit $$failed
 endif
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch is imported anywhere: several spinning OpenMP threads on few cores slow each other 10 to 100 times.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,12 +15,32 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import psutil
 import pytest
 from hypothesis import HealthCheck, settings
+from order_of_tests import turn
 
 settings.register_profile("tandem", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tandem")
 
+# A folder that the processes of this run share, where there are several.
+RUN = (
+    Path(tempfile.gettempdir(), f"tandem-test-run-{uid}")
+    if (uid := os.environ.get("PYTEST_XDIST_TESTRUNUID"))
+    else None
+)
+if RUN is not None:
+    RUN.mkdir(exist_ok=True)
+
 # Names of markers, comma separated, whose tests must run: a skip of one of them is a failure. "all" names every test.
 REQUIRED = set(filter(None, os.environ.get("TANDEM_REQUIRE", "").split(",")))
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)  # before the test's time runs
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Lets tests of real processes that are held to seconds, or flood a cluster, run with no other such test beside."""
+    if RUN is None or item.path.parent.name != "integration":
+        yield
+        return
+    with turn(RUN, alone=item.get_closest_marker("alone") is not None):
+        yield
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -24,7 +24,7 @@ from tandem.request import Sampling
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(120)]
 
 PROMPT = [1, 2, 3]
 GOOD = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0, "return_token_ids": True}

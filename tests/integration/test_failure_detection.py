@@ -17,7 +17,7 @@ from checked_streams import Streams
 from cluster_under_test import ClusterUnderTest
 from served import wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(240)]
 
 FOUND_S, GAP_S = 5.0, 10.0
 WEDGE = Path(__file__).parent / "wedge"

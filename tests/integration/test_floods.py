@@ -21,7 +21,7 @@ from tandem.errors import Overloaded, TandemError
 from tandem.request import Sampling
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
 
 ENDLESS = 7_000
 IN_FLIGHT_MAX = 1_024

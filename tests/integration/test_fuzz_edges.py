@@ -11,7 +11,7 @@ from grpc_calls import calls
 from idlers import ATTACKS, Target
 from siege import Siege
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(240)]
 
 SHORT = 20  # so many times less than in full
 SLOWEST_S = 10.0  # an answer meanwhile, on a machine that runs the attack, too

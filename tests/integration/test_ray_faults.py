@@ -12,7 +12,7 @@ from checked_streams import CheckedStreams
 from cluster_under_test import ClusterUnderTest
 from served import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(240)]
 
 RECOVERED_WITHIN_S = 30.0  # on a machine that does other things too; docs/ray.md says what it takes on an idle one
 FAKE = ["--kv-memory", "1MiB", "--heartbeat-ms", "500", "--fake-step-ms", "20", "--max-restarts", "100"]
