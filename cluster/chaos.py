@@ -203,7 +203,7 @@ class ChaosRun:
             with suppress(grpc.aio.AioRpcError):  # the router may be stopped
                 status = await self._status(admin)
                 problems = [problem for worker in status.workers for problem in unbalanced(worker)]
-                for problem in [*problems, *idle.look(status)]:
+                for problem in [*problems, *idle.look(self._now_ms(), status)]:
                     if problem not in seen:
                         seen.add(problem)
                         self._say(f"leak: {problem}")

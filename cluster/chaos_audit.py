@@ -9,7 +9,10 @@ from tandem.v1.admin_pb2 import BlockCountsStatus, StatusResponse, WorkerStatus
 
 HELD = ("owned", "exported", "granted", "quarantined")  # by somebody; the rest is free or prefix cache
 OWN = ("supervisor", "router", "pools", "worker", "agent")  # processes that are started again when they die
-IDLE_LOOKS = 4  # in a row: reports of a worker's blocks come a moment after the end of its requests
+# So long a worker may hold blocks that no client's request has a part in: a canary whose peer stands still has 5 s, and
+# what a stopped agent may still write to is held for 6 s more, until that is killed.
+IDLE_MS = 12_000
+IDLE_LOOKS = 4  # and so many looks in a row: nothing is known of the time in which the router that is asked was away
 FILES_MORE_MAX = 24  # descriptors of a process beyond those at the first still moment: links to peers come and go
 
 
@@ -46,20 +49,29 @@ def held(status: StatusResponse, wanted: Iterable[str] = ()) -> list[str]:
 class IdleWatch:
     """Finds, while a load runs, workers that hold blocks although no request has a part in them."""
 
-    looks: dict[tuple[str, int], int] = field(default_factory=dict)  # by worker and incarnation: in a row
+    looks: dict[tuple[str, int], list[int]] = field(default_factory=dict)  # by worker and incarnation: those in a row
 
-    def look(self, status: StatusResponse) -> list[str]:
-        """Takes the next status; says who has held something for nobody for IDLE_LOOKS looks."""
+    def look(self, now_ms: int, status: StatusResponse) -> list[str]:
+        """Takes the next status; says, once, who has held something for nobody for IDLE_MS."""
         busy = {name for each in status.requests for name in (each.prefill_worker, each.decode_worker, each.moving_to)}
         problems = []
         for worker in status.workers:
             key = (worker.id, worker.incarnation)
             num = sum(_held(worker.kv_blocks).values())
             idle = worker.state == "ready" and worker.id not in busy and not worker.running and not worker.waiting
-            self.looks[key] = self.looks.get(key, 0) + 1 if idle and num else 0
-            if self.looks[key] == IDLE_LOOKS:
+            if not idle or not num:
+                self.looks.pop(key, None)
+                continue
+            looks = self.looks.setdefault(key, [])
+            told = _is_long(looks)
+            looks.append(now_ms)
+            if _is_long(looks) and not told:
                 problems.append(f"{worker.id} holds {num} blocks, and no request has a part in it")
         return problems
+
+
+def _is_long(looks: list[int]) -> bool:
+    return len(looks) >= IDLE_LOOKS and looks[-1] - looks[0] >= IDLE_MS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.soak import slope
 from cluster.chaos_audit import (
     FILES_MORE_MAX,
-    IDLE_LOOKS,
+    IDLE_MS,
     Footprint,
     IdleWatch,
     exact_and_here,
@@ -51,15 +51,19 @@ def test_a_worker_that_holds_blocks_for_nobody_is_found_while_others_work() -> N
     watch = IdleWatch()
     leaks = worker(counts={"free": 8, "owned": 2})
     busy = RequestStatus(prefill_worker="p0", decode_worker="d1")
-    assert [watch.look(StatusResponse(workers=[leaks], requests=[busy])) for _ in range(IDLE_LOOKS - 1)] == [
-        [] for _ in range(IDLE_LOOKS - 1)
-    ]
-    assert watch.look(StatusResponse(workers=[leaks], requests=[busy])) == [
-        "d0 holds 2 blocks, and no request has a part in it"
-    ]
+    period_ms = IDLE_MS // 8
+    found = [watch.look(100 + look * period_ms, StatusResponse(workers=[leaks], requests=[busy])) for look in range(12)]
+    assert found == [["d0 holds 2 blocks, and no request has a part in it"] if look == 8 else [] for look in range(12)]
     mine = RequestStatus(prefill_worker="p0", decode_worker="d1", moving_to="d0")
-    for _ in range(3 * IDLE_LOOKS):
-        assert watch.look(StatusResponse(workers=[leaks], requests=[mine])) == []
+    for look in range(12, 36):
+        assert watch.look(look * period_ms, StatusResponse(workers=[leaks], requests=[mine])) == []
+
+
+def test_a_time_in_which_nobody_answered_tells_nothing_of_idle_workers() -> None:
+    watch = IdleWatch()
+    status = StatusResponse(workers=[worker(counts={"free": 8, "owned": 2})])
+    times_ms = [0, 2 * IDLE_MS, 2 * IDLE_MS + 1, 2 * IDLE_MS + 2]
+    assert [bool(watch.look(now_ms, status)) for now_ms in times_ms] == [False, False, False, True]
 
 
 def test_processes_and_files_that_were_not_there_before_are_found() -> None:
