@@ -17,11 +17,14 @@ class AdmissionConfig:
     alpha: float = 0.05
     history_max: int = 500  # lengths of finished answers that are remembered
     unknown_output_tokens: int = 256  # expected while nothing has finished yet
-    retry_after_ms: int = 50
+    retry_after_ms: int = 50  # a source that waits asks again no sooner,
+    retry_every_ms: int = 4  # all that wait no more often than this together,
+    retry_max_ms: int = 1_000  # and each as often, however many wait: sources say an offer again after this
     wait_limit_ms: int = 8_000  # after this a source that waits is refused, so that the router may choose another
 
     def __post_init__(self) -> None:
-        for name in ("max_requests", "num_draws", "history_max", "unknown_output_tokens", "retry_after_ms"):
+        at_least_one = ("max_requests", "num_draws", "history_max", "unknown_output_tokens")
+        for name in (*at_least_one, "retry_after_ms", "retry_every_ms", "retry_max_ms"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         for name in ("watermark_share", "alpha"):

@@ -25,6 +25,7 @@ class Reservations:
         self._layout = layout
         self._ledger = ledger
         self._batch = batch
+        self._next_turn_ms = 0  # all sooner ones are taken by sources that wait
 
     def reserve(
         self, now_ms: int, request: Request, offer: Offer, *, others: Iterable[Request], endpoint: str
@@ -105,4 +106,16 @@ class Reservations:
             request.waiting_since_ms = now_ms
         if now_ms - request.waiting_since_ms >= self._config.wait_limit_ms:
             return Declined(code="no_room", reason=reason, retryable=True)
-        return Postponed(retry_after_ms=self._config.retry_after_ms, reason=reason)
+        return Postponed(retry_after_ms=self._turn_ms(now_ms) - now_ms, reason=reason)
+
+    def _turn_ms(self, now_ms: int) -> int:
+        """When a source that waits is to ask again: in the order in which they asked.
+
+        Were it as soon for hundreds as for one, to ask and to say no would be all that two workers get done. Near turns
+        are one, since a source looks at all its attempts whenever one is due.
+        """
+        every_ms, soonest_ms = self._config.retry_every_ms, now_ms + self._config.retry_after_ms
+        turn_ms = min(max(soonest_ms, self._next_turn_ms), max(soonest_ms, now_ms + self._config.retry_max_ms))
+        self._next_turn_ms = turn_ms + every_ms
+        grid_ms = self._config.retry_after_ms
+        return turn_ms if turn_ms == soonest_ms else -(-turn_ms // grid_ms) * grid_ms

@@ -143,6 +143,14 @@ class Preemption:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counted:
+    """What a batch is asked about all its sequences."""
+
+    running: int
+    backlog_tokens: int
+
+
 class Batch:
     """The sequences of one engine: continuous batching with chunked prefill over the block ledger.
 
@@ -161,6 +169,7 @@ class Batch:
         self._num_steps = 0
         self._preempted: list[Preemption] = []
         self._running: dict[RequestId, Sequence] = {}  # the rows of the step under way
+        self._counted: _Counted | None = None  # None: something has changed since
 
     # ---- what is here ------------------------------------------------------------------------------------------------
 
@@ -186,7 +195,7 @@ class Batch:
     @property
     def num_running(self) -> int:
         """Sequences that hold blocks."""
-        return sum(sequence.started for sequence in self._sequences.values())
+        return self._count().running
 
     @property
     def num_waiting(self) -> int:
@@ -196,7 +205,17 @@ class Batch:
     @property
     def prefill_backlog_tokens(self) -> int:
         """Tokens to compute before every sequence here is in decode; held ones count too."""
-        return sum(s.num_left for s in self._sequences.values() if not s.decoding)
+        return self._count().backlog_tokens
+
+    def _count(self) -> _Counted:
+        """Counts once for all events between two changes: a worker's load is looked at with each."""
+        if self._counted is None:
+            every = self._sequences.values()
+            self._counted = _Counted(
+                running=sum(each.started for each in every),
+                backlog_tokens=sum(each.num_left for each in every if not each.decoding),
+            )
+        return self._counted
 
     def refusal(self, *, num_tokens: int, request_id: RequestId) -> str | None:
         """Why a sequence of that many tokens can never run here, or None when it can."""
@@ -226,6 +245,7 @@ class Batch:
         assert self.ledger.blocks_of(sequence.owner) == tuple(sequence.blocks), (
             f"{sequence.request_id}: the ledger has other blocks for {sequence.owner}"
         )
+        self._counted = None
         self._num_added += 1
         sequence.arrival = self._num_added
         self._sequences[sequence.request_id] = sequence
@@ -234,6 +254,7 @@ class Batch:
     def remove(self, request_id: RequestId) -> Sequence:
         """Takes the sequence out; its blocks stay its owner's. KeyError when it is not here."""
         sequence = self._sequences.pop(request_id)
+        self._counted = None
         self.swapping.space.free(sequence.owner)
         return sequence
 
@@ -241,6 +262,7 @@ class Batch:
         """Takes the sequence out and releases its blocks; None when it is not here."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
+            self._counted = None
             self.swapping.space.free(sequence.owner)
             self.ledger.release(sequence.owner)
         return sequence
@@ -268,6 +290,7 @@ class Batch:
         writes stays where it is.
         """
         assert not self._running, "a step is under way"
+        self._counted = None
         self._num_steps += 1
         swapping = self.swapping
         swapping.begin()
@@ -452,6 +475,7 @@ class Batch:
         assert [row.request_id for row in plan.rows] == list(self._running), "the step under way is another one"
         assert len(sampled) == len(plan.rows), f"{len(sampled)} results for {len(plan.rows)} rows"
         ran, self._running = self._running, {}
+        self._counted = None
         for row, drawn in zip(plan.rows, sampled, strict=True):
             if isinstance(drawn, Undrawn):
                 self.ledger.discard(ran[row.request_id].owner)

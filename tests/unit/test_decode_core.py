@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -262,6 +263,47 @@ def test_full_worker_says_wait_and_after_a_while_no() -> None:
     (refused,) = said(bench.handle(from_peer(offer(), "b")), Refuse)
     assert isinstance(refused, Refuse)
     assert (refused.code, refused.retryable) == ("no_room", True)
+
+
+def test_sources_that_wait_ask_again_in_turn_and_hundreds_no_oftener_than_a_few() -> None:
+    """Else a flood of prompts beyond what fits is a flood of offers, and to refuse them all that two workers do."""
+    bench = Bench(DecodeConfig(admission=AdmissionConfig(max_requests=1, wait_limit_ms=60_000)))
+    bench.reserve()
+    names = [f"b{number}" for number in range(200)]
+    for name in names:
+        bench.handle(assign(name, mode=DECODE))
+    due_ms = dict.fromkeys(names, 0)
+    asked: list[tuple[int, str]] = []
+    for bench.now_ms in range(3_000):
+        for name in names:
+            if due_ms[name] == bench.now_ms:
+                (waits,) = said(bench.handle(from_peer(offer(), name)), Wait)
+                assert isinstance(waits, Wait)
+                assert 50 <= waits.retry_after_ms <= 1_050
+                due_ms[name] += waits.retry_after_ms
+                asked.append((bench.now_ms, name))
+    per_second = Counter(at_ms // 1_000 for at_ms, _ in asked)
+    assert per_second[1] <= 300
+    assert per_second[2] <= 300
+    assert len({at_ms for at_ms, _ in asked if at_ms >= 1_000}) <= 41, "a source looks at all of its attempts each time"
+    turns = Counter(name for _, name in asked)
+    assert max(turns.values()) - min(turns.values()) <= 1, "first come, first to ask again"
+
+
+def test_who_waits_alone_asks_again_soon_also_after_a_flood() -> None:
+    bench = Bench(DecodeConfig(admission=AdmissionConfig(max_requests=1, wait_limit_ms=60_000)))
+    bench.reserve()
+    for number in range(400):
+        bench.handle(assign(f"b{number}", mode=DECODE))
+        bench.handle(from_peer(offer(), f"b{number}"))
+        bench.handle(cancel(f"b{number}"))
+    bench.now_ms = 1_000
+    bench.handle(assign("alone", mode=DECODE))
+    for _ in range(10):
+        (waits,) = said(bench.handle(from_peer(offer(), "alone")), Wait)
+        assert isinstance(waits, Wait)
+        assert waits.retry_after_ms == 50
+        bench.now_ms += 50
 
 
 def test_who_waits_here_for_memory_comes_before_who_offers() -> None:

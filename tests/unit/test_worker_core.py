@@ -10,9 +10,11 @@ from engine.blocks import BlockState
 from engine.events import RouterGone, Tick
 from engine.fake_runner import FakeRunner, expected_tokens
 from engine.loop import Core, Storyteller
+from engine.sequence import Sequence
 from engine.step import Undrawn
 from kv_transfer.actions import Report, RouterJoined
-from kv_transfer.messages import Cancel, Grant, Offer
+from kv_transfer.messages import Cancel, Grant, Offer, Wait
+from prefill_worker import core as prefill_core
 from tandem.messages import AssignMode, BlockEvents, RequestFailed, WorkerLoad
 from tandem.request import RequestId, Sampling, Token
 
@@ -54,6 +56,31 @@ def test_it_is_what_the_engine_loop_runs() -> None:
     assert isinstance(core, Storyteller)
     assert core.next_plan(0) is None
     assert core.next_deadline_ms() is None
+
+
+def test_what_changes_no_sequence_costs_no_look_at_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load is looked at with every event: with a thousand prompts here that would be most of what an event costs."""
+    num_looks = 0
+
+    class Watched(Sequence):
+        @property
+        def started(self) -> bool:
+            nonlocal num_looks
+            num_looks += 1
+            return bool(self.blocks)
+
+    monkeypatch.setattr(prefill_core, "Sequence", Watched)
+    bench = Bench()
+    for number in range(100):
+        bench.handle(assign(f"r{number}"))
+    num_looks = 0
+    for _ in range(100):
+        bench.handle(from_peer(Wait(retry_after_ms=50, reason="full"), "r0"))
+    assert num_looks <= 300
+    num_looks = 0
+    (load,) = loads(bench.handle(cancel("r0")))
+    assert (load.running, load.waiting, load.prefill_backlog_tokens) == (0, 99, 99 * len(PROMPT))
+    assert num_looks > 0, "it is counted by the way that is watched"
 
 
 def test_modes_go_to_their_roles() -> None:

@@ -279,6 +279,10 @@ class World:
         worker.runner.poison(free)
         worker_problems = worker.ledger.audit()
         assert not worker_problems, f"{worker_problems}: {self.tail()}"
+        here = worker.batch.sequences()
+        counted = (worker.batch.num_running, worker.batch.prefill_backlog_tokens)
+        recounted = (sum(each.started for each in here), sum(each.num_left for each in here if not each.decoding))
+        assert counted == recounted, f"{counted} running and backlog, {recounted} counted anew: {self.tail()}"
 
     def _say(self, name: str, to: WorkerAddress, message: TransferMessage) -> None:
         self.words.append(message)
