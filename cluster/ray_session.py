@@ -37,6 +37,7 @@ LOCAL_SETTINGS = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_ROTATION_MAX_BYTES": str(16 << 20),
     "RAY_ROTATION_BACKUP_COUNT": "1",
+    "RAY_LOG_MONITOR_MAX_OPEN_FILES": "8",
 }
 
 
