@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import grpc
 import psutil
 
-from cluster.chaos_audit import Footprint, IdleWatch, exact_and_here, grown, held, missing, unbalanced
+from cluster.chaos_audit import Footprint, IdleWatch, Lasting, exact_and_here, grown, held, missing, unbalanced
 from cluster.chaos_load import STATUS_TIMEOUT_S, CheckingLoad, Load
 from cluster.chaos_plan import LINKS, Fault, FaultKind, Ground, Victim
 from cluster.chaos_processes import (
@@ -34,7 +34,7 @@ from tandem.v1 import admin_pb2, admin_pb2_grpc, faults_pb2, faults_pb2_grpc, in
 
 SETTLE_TIMEOUT_S = 60.0
 WATCH_S = 0.5
-LASTING_S = 6.0  # longer than a canary may take
+LASTING_MS = 6_000  # longer than a canary may take: these come and go
 STILL_LOOKS = 2  # in a row: a worker that has just come back to a router has not reported its blocks yet
 WARM_UP_S = 3.0  # of load before the first fault: links among all are there
 VICTIM_WAIT_S = 45.0  # for one that is there to be struck
@@ -169,14 +169,14 @@ class ChaosRun:
         await self._load.pause()
         still_ms = self._now_ms()
         until_s = time.monotonic() + SETTLE_TIMEOUT_S
-        num_still, since_s = 0, dict[str, float]()
+        num_still, lasting = 0, Lasting(LASTING_MS)
         while True:
-            status, now_s = await self._status(admin), time.monotonic()
+            status = await self._status(admin)
             problems = held(status, self._workers)
             footprint = await asyncio.to_thread(footprints, self._place.supervisor_pid)
             if self._baseline:
                 problems += missing(self._baseline, footprint) + grown(self._baseline, footprint)
-            since_s = {problem: since_s.get(problem, now_s) for problem in problems}
+            leaks = lasting.look(self._now_ms(), problems)
             num_still = 0 if problems else num_still + 1
             if num_still == STILL_LOOKS:
                 self._baseline = self._baseline or footprint
@@ -186,11 +186,9 @@ class ChaosRun:
                     self._now_ms(), f"everything is back after {self._now_ms() - still_ms} ms; {processes}"
                 )
                 break
-            lasting = [
-                each for each in problems if now_s - since_s[each] >= LASTING_S
-            ]  # no canary's, which come and go
-            if now_s > until_s and (lasting or now_s > until_s + SETTLE_TIMEOUT_S):
-                for problem in lasting or problems:
+            late_s = time.monotonic() - until_s
+            if late_s > 0 and (leaks or late_s > SETTLE_TIMEOUT_S):
+                for problem in leaks or problems:
                     told = f"{problem}, {SETTLE_TIMEOUT_S:.0f} s after the last stream"
                     self._say(f"leak: {told}")
                     self.tally.leaked(self._now_ms(), told)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 from tandem.v1.admin_pb2 import BlockCountsStatus, StatusResponse, WorkerStatus
+
+Key = TypeVar("Key", bound=Hashable)
 
 HELD = ("owned", "exported", "granted", "quarantined")  # by somebody; the rest is free or prefix cache
 OWN = ("supervisor", "router", "pools", "worker", "agent")  # processes that are started again when they die
@@ -45,33 +48,50 @@ def held(status: StatusResponse, wanted: Iterable[str] = ()) -> list[str]:
     return problems
 
 
-@dataclass(slots=True)
+class Lasting:
+    """Tells what stays, look after look, from what comes and goes."""
+
+    def __init__(self, for_ms: int, *, num_looks: int = 1) -> None:
+        self._for_ms = for_ms
+        self._num_looks = num_looks
+        self._found: dict[Hashable, tuple[int, int]] = {}  # since when, in how many looks
+
+    def look(self, now_ms: int, found: Iterable[Key]) -> list[Key]:
+        """Those of `found` that every look has found for `for_ms`, and `num_looks` looks at least."""
+        now = list(found)
+        self._found = {
+            each: (since_ms, num + 1) for each in now for since_ms, num in [self._found.get(each, (now_ms, 0))]
+        }
+        return [
+            each
+            for each in now
+            if now_ms - self._found[each][0] >= self._for_ms and self._found[each][1] >= self._num_looks
+        ]
+
+
 class IdleWatch:
     """Finds, while a load runs, workers that hold blocks although no request has a part in them."""
 
-    looks: dict[tuple[str, int], list[int]] = field(default_factory=dict)  # by worker and incarnation: those in a row
+    def __init__(self) -> None:
+        self._lasting = Lasting(IDLE_MS, num_looks=IDLE_LOOKS)
+        self._told: set[tuple[str, int]] = set()  # by worker and incarnation
 
     def look(self, now_ms: int, status: StatusResponse) -> list[str]:
         """Takes the next status; says, once, who has held something for nobody for IDLE_MS."""
         busy = {name for each in status.requests for name in (each.prefill_worker, each.decode_worker, each.moving_to)}
-        problems = []
-        for worker in status.workers:
-            key = (worker.id, worker.incarnation)
-            num = sum(_held(worker.kv_blocks).values())
-            idle = worker.state == "ready" and worker.id not in busy and not worker.running and not worker.waiting
-            if not idle or not num:
-                self.looks.pop(key, None)
-                continue
-            looks = self.looks.setdefault(key, [])
-            told = _is_long(looks)
-            looks.append(now_ms)
-            if _is_long(looks) and not told:
-                problems.append(f"{worker.id} holds {num} blocks, and no request has a part in it")
-        return problems
-
-
-def _is_long(looks: list[int]) -> bool:
-    return len(looks) >= IDLE_LOOKS and looks[-1] - looks[0] >= IDLE_MS
+        holding = {
+            (worker.id, worker.incarnation): num
+            for worker in status.workers
+            if worker.state == "ready" and worker.id not in busy and not worker.running and not worker.waiting
+            if (num := sum(_held(worker.kv_blocks).values()))
+        }
+        lasting, told = self._lasting.look(now_ms, holding), self._told
+        self._told = set(lasting)
+        return [
+            f"{key[0]} holds {holding[key]} blocks, and no request has a part in it"
+            for key in lasting
+            if key not in told
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

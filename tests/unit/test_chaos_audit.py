@@ -12,6 +12,7 @@ from cluster.chaos_audit import (
     IDLE_MS,
     Footprint,
     IdleWatch,
+    Lasting,
     exact_and_here,
     grown,
     held,
@@ -64,6 +65,15 @@ def test_a_time_in_which_nobody_answered_tells_nothing_of_idle_workers() -> None
     status = StatusResponse(workers=[worker(counts={"free": 8, "owned": 2})])
     times_ms = [0, 2 * IDLE_MS, 2 * IDLE_MS + 1, 2 * IDLE_MS + 2]
     assert [bool(watch.look(now_ms, status)) for now_ms in times_ms] == [False, False, False, True]
+
+
+def test_what_comes_and_goes_does_not_last() -> None:
+    """A canary's block is there in one look, and gone in another; a leak is in each."""
+    lasting = Lasting(6_000)
+    looks = [
+        lasting.look(now_ms, ["leak", "canary"] if now_ms % 4_000 else ["leak"]) for now_ms in range(0, 9_000, 500)
+    ]
+    assert looks == [["leak"] if now_ms >= 6_000 else [] for now_ms in range(0, 9_000, 500)]
 
 
 def test_processes_and_files_that_were_not_there_before_are_found() -> None:
