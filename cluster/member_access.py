@@ -63,11 +63,7 @@ def dial_routers(run: RunFile) -> grpc.aio.Channel:
     themselves, streams do not. Raises TlsError.
     """
     shows: Any = [_Shows()] if key_metadata() else []
-    tls = tls_here(run)
-    if tls is None:
-        return grpc.aio.insecure_channel(run.grpc_address, interceptors=shows)
-    options = tls.channel_options
-    return grpc.aio.secure_channel(run.grpc_address, tls.channel_credentials, options=options, interceptors=shows)
+    return ClusterAccess(token="", tls=tls_here(run)).dial(run.grpc_address, interceptors=shows)
 
 
 class _Shows(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]  # it is none at run time

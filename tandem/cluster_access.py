@@ -46,12 +46,17 @@ class ClusterAccess:
         """To send with every call inside the cluster."""
         return ((TOKEN_KEY, self.token), (VERSION_KEY, str(PROTOCOL_VERSION)))
 
-    def dial(self, target: str, options: Sequence[tuple[str, str | int]] = ()) -> grpc.aio.Channel:
+    def dial(
+        self,
+        target: str,
+        options: Sequence[tuple[str, str | int]] = (),
+        interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
+    ) -> grpc.aio.Channel:
         """A channel to another member."""
         if self.tls is None:
-            return grpc.aio.insecure_channel(target, options=tuple(options))
+            return grpc.aio.insecure_channel(target, options=tuple(options), interceptors=interceptors)
         options = (*options, *self.tls.channel_options)
-        return grpc.aio.secure_channel(target, self.tls.channel_credentials, options=options)
+        return grpc.aio.secure_channel(target, self.tls.channel_credentials, options=options, interceptors=interceptors)
 
     def listen(self, server: grpc.aio.Server, address: str) -> int:
         """Binds a server that only members may call, by certificate too where there is TLS; returns the port."""
