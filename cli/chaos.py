@@ -17,7 +17,7 @@ from cli.down import run_dir_of
 from cli.migrate import Refused
 from cluster.chaos import ChaosRun, NotReady, Place
 from cluster.chaos_load import Load
-from cluster.chaos_plan import FaultKind, check_duration, deck, parse_kinds, parse_states, plan
+from cluster.chaos_plan import FaultKind, check_duration, deck, parse_kinds, parse_states, parse_victims, plan
 from cluster.chaos_report import COLUMNS, cells, states_line, summary, to_document
 from cluster.chaos_tally import Tally
 from cluster.config import ConfigError
@@ -37,12 +37,17 @@ def run(
     seed: Annotated[int, typer.Option(help="of faults, victims and questions: the same seed, the same plan")] = 1,
     faults: Annotated[str, typer.Option(help=f"kinds of faults, with commas: {', '.join(FaultKind)}")] = ANYWHERE,
     states: Annotated[str, typer.Option(help="kill and stop also in these protocol states, with commas; or all")] = "",
+    victims: Annotated[
+        str, typer.Option(help='only whom these name, with commas, such as "decode worker"', show_default="all")
+    ] = "",
     kill_router: Annotated[
         bool | None, typer.Option(help="kill routers too; else if the cluster has Redis", show_default=False)
     ] = None,
     duration: Annotated[float, typer.Option(help="seconds", min=1, max=86_400)] = 60.0,
     every: Annotated[float, typer.Option(help="seconds between faults, about", min=0.5, max=600)] = 8.0,
-    clients: Annotated[int, typer.Option(help="streams at once", min=1, max=1000)] = 12,
+    clients: Annotated[int, typer.Option(help="streams at once", min=1, max=1000)] = 8,
+    questions: Annotated[int, typer.Option(help="asked over and over; each first undisturbed", min=1, max=1000)] = 12,
+    output_tokens: Annotated[int, typer.Option(help="of the longest answers", min=1, max=100_000)] = 96,
     audit_every: Annotated[int, typer.Option(help="faults between moments in which all must be back", min=1)] = 10,
     recovery: Annotated[float, typer.Option(help="seconds that streams may take to go on after a fault")] = 10.0,
     gap: Annotated[float | None, typer.Option(help="seconds that a stream may be silent between tokens")] = None,
@@ -57,14 +62,14 @@ def run(
     """
     duration_ms, every_ms = round(duration * 1000), round(every * 1000)
     try:
-        kinds, wanted_states = parse_kinds(faults), parse_states(states)
+        kinds, wanted_states, wanted_victims = parse_kinds(faults), parse_states(states), parse_victims(victims)
         check_duration(duration_ms, every_ms)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     found = find(run_dir_of(run_dir), port)
     shooting = ChaosRun(
         Place.of(found),
-        load=Load(num_clients=clients),
+        load=Load(num_clients=clients, num_questions=questions, output_tokens_max=output_tokens),
         seed=seed,
         say=lambda line: print(line, file=sys.stderr, flush=True),
         audit_every=audit_every,
@@ -72,7 +77,7 @@ def run(
     try:
         ground = asyncio.run(shooting.ground())
         try:
-            suits = deck(ground, kinds=kinds, states=wanted_states, router_dies=kill_router)
+            suits = deck(ground, kinds=kinds, states=wanted_states, victims=wanted_victims, router_dies=kill_router)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         planned = plan(random.Random(seed).randrange, suits=suits, duration_ms=duration_ms, every_ms=every_ms)

@@ -41,6 +41,7 @@ VICTIM_WAIT_S = 45.0  # for one that is there to be struck
 STATE_WAIT_S = 20.0  # for a transfer that enters the state
 ROUTER_WAIT_S = 30.0  # for a router that is stopped, or started again
 FAULTS_TIMEOUT_S = 5.0
+PROVOKED_MS, PROVOKED_BY_MS = 5_000, 300  # links are slow for so long, and each message by up to so much
 FAILING = ("target.quarantine",)  # states that only transfers come into which fail under way
 ROLES: dict[Victim, tuple[str, ...]] = {
     Victim.PREFILL: ("prefill",),
@@ -123,7 +124,7 @@ class ChaosRun:
             (model, *_) = (
                 await inference.ListModels(inference_pb2.ListModelsRequest(), timeout=STATUS_TIMEOUT_S)
             ).models
-            num = await self._load.ask_first(model.vocab_size, model.context_tokens)
+            num = await self._load.ask_first(model.vocab_size, model.context_tokens, self._say)
             self._say(f"{num} questions answered undisturbed; {len(faults)} faults follow")
             self._begin_s = time.monotonic()
             try:
@@ -283,16 +284,16 @@ class ChaosRun:
             await stay_stopped([process], fault.for_ms)
 
     async def _provoke(self, worker: admin_pb2.WorkerStatus) -> None:
-        """Has transfers of the worker fail under way: its links are slow, and half of the clients leave, some times."""
+        """Has transfers of the worker fail, until cancelled: slow links, and half of the clients leave each second."""
         access = self._place.access
+        slow = faults_pb2.DisturbRequest(link=faults_pb2.LINK_AGENTS, for_ms=PROVOKED_MS, period_ms=PROVOKED_BY_MS)
         async with access.dial(worker.control) as channel:
-            slow = faults_pb2.DisturbRequest(link=faults_pb2.LINK_AGENTS, for_ms=5_000, period_ms=300)
-            await faults_pb2_grpc.FaultsStub(channel).Disturb(  # type: ignore[no-untyped-call]
-                slow, timeout=FAULTS_TIMEOUT_S, metadata=access.metadata
-            )
-        for _ in range(4):
-            await asyncio.sleep(1.0)
-            self._load.leave()
+            stub = faults_pb2_grpc.FaultsStub(channel)  # type: ignore[no-untyped-call]
+            while True:
+                await stub.Disturb(slow, timeout=FAULTS_TIMEOUT_S, metadata=access.metadata)
+                for _ in range(PROVOKED_MS // 1000):
+                    await asyncio.sleep(1.0)
+                    self._load.leave()
 
     async def _strike_link(self, admin: admin_pb2_grpc.AdminStub, fault: Fault) -> None:
         worker = await self._worker(admin, ANY_ROLE, fault)

@@ -23,6 +23,7 @@ REFUSED_WAIT_S = 0.5
 MOVE_EVERY_S = 0.2
 MOVE_TIMEOUT_S = 30.0
 STATUS_TIMEOUT_S = 10.0
+TELL_EVERY_MS = 5_000
 LONG_SHARE = 5  # one question in so many is as long as may be
 NUM_PREFIXES, PREFIX_TOKENS = 3, 64  # that half of the questions begin with
 SAMPLINGS: tuple[SamplingOptions, ...] = (
@@ -72,11 +73,15 @@ class CheckingLoad:
         self._going = asyncio.Event()
         self._going.set()
 
-    async def ask_first(self, vocab_size: int, context_tokens: int) -> int:
+    async def ask_first(self, vocab_size: int, context_tokens: int, say: Callable[[str], None]) -> int:
         """Draws the questions and has each answered before anything happens; how many there are."""
         self._questions = _questions(self._draw, self._load, vocab_size, context_tokens)
+        told_ms = self._now_ms()
         async with self._connected() as client:
-            for question in self._questions:
+            for number, question in enumerate(self._questions):
+                if self._now_ms() - told_ms >= TELL_EVERY_MS:
+                    told_ms = self._now_ms()
+                    say(f"{number} of {len(self._questions)} questions answered, one after the other")
                 answer = await client.generate(question.prompt, **question.sampling)
                 question.answer = list(answer.token_ids)
         return len(self._questions)

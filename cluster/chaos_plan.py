@@ -157,6 +157,15 @@ def parse_states(text: str) -> tuple[str, ...]:
     return states
 
 
+def parse_victims(text: str) -> tuple[Victim, ...]:
+    """The victims in a list with commas; "" means all, as none are named. Raises ValueError as above."""
+    names = tuple(dict.fromkeys(filter(None, (each.strip() for each in text.split(",")))))
+    for name in names:
+        if name not in list(Victim):
+            raise ValueError(f"--victims: there is no victim {name!r}; there are {', '.join(Victim)}")
+    return tuple(Victim(name) for name in names)
+
+
 def check_duration(duration_ms: int, every_ms: int) -> None:
     """Raises ValueError when the run is too short for a fault, and says how long is enough."""
     least_ms = SETTLE_MS + 2 * every_ms
@@ -167,11 +176,16 @@ def check_duration(duration_ms: int, every_ms: int) -> None:
 
 
 def deck(
-    ground: Ground, *, kinds: Sequence[FaultKind], states: Sequence[str] = (), router_dies: bool | None = None
+    ground: Ground,
+    *,
+    kinds: Sequence[FaultKind],
+    states: Sequence[str] = (),
+    victims: Sequence[Victim] = (),
+    router_dies: bool | None = None,
 ) -> tuple[Suit, ...]:
     """All faults of these kinds that the ground allows. `router_dies` None: if its streams outlive it.
 
-    Raises ValueError naming what it does not allow.
+    `victims` none: all. Raises ValueError naming what the ground does not allow, or when nothing is left.
     """
     if FaultKind.REDIS_DOWN in kinds and not ground.has_store:
         raise ValueError("--faults: redis-down needs a cluster that keeps its state in Redis, this one has none")
@@ -191,12 +205,22 @@ def deck(
     cards: list[tuple[Target, ...]] = [(Target(kind, victim),) for kind in hard for victim in VICTIMS[kind]]
     cards = [each for each in cards if dies or each != (Target(FaultKind.KILL, Victim.ROUTER),)]
     for state in states:
-        victims = STATE_VICTIMS[role_in(state)]
-        cards.append(tuple(Target(kind, victim, state) for victim in victims for kind in hard))
-    suits = [Suit(weight=sum(WEIGHTS[kind] for kind in hard), cards=tuple(cards))] if hard else []
+        struck = STATE_VICTIMS[role_in(state)]
+        cards.append(tuple(Target(kind, victim, state) for victim in struck for kind in hard))
+    suits = [Suit(weight=sum(WEIGHTS[kind] for kind in hard), cards=tuple(cards))]
     for kind in (each for each in kinds if each not in WEIGHTS):
         suits.append(Suit(weight=WEIGHT, cards=tuple((Target(kind, victim),) for victim in VICTIMS[kind])))
-    return tuple(suits)
+    left = [_against(suit, victims) for suit in suits] if victims else suits
+    if not any(suit.cards for suit in left):
+        named = f"--victims {', '.join(victims)} and " if victims else ""
+        raise ValueError(f"{named}--faults {', '.join(kinds)}: there is no such fault on this cluster")
+    return tuple(suit for suit in left if suit.cards)
+
+
+def _against(suit: Suit, victims: Sequence[Victim]) -> Suit:
+    """What of it strikes these."""
+    cards = (tuple(target for target in card if target.victim in victims) for card in suit.cards)
+    return Suit(weight=suit.weight, cards=tuple(card for card in cards if card))
 
 
 def plan(

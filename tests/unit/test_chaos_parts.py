@@ -23,6 +23,7 @@ from cluster.chaos_plan import (
     deck,
     parse_kinds,
     parse_states,
+    parse_victims,
     plan,
 )
 from cluster.chaos_states import STATES
@@ -129,6 +130,27 @@ def test_states_without_a_signal_are_refused() -> None:
         parse_states("handoff.lost")
     assert parse_states("all") == STATES
     assert parse_states("") == ()
+
+
+def test_only_the_named_victims_are_struck() -> None:
+    wanted = parse_victims("decode worker, router,decode worker")
+    assert wanted == (Victim.DECODE, Victim.ROUTER)
+    ways = _ways(FULL, kinds=tuple(FaultKind), states=STATES, victims=wanted)
+    assert {(each.victim, each.kind) for each in ways} == {
+        (victim, kind) for victim in wanted for kind in (FaultKind.KILL, FaultKind.STOP)
+    }
+    assert {each.state for each in ways if each.victim is Victim.DECODE} == {
+        "", *(each for each in STATES if not each.startswith("handoff."))
+    }  # fmt: skip
+    assert parse_victims("") == ()
+    assert _ways(FULL, kinds=[FaultKind.KILL]) == _ways(FULL, kinds=[FaultKind.KILL], victims=tuple(Victim))
+
+
+def test_victims_that_there_are_not_are_named() -> None:
+    with pytest.raises(ValueError, match=r"--victims: there is no victim 'decoder'; there are .*decode worker"):
+        parse_victims("decoder")
+    with pytest.raises(ValueError, match="--victims router and --faults kill: there is no such fault"):
+        deck(BARE, kinds=[FaultKind.KILL], victims=[Victim.ROUTER])
 
 
 def test_a_run_that_is_too_short_says_how_long_it_must_be() -> None:
