@@ -19,6 +19,7 @@ from cluster.config import ConfigError
 from cluster.key_file import KeySpec, changing, read_keys
 from cluster.secret_files import fresh_secret
 from router.api_keys import KEY_PREFIX, digest_of
+from tandem.request import PRIORITY_MAX
 
 keys = typer.Typer(name="keys", help="API keys: make, list, revoke.", no_args_is_help=True)
 
@@ -40,6 +41,9 @@ def create(
     requests_per_minute: Annotated[int | None, typer.Option(help="limit", min=1)] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(help="limit on prompt and answer tokens", min=1)] = None,
     concurrent: Annotated[int | None, typer.Option(help="limit on requests at once", min=1)] = None,
+    priority_max: Annotated[
+        int | None, typer.Option(help="the highest priority that it may ask for", min=0, max=PRIORITY_MAX)
+    ] = None,
     tenant: Annotated[str, typer.Option(help="whose prefix cache it shares; nobody else sees what is cached")] = "",
     operator: Annotated[bool, typer.Option("--operator", help="may see, move, drain and stop everything")] = False,
 ) -> None:
@@ -49,6 +53,7 @@ def create(
         spec = KeySpec(
             name=name, sha256=digest_of(key).hex(), expires=expiry(expires), tenant=tenant, operator=operator,
             requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute, concurrent=concurrent,
+            priority_max=priority_max,
         )  # fmt: skip
     except ValidationError as error:
         detail = error.errors()[0]
@@ -77,10 +82,10 @@ def listing(
         typer.echo(json.dumps([spec.model_dump(mode="json", exclude={"sha256"}) for spec in specs], indent=2))
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("name", "tenant", "operator", "state", "requests/min", "tokens/min", "at once"):
+    for column in ("name", "tenant", "operator", "state", "requests/min", "tokens/min", "at once", "priority"):
         table.add_column(column, no_wrap=True)
     for spec in specs:
-        limits = (spec.requests_per_minute, spec.tokens_per_minute, spec.concurrent)
+        limits = (spec.requests_per_minute, spec.tokens_per_minute, spec.concurrent, spec.priority_max)
         shown = ("" if limit is None else str(limit) for limit in limits)
         table.add_row(spec.name, spec.tenant, "yes" if spec.operator else "", state(spec), *shown)
     console = Console()

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from router.api_keys import NAME, KeyEntry, KeyRing
+from tandem.request import PRIORITY_MAX
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class KeySpec(BaseModel):
     requests_per_minute: int | None = Field(None, ge=1, le=LIMIT_MAX)
     tokens_per_minute: int | None = Field(None, ge=1, le=LIMIT_MAX)
     concurrent: int | None = Field(None, ge=1, le=LIMIT_MAX)
+    priority_max: int | None = Field(None, ge=0, le=PRIORITY_MAX)
     operator: bool = False
     tenant: str = ""
 
@@ -76,6 +78,7 @@ class KeySpec(BaseModel):
             requests_per_minute=self.requests_per_minute,
             tokens_per_minute=self.tokens_per_minute,
             concurrent=self.concurrent,
+            priority_max=self.priority_max,
             operator=self.operator,
             tenant=self.tenant,
         )

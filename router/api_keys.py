@@ -35,6 +35,7 @@ class KeyEntry:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     concurrent: int | None = None
+    priority_max: int | None = None
     operator: bool = False
     tenant: str = ""  # whose prefix cache its requests share; empty: that of all who have none
 

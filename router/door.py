@@ -43,6 +43,12 @@ class Door:
             raise PermissionDenied(f"authorization: key {caller.name!r} is no operator's")
         return caller
 
+    def check_priority(self, caller: Caller, priority: int) -> None:
+        """Raises PermissionDenied when the caller's key may not ask for this."""
+        most = None if caller.entry is None else caller.entry.priority_max
+        if most is not None and priority > most:
+            raise PermissionDenied(f"priority: is {priority}, key {caller.name!r} may ask for {most} at most")
+
     def begin(self, caller: Caller, request_ids: Sequence[RequestId], *, num_tokens: int) -> None:
         """Counts requests that are about to run, all or none; `ended` must follow for each. Raises RateLimited.
 

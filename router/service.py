@@ -203,11 +203,13 @@ class Service:
         With more than one answer, each is a request of its own: id#0, id#1, ...
 
         Raises:
-            TandemError: nothing runs then. InvalidRequest, DuplicateRequest, RateLimited, Overloaded, Unavailable.
+            TandemError: nothing runs then. InvalidRequest, PermissionDenied, DuplicateRequest, RateLimited, Overloaded,
+                Unavailable.
         """
         stops = check_stops(ask.fields.stop)
         check_num_choices(ask.n, len(ask.prompts))
         check_priority(ask.priority)
+        self.door.check_priority(ask.caller, ask.priority)
         check_cache_salt(ask.cache_salt)
         check_slo(ask.slo_class, ask.ttft_target_ms, ask.tpot_target_ms)
         check_resuming(ask.idempotency_key, ask.resume_ms, num_answers=ask.n * len(ask.prompts))

@@ -20,26 +20,28 @@ from order_of_tests import turn
 settings.register_profile("tandem", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tandem")
 
-# A folder that the processes of this run share, where there are several.
-RUN = (
-    Path(tempfile.gettempdir(), f"tandem-test-run-{uid}")
-    if (uid := os.environ.get("PYTEST_XDIST_TESTRUNUID"))
-    else None
-)
-if RUN is not None:
-    RUN.mkdir(exist_ok=True)
+RUN_VARIABLE = "TEST_RUN_FOLDER"  # a folder that the processes of this run share, where there are several
 
 # Names of markers, comma separated, whose tests must run: a skip of one of them is a failure. "all" names every test.
 REQUIRED = set(filter(None, os.environ.get("TANDEM_REQUIRE", "").split(",")))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The first process of the run makes the folder that the others inherit the name of."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="tandem-test-run-")
+        config.add_cleanup(folder.cleanup)
+        os.environ[RUN_VARIABLE] = folder.name
+
+
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)  # before the test's time runs
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Lets tests of real processes that are held to seconds, or flood a cluster, run with no other such test beside."""
-    if RUN is None or item.path.parent.name != "integration":
+    folder = os.environ.get(RUN_VARIABLE)
+    if folder is None or item.path.parent.name != "integration":
         yield
         return
-    with turn(RUN, alone=item.get_closest_marker("alone") is not None):
+    with turn(Path(folder), alone=item.get_closest_marker("alone") is not None):
         yield
 
 

@@ -25,7 +25,15 @@ from router.service import Ask, ServedModel, Service
 from router.transcripts import Kept
 from router.validation import SamplingFields
 from tandem.client import AsyncClient
-from tandem.errors import Cancelled, Overloaded, RateLimited, TakenOver, Unauthenticated, UnknownRequest
+from tandem.errors import (
+    Cancelled,
+    Overloaded,
+    PermissionDenied,
+    RateLimited,
+    TakenOver,
+    Unauthenticated,
+    UnknownRequest,
+)
 from tandem.messages import Assign
 from tandem.request import RequestId
 from tandem.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -241,6 +249,21 @@ def test_requests_at_once_are_bounded_and_given_back_however_they_end() -> None:
             assert (await router.post(ALICE, n=2)).status_code == 200
             assert (await router.post(ALICE, max_tokens=0)).status_code == 400  # refused by a check: costs nothing
         assert (await router.post(ALICE, n=3)).status_code == 429
+
+    run(case)
+
+
+def test_a_key_asks_for_no_higher_priority_than_it_may() -> None:
+    async def case(router: Router) -> None:
+        router.door.ring = KeyRing([entry("alice", ALICE, priority_max=1), entry("bob", BOB)])
+        assert (await router.post(ALICE, priority=1)).status_code == 200
+        assert (await router.post(BOB, priority=3)).status_code == 200
+        reply = await router.post(ALICE, priority=2)
+        assert reply.status_code == 403
+        assert reply.json()["error"]["message"] == "priority: is 2, key 'alice' may ask for 1 at most"
+        async with router.client(ALICE) as client:
+            with pytest.raises(PermissionDenied, match="may ask for 1 at most"):
+                await client.generate(PROMPT, max_tokens=1, priority=3)
 
     run(case)
 
