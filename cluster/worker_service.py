@@ -14,7 +14,7 @@ from engine.events import RouterGone
 from engine.loop import InboxFull
 from kv_transfer.actions import FromRouter, RouterJoined
 from kv_transfer.gate import Gate
-from tandem import wire
+from tandem import report_wire, wire
 from tandem.messages import WorkerReport
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
@@ -147,4 +147,4 @@ async def _write(
         while waiting[-1] is not None and not queue.empty() and len(waiting) < JOINED_MAX:
             waiting.append(queue.get_nowait())
         ended = waiting[-1] is None
-        messages = [wire.encode_report(each) for each in joined(each for each in waiting if each is not None)]
+        messages = [report_wire.encode_report(each) for each in joined(each for each in waiting if each is not None)]

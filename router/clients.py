@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 import grpc.aio
 
 from router.config import RouterConfig
-from tandem import wire
+from tandem import report_wire, wire
 from tandem.cluster_access import ClusterAccess
 from tandem.messages import RouterMessage, WorkerReport
 from tandem.request import WorkerId
@@ -157,8 +157,8 @@ class WorkerLink:
         try:
             while isinstance(message, pb.WorkerReport):
                 self._num_heard += 1
-                if not wire.is_beat(message):
-                    self._on_report(wire.decode_report(message))
+                if not report_wire.is_beat(message):
+                    self._on_report(report_wire.decode_report(message))
                 message = await call.read()
         except (grpc.aio.AioRpcError, ValueError) as error:
             return _say(error)

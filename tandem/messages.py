@@ -183,6 +183,21 @@ class TransferStats:
     rounds: int = 0  # source of a migration: of copying while the request ran
     precopy_ms: int = 0  # source of a migration: from the grant to the fence
     fence_ms: int = 0  # source of a migration: from the fence to the word that the target owns the request
+    first: FirstTokenTimes | None = None  # with the first token of an attempt, from who read the prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstTokenTimes:
+    """What went on at the worker that read a prompt, until its first token left. `heard_s`, its own clock: no message.
+
+    `hold_ms` is all that the worker had of it: waiting, prefill, and what its threads needed to hear and to answer.
+    """
+
+    queue_ms: float  # from the assignment until its first step began
+    prefill_ms: float  # from there until the first token was drawn; steps of others in between included
+    steps: int  # that had a part of the prompt
+    heard_s: float = 0.0  # when the assignment was read off the stream
+    hold_ms: float = 0.0  # from then until the first token was written to the stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

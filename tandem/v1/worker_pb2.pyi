@@ -254,8 +254,20 @@ class MoveFailed(_message.Message):
     message: str
     def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
+class FirstTokenTimes(_message.Message):
+    __slots__ = ("queue_ms", "prefill_ms", "steps", "hold_ms")
+    QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_MS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    HOLD_MS_FIELD_NUMBER: _ClassVar[int]
+    queue_ms: float
+    prefill_ms: float
+    steps: int
+    hold_ms: float
+    def __init__(self, queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., steps: _Optional[int] = ..., hold_ms: _Optional[float] = ...) -> None: ...
+
 class TransferStats(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "blocks_granted", "blocks_moved", "blocks_reused", "bytes", "frames", "tokens_recomputed", "first_frame_ms", "last_chunk_start_ms", "committed_ms", "tokens_cached", "first_step_ms", "rounds", "precopy_ms", "fence_ms")
+    __slots__ = ("request_id", "transfer_id", "blocks_granted", "blocks_moved", "blocks_reused", "bytes", "frames", "tokens_recomputed", "first_frame_ms", "last_chunk_start_ms", "committed_ms", "tokens_cached", "first_step_ms", "rounds", "precopy_ms", "fence_ms", "first")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_GRANTED_FIELD_NUMBER: _ClassVar[int]
@@ -272,6 +284,7 @@ class TransferStats(_message.Message):
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     PRECOPY_MS_FIELD_NUMBER: _ClassVar[int]
     FENCE_MS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: str
     blocks_granted: int
@@ -288,7 +301,8 @@ class TransferStats(_message.Message):
     rounds: int
     precopy_ms: int
     fence_ms: int
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., blocks_granted: _Optional[int] = ..., blocks_moved: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., bytes: _Optional[int] = ..., frames: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., first_frame_ms: _Optional[int] = ..., last_chunk_start_ms: _Optional[int] = ..., committed_ms: _Optional[int] = ..., tokens_cached: _Optional[int] = ..., first_step_ms: _Optional[float] = ..., rounds: _Optional[int] = ..., precopy_ms: _Optional[int] = ..., fence_ms: _Optional[int] = ...) -> None: ...
+    first: FirstTokenTimes
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., blocks_granted: _Optional[int] = ..., blocks_moved: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., bytes: _Optional[int] = ..., frames: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., first_frame_ms: _Optional[int] = ..., last_chunk_start_ms: _Optional[int] = ..., committed_ms: _Optional[int] = ..., tokens_cached: _Optional[int] = ..., first_step_ms: _Optional[float] = ..., rounds: _Optional[int] = ..., precopy_ms: _Optional[int] = ..., fence_ms: _Optional[int] = ..., first: _Optional[_Union[FirstTokenTimes, _Mapping]] = ...) -> None: ...
 
 class BlockEvents(_message.Message):
     __slots__ = ("sequence", "stored", "removed", "cleared")

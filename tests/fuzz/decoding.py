@@ -21,6 +21,7 @@ from kv_transfer.endpoint import Endpoint, format_endpoint, parse_endpoint
 from kv_transfer.framed_socket import MAX_MESSAGE_BYTES, FramedSocket, LinkLost
 from kv_transfer.messages import EndTransfer, FrameHeader, SendFrame
 from router.gguf_metadata import GGUFError, read_metadata
+from tandem import report_wire
 from tandem import wire as router_wire
 from tandem.request import TransferId
 from tandem.v1 import worker_pb2 as pb
@@ -271,7 +272,7 @@ DECODINGS: tuple[Decoding, ...] = (
     ),
     Decoding(
         name="worker reports",
-        read=_protobuf(pb.WorkerReport, router_wire.decode_report, router_wire.encode_report),
+        read=_protobuf(pb.WorkerReport, report_wire.decode_report, report_wire.encode_report),
         seeds=_protobuf_seeds(pb.WorkerReport),
     ),
     Decoding(

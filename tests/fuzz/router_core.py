@@ -38,7 +38,7 @@ from router.events import (
     WorkerSuspected,
 )
 from router.move import MoveReason
-from tandem import wire
+from tandem import report_wire
 from tandem.messages import Assign, Role, WorkerInfo
 from tandem.request import RequestId, Sampling, WorkerId
 from tandem.v1 import worker_pb2 as pb
@@ -168,7 +168,7 @@ class RouterWorld:
         self._sequence += 1
         message.sequence = self._sequence
         try:
-            report = wire.decode_report(message)
+            report = report_wire.decode_report(message)
         except ValueError:
             return
         self._feed(ReportArrived(report=report))

@@ -23,10 +23,11 @@ from engine.fake_runner import FakeRunner
 from engine.step import Sampled, StepPlan
 from tandem.cluster_access import ClusterAccess
 from tandem.messages import Assign, AssignMode, Role
+from tandem.report_wire import decode_report, is_beat
 from tandem.request import RequestId, Sampling, TransferId
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
-from tandem.wire import decode_report, encode_router_message, is_beat
+from tandem.wire import encode_router_message
 
 POISON = 11  # a token that breaks the runner
 

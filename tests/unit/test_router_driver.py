@@ -14,7 +14,7 @@ import pytest
 from router.config import RouterConfig
 from router.driver import Driver, NewRequest, RequestStream, WantedMove
 from router.move import MoveOutcome, MoveReason, MoveRecord
-from tandem import wire
+from tandem import report_wire, wire
 from tandem.errors import (
     Cancelled,
     DeadlinePassed,
@@ -90,13 +90,13 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
             assign = wire.decode_router_message(message)
             self.heard.append(assign)
             if isinstance(assign, Migrate) and self.gives_moves_up:
-                yield wire.encode_report(self._gives_up(assign))
+                yield report_wire.encode_report(self._gives_up(assign))
             if isinstance(assign, OwnerIs) and assign.worker_id == self.worker_id:
-                yield wire.encode_report(self._goes_on(assign))
+                yield report_wire.encode_report(self._goes_on(assign))
             if not isinstance(assign, Assign):
                 continue
             if assign.move:
-                yield wire.encode_report(self._asks(assign))
+                yield report_wire.encode_report(self._asks(assign))
                 continue
             prompt = assign.tokens[: assign.num_prompt_tokens]
             first = len(assign.tokens) - len(prompt)
@@ -107,7 +107,7 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
                     return
                 reports = [self._report(assign, prompt, each) for each in range(index, end)[: self.num_at_once]]
                 tokens = tuple(token for report in reports for token in report.tokens)
-                yield wire.encode_report(replace(reports[0], tokens=tokens))
+                yield report_wire.encode_report(replace(reports[0], tokens=tokens))
 
     def _report(self, assign: Assign, prompt: tuple[int, ...], index: int) -> WorkerReport:
         last = index + 1 == assign.sampling.max_tokens

@@ -15,7 +15,7 @@ from kv_transfer import messages as kv
 from kv_transfer import wire as kv_wire
 from kv_transfer.layout import DTYPE_BYTES, KVLayout
 from tandem import messages as m
-from tandem import wire
+from tandem import report_wire, wire
 from tandem.request import FinishReason, RequestId, Sampling, Token, TransferId, WorkerId
 from tandem.v1 import worker_pb2 as pb
 
@@ -214,8 +214,8 @@ def test_router_messages_cross_unchanged(message: m.RouterMessage) -> None:
 @given(reports)
 @settings(max_examples=50)
 def test_reports_cross_unchanged(report: m.WorkerReport) -> None:
-    sent = wire.encode_report(report).SerializeToString()
-    assert wire.decode_report(pb.WorkerReport.FromString(sent)) == report
+    sent = report_wire.encode_report(report).SerializeToString()
+    assert report_wire.decode_report(pb.WorkerReport.FromString(sent)) == report
 
 
 @given(infos)
@@ -287,7 +287,7 @@ def test_a_malformed_report_is_refused_by_the_name_of_its_field() -> None:
         (pb.WorkerReport(worker_id="w", blocks=pb.BlockEvents(stored=[b"short"])), r"blocks.stored\[0\]"),
     ):
         with pytest.raises(ValueError, match=field):
-            wire.decode_report(message)
+            report_wire.decode_report(message)
     with pytest.raises(ValueError, match="role"):
         wire.decode_worker_info(pb.RegisterRequest(worker_id="w", role="cook"))
 
