@@ -96,6 +96,19 @@ class ReportBuilder:
         )
 
 
+def stamped(report: WorkerReport, now_s: float) -> WorkerReport:
+    """The report as it is written now: it says how long the worker has held what has its first token in it."""
+    if not any(stats.first is not None for stats in report.transfers):
+        return report
+    return replace(report, transfers=tuple(_held(stats, now_s) for stats in report.transfers))
+
+
+def _held(stats: TransferStats, now_s: float) -> TransferStats:
+    if stats.first is None:
+        return stats
+    return replace(stats, first=replace(stats.first, hold_ms=1000 * (now_s - stats.first.heard_s)))
+
+
 def joined(reports: Iterable[WorkerReport]) -> list[WorkerReport]:
     """Reports to one session that wait to be written, as few of them as say the same.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 
 import grpc
 import grpc.aio
 
-from cluster.worker_reports import joined
+from cluster.worker_reports import joined, stamped
 from engine.events import RouterGone
 from engine.loop import InboxFull
 from kv_transfer.actions import FromRouter, RouterJoined
@@ -106,7 +107,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         try:
             async for message in messages:
                 await self._gate.passing()
-                self._post(FromRouter(session=session, message=wire.decode_router_message(message)))
+                heard_s = time.monotonic()
+                said = wire.decode_router_message(message)
+                self._post(FromRouter(session=session, message=said, heard_s=heard_s))
         except (ValueError, InboxFull, grpc.RpcError) as error:
             log.error("session=%d is ended: %s", session, error)
             return str(error)
@@ -147,4 +150,5 @@ async def _write(
         while waiting[-1] is not None and not queue.empty() and len(waiting) < JOINED_MAX:
             waiting.append(queue.get_nowait())
         ended = waiting[-1] is None
-        messages = [report_wire.encode_report(each) for each in joined(each for each in waiting if each is not None)]
+        reports = joined(each for each in waiting if each is not None)
+        messages = [report_wire.encode_report(stamped(each, time.monotonic())) for each in reports]

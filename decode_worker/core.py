@@ -19,6 +19,7 @@ from engine.blocks import BlockLedger
 from engine.events import PeerGone, RouterGone, Tick
 from engine.layout import KVLayout
 from engine.prefix_cache import block_hashes
+from engine.prompt_clock import PromptClock
 from engine.sequence import Sequence
 from engine.step import Batch, StepOutcome, StepPlan
 from engine.step import Failed as StepFailed
@@ -164,8 +165,8 @@ class DecodeCore:
 
     def _handle(self, now_ms: int, event: object) -> list[Action]:
         match event:
-            case FromRouter(session=session, message=message):
-                return self._from_router(now_ms, session, message)
+            case FromRouter():
+                return self._from_router(now_ms, event.session, event.message, event.heard_s)
             case TransferMessage():
                 return self._heard(now_ms, event)
             case FrameLanded() | FrameFailed() | TransferQuiet() | FrameAcked():
@@ -189,10 +190,10 @@ class DecodeCore:
             case _:
                 raise TypeError(f"{type(event).__name__} is no event of a decode core")
 
-    def _from_router(self, now_ms: int, session: int, message: RouterMessage) -> list[Action]:
+    def _from_router(self, now_ms: int, session: int, message: RouterMessage, heard_s: float) -> list[Action]:
         match message:
             case Assign(mode=AssignMode.DECODE | AssignMode.LOCAL):
-                return self._assigned(now_ms, session, message)
+                return self._assigned(now_ms, session, message, heard_s)
             case CancelAssigned():
                 request = self._requests.get(message.request_id)
                 over = request is not None and message.epoch >= request.newest_epoch
@@ -220,7 +221,7 @@ class DecodeCore:
         targets = [action for each in attempts for action in self._drive(now_ms, each, event)]
         return [*targets, *self.moves.all(now_ms, event)]
 
-    def _assigned(self, now_ms: int, session: int, assign: Assign) -> list[Action]:
+    def _assigned(self, now_ms: int, session: int, assign: Assign, heard_s: float) -> list[Action]:
         actions: list[Action] = []
         before = self._requests.get(assign.request_id)
         if before is not None:
@@ -253,7 +254,7 @@ class DecodeCore:
         too_large = self._batch.refusal(num_tokens=len(assign.tokens), request_id=assign.request_id)
         if too_large is not None:
             return refuse("invalid_request", too_large, retryable=False)
-        request = self._new(now_ms, session, assign)
+        request = self._new(now_ms, session, assign, heard_s)
         self._requests[assign.request_id] = request
         if local:
             self._run(request, tokens=list(assign.tokens), num_computed=0, blocks=[])
@@ -262,7 +263,7 @@ class DecodeCore:
         early = self._early.pop(assign.transfer_id, None)
         return [*actions, *(self._heard(now_ms, early[1]) if early is not None else [])]
 
-    def _new(self, now_ms: int, session: int, assign: Assign) -> Request:
+    def _new(self, now_ms: int, session: int, assign: Assign, heard_s: float) -> Request:
         self._num_assigned += 1
         machine = None
         if assign.mode is AssignMode.DECODE:
@@ -289,6 +290,7 @@ class DecodeCore:
             session=session,
             assign=assign,
             received_ms=now_ms,
+            clock=PromptClock(received_ms=now_ms, heard_s=heard_s) if machine is None else None,
             epoch=assign.epoch,
             salt=self._num_assigned,
             owner=f"{assign.request_id}/{assign.epoch}/{assign.transfer_id or assign.mode}",
@@ -385,6 +387,9 @@ class DecodeCore:
     def planned(self, now_ms: int, plan: StepPlan | None, preempted: Iterable[RequestId]) -> None:
         """A step has been composed and is about to run, or there is none; `preempted` have lost their blocks for it."""
         self._planned_ms = now_ms
+        for row in plan.rows if plan is not None else ():
+            if (request := self._requests.get(row.request_id)) is not None and request.clock is not None:
+                request.clock.runs(now_ms)
         self.moves.planned(now_ms, plan, preempted)
 
     def stepped(self, now_ms: int, plan: StepPlan, outcome: StepOutcome) -> list[Action]:
@@ -414,7 +419,7 @@ class DecodeCore:
             actions += self._account(request)
         if token is not None:
             request.newest.append(token)
-            actions.append(request.report(token))
+            actions += [request.report(token), *self._first_token(now_ms, request)]
         if failed is not None:
             piece = request_failed(failed.request_id, request.epoch, failed.code, failed.reason, retryable=False)
             actions.append(request.report(piece))
@@ -438,6 +443,14 @@ class DecodeCore:
             transfer_id=request.assign.transfer_id,
             first_step_ms=float(now_ms - self._planned_ms),
         )
+        return [request.report(stats)]
+
+    def _first_token(self, now_ms: int, request: Request) -> list[Action]:
+        """How long a prompt that is read here waited and ran, once."""
+        if request.clock is None:
+            return []
+        first, request.clock = request.clock.times(now_ms), None
+        stats = TransferStats(request_id=request.request_id, transfer_id=request.assign.transfer_id, first=first)
         return [request.report(stats)]
 
     def _account(self, request: Request) -> list[Action]:

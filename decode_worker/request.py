@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from engine.prefix_cache import BlockHash
+from engine.prompt_clock import PromptClock
 from engine.sequence import Sequence
 from kv_transfer.actions import Piece, Report
 from kv_transfer.handoff_target import TargetHandoff
@@ -22,6 +23,7 @@ class Request:
     session: int
     assign: Assign
     received_ms: int
+    clock: PromptClock | None  # LOCAL, until its first token is drawn
     epoch: int  # that we report under: the assignment's, from the commit on the next
     salt: int  # tells it from others in the draws of admission
     owner: str  # its name in the ledger

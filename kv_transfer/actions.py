@@ -34,10 +34,14 @@ class RouterJoined:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FromRouter:
-    """A router session said this. A session that was not announced by RouterJoined joins with its first message."""
+    """A router session said this. A session that was not announced by RouterJoined joins with its first message.
+
+    `heard_s`: when it was read off the stream, on the clock of who writes the reports.
+    """
 
     session: int
     message: RouterMessage
+    heard_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

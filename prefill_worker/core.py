@@ -12,6 +12,7 @@ from engine.blocks import BlockLedger
 from engine.events import PeerGone, RouterGone, Tick
 from engine.layout import KVLayout
 from engine.prefix_cache import block_hashes
+from engine.prompt_clock import PromptClock
 from engine.sequence import Sequence
 from engine.step import Batch, StepOutcome, StepPlan
 from kv_transfer.actions import Action, AgentLost, FromRouter, Piece, Registered, Report, SendTransfer, request_failed
@@ -65,6 +66,7 @@ class _Request:
     session: int
     assign: Assign
     received_ms: int
+    clock: PromptClock
     sequence: Sequence
     machine: SourceHandoff
     num_cached_blocks: int  # found in the prefix cache when it came
@@ -128,8 +130,8 @@ class PrefillCore:
     def handle(self, now_ms: int, event: object) -> list[Action]:
         """Takes one event in; returns what is to be done, in order. What is not for this side has no effect."""
         match event:
-            case FromRouter(session=session, message=Assign(mode=AssignMode.PREFILL) as assign):
-                return self._assigned(now_ms, session, assign)
+            case FromRouter(session=session, message=Assign(mode=AssignMode.PREFILL) as assign, heard_s=heard_s):
+                return self._assigned(now_ms, session, assign, heard_s)
             case FromRouter(message=CancelAssigned() as cancel):
                 return self._cancelled(now_ms, cancel)
             case FromRouter(message=OwnerIs() as owner):
@@ -175,7 +177,7 @@ class PrefillCore:
     def _all(self, now_ms: int, event: object, attempts: list[_Request]) -> list[Action]:
         return [action for each in attempts for action in self._drive(now_ms, each, event)]
 
-    def _assigned(self, now_ms: int, session: int, assign: Assign) -> list[Action]:
+    def _assigned(self, now_ms: int, session: int, assign: Assign, heard_s: float) -> list[Action]:
         actions: list[Action] = []
         before = self._requests.get(assign.request_id)
         if before is not None:
@@ -201,7 +203,7 @@ class PrefillCore:
             )
         if (refusal := self._refusal(assign)) is not None:
             return refuse("invalid_request", refusal, retryable=False)
-        request = self._new(now_ms, session, assign, peer)
+        request = self._new(now_ms, session, assign, peer, heard_s)
         self._batch.add(request.sequence)
         self._requests[assign.request_id] = request
         self._attempts[assign.transfer_id] = request
@@ -212,7 +214,7 @@ class PrefillCore:
             return f"num_prompt_tokens is {assign.num_prompt_tokens}, must be between 1 and {len(assign.tokens)}"
         return self._batch.refusal(num_tokens=len(assign.tokens), request_id=assign.request_id)
 
-    def _new(self, now_ms: int, session: int, assign: Assign, peer: WorkerAddress) -> _Request:
+    def _new(self, now_ms: int, session: int, assign: Assign, peer: WorkerAddress, heard_s: float) -> _Request:
         namespace, salt = self._batch.config.namespace, assign.cache_salt
         hashes = block_hashes(namespace, assign.tokens, self._ledger.block_size, salt=salt)
         sequence = Sequence(
@@ -253,6 +255,7 @@ class PrefillCore:
             session=session,
             assign=assign,
             received_ms=now_ms,
+            clock=PromptClock(received_ms=now_ms, heard_s=heard_s),
             sequence=sequence,
             machine=machine,
             num_cached_blocks=self._ledger.match(hashes),
@@ -291,6 +294,7 @@ class PrefillCore:
         for row in plan.rows:
             if (request := self._requests.get(row.request_id)) is not None:
                 request.last_chunk_ms = now_ms
+                request.clock.runs(now_ms)
 
     def stepped(self, now_ms: int, plan: StepPlan, outcome: StepOutcome) -> list[Action]:
         """The step has run and is booked: finished chunks leave, a first token ends the prefill."""
@@ -320,14 +324,19 @@ class PrefillCore:
         return [*actions, *self._offer_next(now_ms)]
 
     def _prefilled(self, now_ms: int, request: _Request, token: Token) -> list[Action]:
-        told = Report(session=request.session, piece=token)
+        times = TransferStats(
+            request_id=request.assign.request_id,
+            transfer_id=request.assign.transfer_id,
+            first=request.clock.times(now_ms),
+        )
+        told = [self._report(request, token), self._report(request, times)]
         if token.finish is not None:
-            return [told, *self._stop(now_ms, request, "the first token ended the request")]
+            return [*told, *self._stop(now_ms, request, "the first token ended the request")]
         if self._batch.get(request.assign.request_id) is request.sequence:
             self._batch.remove(request.assign.request_id)  # it stands still; its blocks stay its own
             request.fenced = True
-            return [told, *self._drive(now_ms, request, Fence(tokens=(token,)))]
-        return [told]
+            return [*told, *self._drive(now_ms, request, Fence(tokens=(token,)))]
+        return [*told]
 
     def _note_ready(self, now_ms: int, request: _Request) -> list[Action]:
         """Full blocks that are computed, or were found in the prefix cache, are final."""
