@@ -82,12 +82,14 @@ class Answer:
         self._skip = skip
         self._started_s = self._last_s = service.clock()
         self._stream = stream
+        self._unwritten = False  # the first token was given to who writes it, and is not known to be written
 
     def __aiter__(self) -> Answer:
         return self
 
     async def __anext__(self) -> Piece:
         """The next piece; StopAsyncIteration after the one with `finish`. Raises TandemError when the request fails."""
+        self._written()
         if self.done:
             raise StopAsyncIteration
         piece: Piece | None = None
@@ -126,6 +128,7 @@ class Answer:
 
     def close(self, reason: str) -> None:
         """Its reader is gone: the request is cancelled everywhere, unless it has ended or may be resumed."""
+        self._written()
         if not self.done:
             self._service.driver.leave(self._stream, reason)
             self._end("cancelled")
@@ -134,10 +137,19 @@ class Answer:
         self.done = True
         self._service.metrics.ended(self._api, outcome, self._service.clock() - self._started_s)
 
+    def _written(self) -> None:
+        """Whoever asks for more, or for no more, has handed on what there was."""
+        if self._unwritten:
+            self._unwritten = False
+            first = self._service.driver.written(self.request_id)
+            if first is not None:
+                self._service.metrics.first_token(first)
+
     def _measure(self, num_tokens: int) -> None:
         now_s = self._service.clock()
         if self.num_tokens == 0:
-            self._service.metrics.first_tokens(num_tokens, now_s - self._started_s)
+            self._unwritten = True
+            self._service.metrics.first_tokens(num_tokens)
         elif self.num_tokens == self._skip:
             self._service.metrics.resumed(num_tokens)
         else:

@@ -45,6 +45,8 @@ from router.events import (
 from router.fleet import Fleet
 from router.move import EPOCHS_PER_FENCE, MoveReason, MoveRecord
 from router.request import StatusSnapshot
+from router.stages import FirstToken, StageBook
+from router.token_stream import RequestStream, replay_of
 from router.transcripts import Ended, Keep, Kept, Transcripts, Write
 from tandem.cluster_access import ClusterAccess
 from tandem.errors import (
@@ -57,12 +59,11 @@ from tandem.errors import (
     TakenOver,
     TandemError,
     UnknownRequest,
-    error_of,
 )
-from tandem.messages import RouterMessage, WorkerInfo, WorkerReport
+from tandem.messages import Assign, AssignMode, RouterMessage, WorkerInfo, WorkerReport
 from tandem.request import RequestId, Token, WorkerId
 
-__all__ = ["Driver", "NewRequest", "RequestStream", "WantedMove"]
+__all__ = ["Driver", "NewRequest", "WantedMove"]
 
 log = logging.getLogger(__name__)
 
@@ -116,77 +117,6 @@ class WantedMove:
     why: str
 
 
-class RequestStream:
-    """The answer of one request: an async iterator of batches of tokens, in order, each index once.
-
-    Ends after the batch whose last token has `finish` (or after stop_at); raises TandemError when the request fails.
-    `usage` is there once it has ended well. For one reader.
-    """
-
-    def __init__(self, request_id: RequestId) -> None:
-        self.request_id = request_id
-        self.usage: Usage | None = None
-        self.num_replayed = 0  # tokens of before this reader came
-        self.sure = True  # that no other router had the request when this reader came
-        self._buffer: list[Token] = []
-        self._ended = False
-        self._error: TandemError | None = None
-        self._wake = asyncio.Event()
-
-    def __aiter__(self) -> RequestStream:
-        return self
-
-    async def __anext__(self) -> tuple[Token, ...]:
-        # The wait is bounded by the request's deadline, which the core keeps.
-        while not self._buffer and not self._ended:
-            self._wake.clear()
-            await self._wake.wait()
-        if self._buffer:
-            batch, self._buffer = tuple(self._buffer), []
-            return batch
-        if self._error is not None:
-            raise self._error
-        raise StopAsyncIteration
-
-    @property
-    def num_buffered(self) -> int:
-        """Tokens that the reader has not taken yet."""
-        return len(self._buffer)
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing will be added any more."""
-        return self._ended
-
-    @property
-    def error(self) -> TandemError | None:
-        """What the request failed with, when it has."""
-        return self._error
-
-    def _push(self, tokens: tuple[Token, ...]) -> None:
-        self._buffer.extend(tokens)
-        self._wake.set()
-
-    def _replay(self, tokens: tuple[Token, ...]) -> None:
-        self.num_replayed = len(tokens)
-        self._push(tokens)
-
-    def _end(self, usage: Usage | None, error: TandemError | None) -> None:
-        if not self._ended:
-            self._ended, self.usage, self._error = True, usage, error
-            self._wake.set()
-
-
-def replay_of(kept: Kept) -> RequestStream:
-    """The stream of what is known of an answer; over, if that has ended."""
-    stream = RequestStream(kept.new.request_id)
-    stream._replay(kept.tokens)
-    if kept.ended is not None:
-        error = error_of(kept.ended.code, kept.ended.message) if kept.ended.code else None
-        stream._end(kept.ended.usage, error)
-    return stream
-
-
 class Account(Protocol):
     """Who keeps count of what each client has got."""
 
@@ -204,8 +134,8 @@ class Driver:
 
     `born_us`: when this router's life began, by the clock of the store that routers share, if any. Fences and sessions
     count from there, and so grow over restarts. The fence of a request leads all of its epochs: whoever may write of it
-    is whom workers listen to, and nothing old is ever taken for current. `clock_ms`: any steady
-    clock. `link`: makes the streams to workers.
+    is whom workers listen to, and nothing old is ever taken for current. `clock_ms`, `clock_s`:
+    any steady clocks, the second for measuring alone. `link`: makes the streams to workers.
     """
 
     def __init__(
@@ -217,9 +147,11 @@ class Driver:
         access: ClusterAccess | None = None,
         account: Account | None = None,
         clock_ms: Callable[[], int] = _steady_ms,
+        clock_s: Callable[[], float] = time.monotonic,
         link: MakeLink = WorkerLink,
     ) -> None:
         self._now_ms = clock_ms
+        self._clock_s = clock_s
         self._link = link
         self.config = RouterConfig() if config is None else config
         self._access = access or ClusterAccess()
@@ -227,6 +159,7 @@ class Driver:
         self.transcripts = Transcripts(shared=False) if transcripts is None else transcripts
         born_us = time.time_ns() // 1000 if born_us is None else born_us
         self._core = RouterCore(self.config)
+        self._stages = StageBook(self.config.history_max)
         self._sessions = itertools.count(born_us)
         self._fence = 0
         self._to_us = born_us - 1000 * clock_ms()  # from this process's clock to the store's
@@ -284,13 +217,24 @@ class Driver:
         self._fence = max(self._fence + 1, above + 1, self._to_us + 1000 * self._now_ms())
         return self._fence
 
-    def submit(self, request: NewRequest, keep: Keep | None = None, *, fence: int | None = None) -> RequestStream:
+    def submit(
+        self,
+        request: NewRequest,
+        keep: Keep | None = None,
+        *,
+        fence: int | None = None,
+        arrived_s: float | None = None,
+    ) -> RequestStream:
         """Starts a request. `keep`: its client may come back. `fence`: the shared store has it already, under this one.
+
+        `arrived_s`: when it came to the edge; None: now.
 
         Raises the TandemError that it is refused with.
         """
         if self._core.has(request.request_id):
             raise DuplicateRequest(f"a request of id {request.request_id!r} is being served")
+        now_s = self._clock_s()
+        self._stages.submitted(request.request_id, arrived_s=now_s if arrived_s is None else arrived_s, at_s=now_s)
         claimed, fence = fence is not None, fence or self.next_fence()
         if keep is not None:
             self.transcripts.begin(request, keep, fence=fence, written=claimed)
@@ -314,7 +258,7 @@ class Driver:
             raise Stopping("the router is stopping")
         request_id = event.request.request_id
         stream = RequestStream(request_id)
-        stream._replay(event.answer)
+        stream.replay(event.answer)
         self._streams[request_id] = stream
         for action in self._handle(event):
             if isinstance(action, Refuse):
@@ -338,7 +282,7 @@ class Driver:
         if kept.ended is None:
             before = self._streams.get(request_id)
             if before is not None:
-                before._end(None, TakenOver("another client reads this answer now"))
+                before.end(None, TakenOver("another client reads this answer now"))
             self._streams[request_id] = stream
             stream.sure = sure
             self.transcripts.read(request_id)
@@ -376,6 +320,10 @@ class Driver:
         if began_apart or (stream is not None and not stream.sure):
             error = StoreAway("another router has this request, which the store could not say before: resume it there")
         self._feed(LetGo(request_id=request_id, error=error))
+
+    def written(self, request_id: RequestId) -> FirstToken | None:
+        """The request's first token was handed to its client; how long that took, the first time."""
+        return self._stages.written(request_id, self._clock_s())
 
     def cancel(self, request_id: RequestId, reason: str) -> bool:
         """Ends a request everywhere; its stream raises Cancelled. False when it is not known."""
@@ -499,6 +447,9 @@ class Driver:
         if (report.worker_id, report.incarnation) != key:
             log.warning("worker=%s incarnation=%d speaks as %s/%d", *key, report.worker_id, report.incarnation)
             return
+        for stats in report.transfers:
+            if stats.first is not None:
+                self._stages.told(stats.request_id, stats.first)
         self._feed(ReportArrived(report=report))
 
     def _feed(self, event: Event) -> None:
@@ -526,9 +477,12 @@ class Driver:
     def _perform(self, action: Action) -> None:
         match action:
             case SendToWorker():
+                message = action.message
+                if isinstance(message, Assign) and message.mode is not AssignMode.DECODE:
+                    self._stages.assigned(message.request_id, self._clock_s())
                 link = self._links.get((action.worker_id, action.incarnation))
                 if link is not None:
-                    link.send(action.message)
+                    link.send(message)
             case Deliver(request_id=request_id, tokens=tokens):
                 self._deliver(request_id, tokens)
             case Finish(request_id=request_id, usage=usage):
@@ -562,11 +516,13 @@ class Driver:
         stream = self._streams.get(request_id)
         if stream is None:
             return
-        stream._push(tokens)
+        if tokens[0].index == 0:
+            self._stages.came(request_id, self._clock_s())
+        stream.push(tokens)
         limit = self.config.stream_tokens_max + stream.num_replayed
         if stream.num_buffered > limit and not stream.ended:
             reason = f"the client reads too slowly: {stream.num_buffered} tokens wait for it, the limit is {limit}"
-            stream._end(None, Cancelled(reason))
+            stream.end(None, Cancelled(reason))
             asyncio.get_running_loop().call_soon(self.cancel, request_id, reason)
 
     def _end(self, request_id: RequestId, usage: Usage | None, error: TandemError | None) -> None:
@@ -574,7 +530,7 @@ class Driver:
             self._account.ended(request_id)
         stream = self._streams.pop(request_id, None)
         if stream is not None:
-            stream._end(usage, error)
+            stream.end(usage, error)
 
     def _move_ended(self, ticket: int, how: MoveRecord | TandemError) -> None:
         """Tells whoever waits for it; moves of the rebalancer have nobody waiting for this one alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import grpc.aio
 from router.api_keys import ANYBODY, CALLER
 from router.door import Door
 from router.metrics import Api
+from router.stages import ARRIVED
 from tandem.cluster_access import MembersOnly, refusing
 from tandem.errors import PermissionDenied, TandemError, Unauthenticated
 
@@ -47,6 +49,7 @@ class GrpcDoor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is n
         method = handler_call_details.method
         if method.startswith(OPEN):
             return await continuation(handler_call_details)
+        ARRIVED.set(time.monotonic())
         metadata = handler_call_details.invocation_metadata or ()
         if self._members is not None and (method.startswith(REGISTRY) or self._members.shows_token(metadata)):
             CALLER.set(ANYBODY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -10,6 +11,7 @@ from router.api_keys import CALLER
 from router.door import Door
 from router.metrics import Api
 from router.openai_stream import error_body
+from router.stages import ARRIVED
 from tandem.errors import TandemError, Unauthenticated
 
 HEALTH_PAGES = ("/live", "/livez", "/liveness", "/ready", "/readyz", "/readiness", "/health", "/healthz")
@@ -31,6 +33,7 @@ class HttpDoor:
         if scope["type"] != "http" or scope["path"] in OPEN_PAGES:
             await self._app(scope, receive, send)
             return
+        ARRIVED.set(time.monotonic())
         shown = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
         try:
             caller = self._door.enter(shown)

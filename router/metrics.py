@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from router.stages import FirstToken
 from tandem import metrics as table
 from tandem.errors import TandemError
 from tandem.metrics import Metric
@@ -49,6 +50,7 @@ class EdgeMetrics:
         self._prompt_tokens = self._plain(Counter, table.PROMPT_TOKENS_TOTAL)
         self._generated_tokens = self._plain(Counter, table.GENERATED_TOKENS_TOTAL)
         self._ttft = self._histogram(table.TTFT_SECONDS)
+        self._ttft_stages = self._histogram(table.TTFT_STAGE_SECONDS)
         self._itl = self._histogram(table.ITL_SECONDS)
         self._e2e = self._histogram(table.E2E_SECONDS)
 
@@ -69,10 +71,15 @@ class EdgeMetrics:
         """A worker has refused so many more calls, links, messages and frames."""
         self._at_workers.inc(num)
 
-    def first_tokens(self, num_tokens: int, after_s: float) -> None:
-        """A request's first tokens came `after_s` seconds after it was taken in."""
+    def first_tokens(self, num_tokens: int) -> None:
+        """A request's first tokens came."""
         self._generated_tokens.inc(num_tokens)
-        self._ttft.observe(after_s)
+
+    def first_token(self, first: FirstToken) -> None:
+        """A client has its first token."""
+        self._ttft.observe(first.ttft_ms / 1000)
+        for stage, stage_ms in first.stages:
+            self._ttft_stages.labels(stage.value).observe(stage_ms / 1000)
 
     def next_tokens(self, num_tokens: int, gap_s: float) -> None:
         """More tokens of a request came, `gap_s` seconds after those before."""

@@ -15,10 +15,11 @@ from typing import Protocol
 from router.answer import Answer, Answers, TokenStream
 from router.api_keys import ANYBODY, CALLER, KEY_SHARE, Caller
 from router.door import Door
-from router.driver import replay_of
 from router.events import NewRequest
 from router.journal import Journal
 from router.metrics import Api, EdgeMetrics
+from router.stages import ARRIVED, FirstToken
+from router.token_stream import replay_of
 from router.tokenizer import Tokenizer
 from router.transcripts import Keep, Kept, Transcripts
 from router.validation import (
@@ -57,8 +58,19 @@ class Driver(Protocol):
 
     transcripts: Transcripts
 
-    def submit(self, request: NewRequest, keep: Keep | None = None, *, fence: int | None = None) -> TokenStream:
-        """Starts a request. Raises the TandemError that it is refused with."""
+    def submit(
+        self,
+        request: NewRequest,
+        keep: Keep | None = None,
+        *,
+        fence: int | None = None,
+        arrived_s: float | None = None,
+    ) -> TokenStream:
+        """Starts a request that came at this time. Raises the TandemError that it is refused with."""
+        ...
+
+    def written(self, request_id: RequestId) -> FirstToken | None:
+        """The request's first token was handed to its client; how long that took, the first time."""
         ...
 
     def take_over(self, kept: Kept) -> TokenStream:
@@ -256,7 +268,7 @@ class Service:
                     self.door.give_up(ask.caller, ids, num_tokens=num_tokens)
                     return await self._same(known, keep, ask.caller)
             for request in requests:
-                stream = self.driver.submit(request, keep, fence=fence)
+                stream = self.driver.submit(request, keep, fence=fence, arrived_s=ARRIVED.get())
                 self.metrics.admitted(len(request.tokens))
                 group.answers.append(Answer(self, ask.api, request, stream, stops=stops, named=named))
         except BaseException:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from router.answer import Piece
 from router.config import RouterConfig
 from router.core import RouterCore
-from router.driver import Driver, RequestStream
+from router.driver import Driver
 from router.events import Action, Event, FenceRaised, MoveRequested, NewRequest, Submitted
 from router.journal import Journal
 from router.metrics import EdgeMetrics
 from router.service import Ask, ServedModel, Service
 from router.store import EmbeddedOwners, OwnerRecord
+from router.token_stream import RequestStream
 from router.tokenizer import Tokenizer
 from router.transcripts import Transcripts
 from simulator.loop import ProcessLoop
@@ -184,7 +185,12 @@ class _WatchedDriver(Driver):
             return VirtualLink(router, **words)  # type: ignore[arg-type]
 
         super().__init__(
-            config, transcripts=transcripts, born_us=born_us, clock_ms=lambda: router.clock.now_ms, link=link
+            config,
+            transcripts=transcripts,
+            born_us=born_us,
+            clock_ms=lambda: router.clock.now_ms,
+            clock_s=lambda: router.clock.now_ms / 1000,
+            link=link,
         )
         self._router = router
 

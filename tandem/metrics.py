@@ -41,11 +41,12 @@ class Metric:
 LABEL_VALUES: dict[str, str] = {
     "api": "chat, completions, grpc, or http for its other pages",
     "code": "a code of tandem.errors",
+    "stage": "edge, line, retry, wire, queue, prefill, deliver, or other for the rest",
     "outcome": "stop, length, or a code of tandem.errors",
     "router": "the name of the router that counted; every metric has it",
 }
 
-_TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_TTFT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0)
 _E2E_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 
@@ -105,7 +106,15 @@ TTFT_SECONDS = Metric(
     kind=MetricKind.HISTOGRAM,
     unit=Unit.SECONDS,
     buckets=_TTFT_BUCKETS,
-    help="From the request's admission at the edge to its first token.",
+    help="From the request's arrival at the edge until its first token was handed to its client.",
+)
+TTFT_STAGE_SECONDS = Metric(
+    name="tandem_router_ttft_stage_seconds",
+    kind=MetricKind.HISTOGRAM,
+    unit=Unit.SECONDS,
+    labels=("stage",),
+    buckets=_TTFT_BUCKETS,
+    help="What the stages of TTFT took, each measured by itself; they add up to it.",
 )
 ITL_SECONDS = Metric(
     name="tandem_router_itl_seconds",
@@ -132,6 +141,7 @@ METRICS: tuple[Metric, ...] = (
     PROMPT_TOKENS_TOTAL,
     GENERATED_TOKENS_TOTAL,
     TTFT_SECONDS,
+    TTFT_STAGE_SECONDS,
     ITL_SECONDS,
     E2E_SECONDS,
 )

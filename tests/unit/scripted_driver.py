@@ -6,11 +6,13 @@ Tokens wait for `gate` where a test sets one, so that a request can be held in f
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from router.answer import TokenStream
 from router.events import NewRequest, Usage
+from router.stages import FirstToken, StageBook
 from router.transcripts import Keep, Kept, Transcripts
 from tandem.errors import Cancelled, DuplicateRequest, TandemError, UnknownRequest
 from tandem.request import FinishReason, RequestId, Token
@@ -53,6 +55,7 @@ class ScriptedDriver:
 
     def __init__(self, script: Script, *, batch: int = 1) -> None:
         self.transcripts = Transcripts(shared=False)
+        self._stages = StageBook(1000)
         self.script = script
         self.batch = batch
         self.requests: dict[str, Running] = {}
@@ -61,7 +64,14 @@ class ScriptedDriver:
         self.fail_after = 0
         self.hold_after: int | None = None  # deliver so many tokens, then wait to be cancelled
 
-    def submit(self, request: NewRequest, keep: Keep | None = None, *, fence: int | None = None) -> ScriptedStream:
+    def submit(
+        self,
+        request: NewRequest,
+        keep: Keep | None = None,
+        *,
+        fence: int | None = None,
+        arrived_s: float | None = None,
+    ) -> ScriptedStream:
         """As router.driver.Driver.submit."""
         if self.refuse_with is not None:
             raise self.refuse_with
@@ -69,6 +79,8 @@ class ScriptedDriver:
         if known is not None and not known.cancelled and known.stopped_at is None:
             raise DuplicateRequest(f"request_id: {request.request_id!r} is known")
         running = self.requests[request.request_id] = Running(request)
+        now_s = time.monotonic()
+        self._stages.submitted(request.request_id, arrived_s=now_s if arrived_s is None else arrived_s, at_s=now_s)
         return ScriptedStream(self._stream(running), running)
 
     def take_over(self, kept: Kept) -> ScriptedStream:
@@ -82,6 +94,10 @@ class ScriptedDriver:
     def leave(self, stream: TokenStream, reason: str) -> None:
         """As router.driver.Driver.leave."""
         self.cancel(stream.request_id, reason)
+
+    def written(self, request_id: RequestId) -> FirstToken | None:
+        """As router.driver.Driver.written."""
+        return self._stages.written(request_id, time.monotonic())
 
     def cancel(self, request_id: RequestId, reason: str) -> bool:
         """As router.driver.Driver.cancel."""
@@ -108,6 +124,7 @@ class ScriptedDriver:
                 raise Cancelled(running.cancelled)
             batch = tuple(tokens[running.delivered : running.delivered + self.batch])
             running.delivered += len(batch)
+            self._stages.came(running.request.request_id, time.monotonic())
             yield batch
 
     def _tokens(self, request: NewRequest) -> list[Token]:

@@ -14,6 +14,7 @@ from cluster.membership import MemberState
 from cluster.processes import pick_port
 from router.events import NewRequest
 from router.metrics import EdgeMetrics
+from router.stages import FirstToken, Stage
 from tandem.errors import Unavailable
 from tandem.messages import Role
 from tandem.request import RequestId, Sampling, WorkerId
@@ -178,7 +179,7 @@ def test_one_scrape_has_the_metrics_of_both() -> None:
     async def case(one: Place, two: Place) -> None:
         mine = EdgeMetrics("router-0")
         mine.admitted(7)
-        mine.first_tokens(1, 0.2)
+        mine.first_token(FirstToken(ttft_ms=200.0, stages=((Stage.PREFILL, 200.0),)))
         mine.others = one.peers.metrics
         page = (await mine.whole_page()).decode()
         lines = page.splitlines()

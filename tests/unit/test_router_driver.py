@@ -12,8 +12,9 @@ import grpc.aio
 import pytest
 
 from router.config import RouterConfig
-from router.driver import Driver, NewRequest, RequestStream, WantedMove
+from router.driver import Driver, NewRequest, WantedMove
 from router.move import MoveOutcome, MoveReason, MoveRecord
+from router.token_stream import RequestStream
 from tandem import report_wire, wire
 from tandem.errors import (
     Cancelled,
