@@ -14,6 +14,7 @@ from cli.chaos import chaos
 from cli.configuration import show_config
 from cli.down import down
 from cli.drain import drain
+from cli.explain import explain
 from cli.keys import keys
 from cli.migrate import Refused, migrate
 from cli.serve import serve
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command("serve")(with_settings(serve))
 app.command("status")(status)
+app.command("explain")(explain)
 app.command("migrate")(migrate)
 app.command("drain")(drain)
 app.command("down")(down)

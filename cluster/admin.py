@@ -14,9 +14,10 @@ import grpc.aio
 
 from cluster.canary import Canaries
 from cluster.draining import Drain, DrainState
+from cluster.flight_record import flight_record
 from cluster.membership import Member, Membership, MemberState
 from cluster.operations import Operations, find_request
-from cluster.peers import Peers, check_all_answered
+from cluster.peers import ANSWER_S, Peers, check_all_answered
 from cluster.readiness import PairStatus
 from router.driver import Driver
 from router.move import MoveRecord
@@ -137,6 +138,36 @@ class Admin(admin_pb2_grpc.AdminServicer):
             metadata: Any = error.trailing_metadata() or ()
             await context.abort(error.code(), error.details() or "", tuple(metadata))
         return move_status(record, self._driver.status().now_ms)
+
+    async def Explain(self, request: pb.ExplainRequest, context: _Context) -> pb.FlightRecord:
+        """All that is remembered of one request, from whichever router has it."""
+        name = request.request_id
+        try:
+            if not request.local:
+                found = await self._found(name)
+                if found.router != self._peers.me:
+                    there = pb.ExplainRequest(request_id=found.id, local=True)
+                    answer: pb.FlightRecord = await self._peers.stub(found.router).Explain(
+                        there, timeout=ANSWER_S, metadata=self._peers.metadata
+                    )
+                    return answer
+                name = found.id
+            return self._record(name)
+        except TandemError as error:
+            await _abort(context, error)
+        except grpc.aio.AioRpcError as error:
+            metadata: Any = error.trailing_metadata() or ()
+            await context.abort(error.code(), error.details() or "", tuple(metadata))
+
+    def _record(self, request_id: str) -> pb.FlightRecord:
+        """Of a request of this router, the newest of its name. Raises UnknownRequest."""
+        snapshot = self._driver.status()
+        for request in reversed(snapshot.requests):
+            if request.request_id == request_id:
+                moves = [move_status(each, snapshot.now_ms) for each in snapshot.moves if each.request_id == request_id]
+                first = self._driver.first_token(request.request_id)
+                return flight_record(request, request_status(request, self._peers.me), first, moves)
+        raise UnknownRequest(f"no request of id {request_id!r} is remembered")
 
     async def _found(self, name: str) -> pb.RequestStatus:
         """The request that is named so, at whichever router. Raises as find_request, or Unavailable."""

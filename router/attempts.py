@@ -11,7 +11,7 @@ from router.moves import Moves
 from router.outbox import Outbox
 from router.owners import Owners
 from router.placement import Ask, NoPlacement, Placement, Placer, WorkerKey
-from router.request import Request, RequestState
+from router.request import PlacementRecord, Request, RequestState
 from tandem.messages import AssignMode, CancelAssigned, WorkerAddress
 from tandem.request import TransferId
 
@@ -100,6 +100,9 @@ class Attempts:
         left_ms = request.deadline_ms - now_ms
         deadline_ms = max(1, min(left_ms, self._config.handoff_deadline_ms + 3 * round(placement.predicted_ms)))
         request.placement = placement
+        request.placements.append(
+            PlacementRecord(at_ms=now_ms - request.submitted_ms, epoch=epoch, placement=placement)
+        )
         request.last_epoch = epoch + MOVES_MAX + (0 if local else 1)
         request.involved = [source] if local else [source, target]
         request.state = RequestState.PREFILLING

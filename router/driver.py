@@ -325,6 +325,10 @@ class Driver:
         """The request's first token was handed to its client; how long that took, the first time."""
         return self._stages.written(request_id, self._clock_s())
 
+    def first_token(self, request_id: RequestId) -> FirstToken | None:
+        """How long its client waited for the first token, and for what; None: that is not known, or not yet."""
+        return self._stages.find(request_id)
+
     def cancel(self, request_id: RequestId, reason: str) -> bool:
         """Ends a request everywhere; its stream raises Cancelled. False when it is not known."""
         if not self._core.has(request_id):

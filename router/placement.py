@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import islice
+from typing import NamedTuple
 
 from router.config import RouterConfig
 from router.fleet import Fleet, Worker, WorkerState
 from router.prefix_index import PrefixIndex
 from tandem.messages import AssignMode, Role, WorkerAddress
-from tandem.request import Incarnation, Pair, weight_of
+from tandem.request import Incarnation, Pair, WorkerId, weight_of
 
 WARMEST = 4  # candidates by match
 SOONEST = 4  # candidates by queue
@@ -28,9 +29,26 @@ UTILISATION_WINDOW_MS = 10_000.0
 WorkerKey = Incarnation
 
 
+class Part(StrEnum):
+    """What a worker was considered for."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+
+class Candidate(NamedTuple):
+    """A worker that was considered, and what it would cost: the least wins. `terms` are what the score is made from."""
+
+    worker_id: WorkerId
+    part: Part
+    score_ms: float
+    terms: tuple[tuple[str, float], ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where a request goes and why. With LOCAL both workers are the same. `scores` are predicted milliseconds."""
+    """Where a request goes and why. With LOCAL both workers are the same."""
 
     mode: AssignMode  # PREFILL: two workers and a handoff; LOCAL: one
     prefill_worker: WorkerAddress
@@ -39,7 +57,7 @@ class Placement:
     predicted_ms: float  # until the first token
     prefill_ms: float  # of it, the prefill itself
     reason: str
-    scores: tuple[tuple[str, float], ...]
+    candidates: tuple[Candidate, ...]
 
     @property
     def source(self) -> WorkerKey:
@@ -106,6 +124,18 @@ class _Option:
     queue_ms: float
     prefill_ms: float
     num_cached: int
+    batch_ms: float = 0.0  # of decoding it there, where it would be
+
+    def candidate(self, part: Part) -> Candidate:
+        """As it is told."""
+        terms: tuple[tuple[str, float], ...] = (
+            ("queue_ms", self.queue_ms),
+            ("prefill_ms", self.prefill_ms),
+            ("cached_tokens", self.num_cached),
+        )
+        if part is Part.BOTH and self.batch_ms:
+            terms += (("batch_ms", self.batch_ms),)
+        return Candidate(self.worker.worker_id, part, self.score_ms, terms)
 
 
 class _Case:
@@ -217,18 +247,19 @@ class Placer:
         if (decode is None or tried) and not alone:
             return NoPlacement(why=Why.NO_MEMORY, reason="no decode worker has memory for it")
         best = self._best(alone if decode is None or tried else fresh + alone)
-        scores = tuple((str(each.worker.worker_id), round(each.score_ms, 3)) for each in [*fresh, *alone])
+        considered = tuple(each.candidate(Part.PREFILL) for each in fresh)
+        considered += tuple(each.candidate(Part.BOTH) for each in alone)
         if best.worker.info.role is Role.MIXED:
             return self._placement(
-                best, best.worker, AssignMode.LOCAL, "mixed worker with the shortest completion", scores
+                best, best.worker, AssignMode.LOCAL, "mixed worker with the shortest completion", considered
             )
         assert decode is not None
-        target, decode_scores = decode
+        target, targets = decode
         reason = (
             f"prefill: wait {best.queue_ms:.0f} ms, run {best.prefill_ms:.0f} ms, {best.num_cached} tokens cached; "
             f"decode: {target.num_requests} requests, {target.num_free_blocks} blocks free"
         )
-        return self._placement(best, target, AssignMode.PREFILL, reason, scores + decode_scores)
+        return self._placement(best, target, AssignMode.PREFILL, reason, considered + targets)
 
     def _pinned(self, case: _Case, source_key: WorkerKey, target_key: WorkerKey) -> Placement | NoPlacement:
         """On these two, or nowhere."""
@@ -264,8 +295,7 @@ class Placer:
                 continue
             option = self._option(case, worker)
             reason = f"decode worker holds {cached} tokens, more than any prefill worker; the rest is short"
-            scores = ((str(worker.worker_id), round(option.score_ms, 3)),)
-            return self._placement(option, worker, AssignMode.LOCAL, reason, scores)
+            return self._placement(option, worker, AssignMode.LOCAL, reason, (option.candidate(Part.BOTH),))
         return None
 
     def _local(self, case: _Case, roles: Sequence[Role], why: str) -> Placement | NoPlacement:
@@ -274,20 +304,18 @@ class Placer:
         for role in roles:
             for each in self._options(case, role):
                 batch_ms = (_step_ms(each.worker) + _disturbed_ms(case.ask, each.worker)) * HORIZON_STEPS
-                options.append(
-                    _Option(each.worker, each.score_ms + batch_ms, each.queue_ms, each.prefill_ms, each.num_cached)
-                )
+                options.append(replace(each, score_ms=each.score_ms + batch_ms, batch_ms=batch_ms))
         options = [each for each in options if self.fits(case.ask, each.worker)]
         options = [each for each in options if each.worker.key not in case.ask.avoid] or options
         if not options:
             return NoPlacement(why=Why.NO_MEMORY, reason=f"{why}, and none of the others has memory for it")
         best = self._best(options)
-        scores = tuple((str(each.worker.worker_id), round(each.score_ms, 3)) for each in options)
-        return self._placement(best, best.worker, AssignMode.LOCAL, why, scores)
+        considered = tuple(each.candidate(Part.BOTH) for each in options)
+        return self._placement(best, best.worker, AssignMode.LOCAL, why, considered)
 
     def _decode(
         self, case: _Case, role: Role, sources: Sequence[_Option]
-    ) -> tuple[Worker, tuple[tuple[str, float], ...]] | None:
+    ) -> tuple[Worker, tuple[Candidate, ...]] | None:
         """The decode worker with memory whose batch and missing blocks cost least.
 
         Tried ones only when all were, and then one that some source gets through to, as far as is known.
@@ -306,11 +334,13 @@ class Placer:
             missing = case.ask.num_tokens - case.cached(worker)
             num_bytes = -(-missing // worker.info.block_size) * worker.info.block_bytes
             batch_ms = (_step_ms(worker) + _disturbed_ms(case.ask, worker)) * HORIZON_STEPS
-            scored.append((batch_ms + num_bytes / self._config.transfer_bytes_per_ms, worker.slot, worker))
+            copy_ms = num_bytes / self._config.transfer_bytes_per_ms
+            terms = (("batch_ms", batch_ms), ("copy_ms", copy_ms), ("requests", worker.num_requests))
+            scored.append((worker, Candidate(worker.worker_id, Part.DECODE, batch_ms + copy_ms, terms)))
         if not scored:
             return None
-        _, _, chosen = min(scored, key=lambda each: each[:2])
-        return chosen, tuple((str(worker.worker_id), round(score, 3)) for score, _, worker in scored)
+        chosen, _ = min(scored, key=lambda each: (each[1].score_ms, each[0].slot))
+        return chosen, tuple(candidate for _, candidate in scored)
 
     # ---- candidates and scores -------------------------------------------------------------------------------------
 
@@ -335,7 +365,7 @@ class Placer:
         )
 
     def _placement(
-        self, option: _Option, target: Worker, mode: AssignMode, reason: str, scores: tuple[tuple[str, float], ...]
+        self, option: _Option, target: Worker, mode: AssignMode, reason: str, candidates: tuple[Candidate, ...]
     ) -> Placement:
         return Placement(
             mode=mode,
@@ -345,7 +375,7 @@ class Placer:
             predicted_ms=option.queue_ms + option.prefill_ms,
             prefill_ms=option.prefill_ms,
             reason=reason,
-            scores=scores,
+            candidates=candidates,
         )
 
     def _never_fits(self, ask: Ask) -> NoPlacement | None:

@@ -16,6 +16,7 @@ from tandem.messages import Assign, AssignMode, TransferStats, WorkerInfo, Worke
 from tandem.request import RequestId, Token, TransferId, WorkerId
 
 STORY_MAX = 32
+PLACEMENTS_MAX = 16  # the newest that are remembered of each request
 
 
 class RequestState(StrEnum):
@@ -70,6 +71,15 @@ class Transferred:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementRecord:
+    """One placement of a request. `at_ms` since it was submitted."""
+
+    at_ms: int
+    epoch: int
+    placement: Placement
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """The life of one request. `answer` holds the tokens delivered; `owner` is None while no worker has it.
@@ -88,6 +98,7 @@ class Request:
     answer: list[Token] = field(default_factory=list)
     owner: OwnerRecord | None = None
     placement: Placement | None = None
+    placements: deque[PlacementRecord] = field(default_factory=lambda: deque(maxlen=PLACEMENTS_MAX))
     involved: list[Worker] = field(default_factory=list)
     avoid: set[WorkerKey] = field(default_factory=set)
     num_replacements: int = 0
@@ -192,7 +203,7 @@ class RequestSnapshot:
     age_ms: int
     error: str
     reason: str
-    scores: tuple[tuple[str, float], ...]
+    placements: tuple[PlacementRecord, ...]
     story: tuple[tuple[int, str], ...]
 
 
@@ -256,7 +267,7 @@ def snapshot(request: Request, now_ms: int, *, error: str = "", waits_for: str =
         age_ms=now_ms - request.submitted_ms,
         error=error or request.last_failure,
         reason=waits_for if waiting else "" if placement is None else placement.reason,
-        scores=() if placement is None else placement.scores,
+        placements=tuple(request.placements),
         story=tuple(request.story),
     )
 

@@ -241,6 +241,88 @@ class MigrateRequest(_message.Message):
     local: bool
     def __init__(self, request_id: _Optional[str] = ..., to: _Optional[str] = ..., local: _Optional[bool] = ...) -> None: ...
 
+class ExplainRequest(_message.Message):
+    __slots__ = ("request_id", "local")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    local: bool
+    def __init__(self, request_id: _Optional[str] = ..., local: _Optional[bool] = ...) -> None: ...
+
+class FlightRecord(_message.Message):
+    __slots__ = ("request", "ttft_ms", "stages", "placements", "moves", "story")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENTS_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    STORY_FIELD_NUMBER: _ClassVar[int]
+    request: RequestStatus
+    ttft_ms: float
+    stages: _containers.RepeatedCompositeFieldContainer[StageTime]
+    placements: _containers.RepeatedCompositeFieldContainer[PlacementStatus]
+    moves: _containers.RepeatedCompositeFieldContainer[MoveStatus]
+    story: _containers.RepeatedCompositeFieldContainer[Moment]
+    def __init__(self, request: _Optional[_Union[RequestStatus, _Mapping]] = ..., ttft_ms: _Optional[float] = ..., stages: _Optional[_Iterable[_Union[StageTime, _Mapping]]] = ..., placements: _Optional[_Iterable[_Union[PlacementStatus, _Mapping]]] = ..., moves: _Optional[_Iterable[_Union[MoveStatus, _Mapping]]] = ..., story: _Optional[_Iterable[_Union[Moment, _Mapping]]] = ...) -> None: ...
+
+class StageTime(_message.Message):
+    __slots__ = ("name", "ms")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    ms: float
+    def __init__(self, name: _Optional[str] = ..., ms: _Optional[float] = ...) -> None: ...
+
+class PlacementStatus(_message.Message):
+    __slots__ = ("at_ms", "epoch", "mode", "prefill_worker", "decode_worker", "predicted_ms", "reason", "candidates")
+    AT_MS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
+    DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_MS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    at_ms: int
+    epoch: int
+    mode: str
+    prefill_worker: str
+    decode_worker: str
+    predicted_ms: float
+    reason: str
+    candidates: _containers.RepeatedCompositeFieldContainer[CandidateStatus]
+    def __init__(self, at_ms: _Optional[int] = ..., epoch: _Optional[int] = ..., mode: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., predicted_ms: _Optional[float] = ..., reason: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[CandidateStatus, _Mapping]]] = ...) -> None: ...
+
+class CandidateStatus(_message.Message):
+    __slots__ = ("worker", "part", "score_ms", "terms", "chosen")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    SCORE_MS_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    part: str
+    score_ms: float
+    terms: _containers.RepeatedCompositeFieldContainer[Term]
+    chosen: bool
+    def __init__(self, worker: _Optional[str] = ..., part: _Optional[str] = ..., score_ms: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[Term, _Mapping]]] = ..., chosen: _Optional[bool] = ...) -> None: ...
+
+class Term(_message.Message):
+    __slots__ = ("name", "value")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: float
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+
+class Moment(_message.Message):
+    __slots__ = ("at_ms", "what")
+    AT_MS_FIELD_NUMBER: _ClassVar[int]
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    at_ms: int
+    what: str
+    def __init__(self, at_ms: _Optional[int] = ..., what: _Optional[str] = ...) -> None: ...
+
 class DrainRequest(_message.Message):
     __slots__ = ("worker", "deadline_ms", "restart")
     WORKER_FIELD_NUMBER: _ClassVar[int]

@@ -64,6 +64,11 @@ class AdminStub:
                 request_serializer=tandem_dot_v1_dot_admin__pb2.MetricsHereRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_admin__pb2.MetricsHereResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/tandem.v1.Admin/Explain',
+                request_serializer=tandem_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_admin__pb2.FlightRecord.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -110,6 +115,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why a request went where it did, and what that took.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -142,6 +154,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.MetricsHere,
                     request_deserializer=tandem_dot_v1_dot_admin__pb2.MetricsHereRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_admin__pb2.MetricsHereResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=tandem_dot_v1_dot_admin__pb2.ExplainRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_admin__pb2.FlightRecord.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -306,6 +323,33 @@ class Admin:
             '/tandem.v1.Admin/MetricsHere',
             tandem_dot_v1_dot_admin__pb2.MetricsHereRequest.SerializeToString,
             tandem_dot_v1_dot_admin__pb2.MetricsHereResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Admin/Explain',
+            tandem_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
+            tandem_dot_v1_dot_admin__pb2.FlightRecord.FromString,
             options,
             channel_credentials,
             insecure,

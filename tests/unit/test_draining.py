@@ -235,7 +235,7 @@ def request(state: RequestState, *, prefill: str = "", decode: str = "", to: str
     return RequestSnapshot(
         request_id=RequestId("r"), state=state, mode="prefill", prefill_worker=prefill, decode_worker=decode, epoch=1,
         prompt_tokens=1, tokens=0, max_tokens=9, num_moves=0, moving_to=to, transferred=Transferred(),
-        num_replacements=0, ttft_ms=None, age_ms=0, error="", reason="", scores=(), story=(),
+        num_replacements=0, ttft_ms=None, age_ms=0, error="", reason="", placements=(), story=(),
     )  # fmt: skip
 
 

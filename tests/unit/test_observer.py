@@ -35,7 +35,7 @@ def request(name: str, at: str, state: RequestState = RequestState.DECODING, **m
     chosen = RequestSnapshot(
         request_id=RequestId(name), state=state, mode="prefill", prefill_worker="p0", decode_worker=at, epoch=1,
         prompt_tokens=100, tokens=20, max_tokens=50, num_moves=0, moving_to="", transferred=Transferred(),
-        num_replacements=0, ttft_ms=None, age_ms=700, error="", reason="", scores=(), story=(),
+        num_replacements=0, ttft_ms=None, age_ms=700, error="", reason="", placements=(), story=(),
     )  # fmt: skip
     return replace(chosen, **more)  # type: ignore[arg-type]
 

@@ -163,6 +163,20 @@ def test_a_move_is_asked_of_the_router_that_has_the_request() -> None:
     run(case)
 
 
+def test_a_flight_record_is_told_by_whoever_has_it() -> None:
+    async def case(one: Place, two: Place) -> None:
+        submit(two, "b-1")
+        record = await one.stub.Explain(pb.ExplainRequest(request_id="-1"), timeout=10)
+        assert (record.request.id, record.request.router, record.story[0].what) == ("b-1", "router-1", "admitted")
+        _, code, _ = await refused(one.stub.Explain(pb.ExplainRequest(request_id="b-1", local=True), timeout=10))
+        assert code == "unknown_request", "it is not passed on for ever"
+        status, code, sentence = await refused(one.stub.Explain(pb.ExplainRequest(request_id="x"), timeout=10))
+        assert (status, code) == (grpc.StatusCode.NOT_FOUND, "unknown_request")
+        assert "'x'" in sentence
+
+    run(case)
+
+
 def test_a_cancellation_finds_its_request() -> None:
     async def case(one: Place, two: Place) -> None:
         submit(two, "b-1")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from router.config import RouterConfig
 from router.cost import CostModel
 from router.fleet import Fleet, Worker, WorkerState
-from router.placement import Ask, NoPlacement, Placement, Placer, Why
+from router.placement import Ask, NoPlacement, Part, Placement, Placer, Why
 from router.prefix_index import PrefixIndex
 from tandem.messages import AssignMode, BlockCounts, BlockEvents, Role, WorkerInfo, WorkerLoad
 from tandem.request import RequestId, WorkerId
@@ -153,7 +153,14 @@ def test_the_warmest_prefill_worker_wins_until_its_queue_is_longer_than_the_savi
     pool.hold(warm, list(request.hashes[:100]))
     placed = pool.place(request)
     assert (placed.prefill_worker.worker_id, placed.num_cached_tokens, placed.mode) == ("p1", 1600, AssignMode.PREFILL)
-    assert dict(placed.scores)["p1"] < dict(placed.scores)["p0"]
+    considered = {str(each.worker_id): each for each in placed.candidates}
+    assert considered["p1"].score_ms < considered["p0"].score_ms
+    assert {name: each.part for name, each in considered.items()} == {
+        "p0": Part.PREFILL, "p1": Part.PREFILL, "d0": Part.DECODE
+    }  # fmt: skip
+    terms = dict(considered["p1"].terms)
+    assert terms["cached_tokens"] == 1600
+    assert considered["p1"].score_ms == pytest.approx(terms["queue_ms"] + terms["prefill_ms"])
     pool.charge(warm, "other", 60_000.0)
     assert pool.place(request).prefill_worker.worker_id == cold.worker_id
 

@@ -1,0 +1,124 @@
+"""`tandem explain`: why a request went where it did, what its first token waited for, and how it was moved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console
+from rich.table import Table
+
+from cli.down import run_dir_of
+from cli.migrate import sentence
+from cli.reach import admin
+from cli.status import move_document
+from cluster.run_file import find
+from tandem.v1 import admin_pb2 as pb
+
+TIMEOUT_S = 10.0
+BAR_CHARACTERS = 40
+WIDTH = 200  # where no terminal cuts reasons off
+
+
+def explain(
+    request: Annotated[str, typer.Argument(help="id of a request, or how it ends", show_default=False)],
+    port: Annotated[int | None, typer.Option(help="HTTP port of the cluster; needed when several run")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
+) -> None:
+    """Show what is remembered of a request: placements with their scores, the stages of TTFT, and its moves."""
+    run = find(run_dir_of(run_dir), port)
+    with admin(run) as stub:
+        record = stub.Explain(pb.ExplainRequest(request_id=request), timeout=TIMEOUT_S)
+    if as_json:
+        print(json.dumps(to_document(record), indent=2))
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    show(record, console)
+
+
+def to_document(record: pb.FlightRecord) -> dict[str, object]:
+    """The record as JSON's types."""
+    request = record.request
+    return {
+        "request": request.id,
+        "state": request.state,
+        "error": request.error,
+        "router": request.router,
+        "prompt_tokens": request.prompt_tokens,
+        "tokens": request.tokens,
+        "ttft_ms": record.ttft_ms if record.HasField("ttft_ms") else None,
+        "stages": [{"name": each.name, "ms": each.ms} for each in record.stages],
+        "placements": [_placement_document(each) for each in record.placements],
+        "moves": [move_document(each) for each in record.moves],
+        "story": [{"at_ms": each.at_ms, "what": each.what} for each in record.story],
+    }
+
+
+def _placement_document(placement: pb.PlacementStatus) -> dict[str, object]:
+    document: dict[str, object] = MessageToDict(
+        placement, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    candidates = [
+        {
+            "worker": each.worker,
+            "part": each.part,
+            "score_ms": each.score_ms,
+            "terms": {term.name: term.value for term in each.terms},
+            "chosen": each.chosen,
+        }
+        for each in placement.candidates
+    ]
+    return {**document, "epoch": placement.epoch, "candidates": candidates}
+
+
+def show(record: pb.FlightRecord, console: Console) -> None:
+    """The record, for people."""
+    request = record.request
+    size = f"{request.prompt_tokens} prompt tokens, {request.tokens} answered"
+    console.print(f"{request.id} is {request.state} at {request.router}: {size}", markup=False)
+    if request.error:
+        console.print(request.error, markup=False)
+    if record.HasField("ttft_ms"):
+        console.print(f"\nTTFT {record.ttft_ms:.1f} ms")
+        console.print(_stages(record))
+    for placement in record.placements:
+        way = placement.prefill_worker
+        if placement.decode_worker != way:
+            way += f" -> {placement.decode_worker}"
+        console.print(f"\nplaced after {placement.at_ms} ms on {way}: {placement.reason}", markup=False)
+        console.print(_candidates(placement))
+    if record.moves:
+        console.print()
+    for move in record.moves:
+        console.print(f"{sentence(move)}; {move.reason}: {move.why}", markup=False)
+    console.print()
+    for moment in record.story:
+        console.print(f"{moment.at_ms:8d} ms  {moment.what}", markup=False)
+
+
+def _stages(record: pb.FlightRecord) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=True)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    for stage in record.stages:
+        share = stage.ms / record.ttft_ms if record.ttft_ms else 0.0
+        table.add_row(stage.name, f"{stage.ms:.1f} ms", "#" * round(share * BAR_CHARACTERS))
+    return table
+
+
+def _candidates(placement: pb.PlacementStatus) -> Table:
+    table = Table(box=None, pad_edge=True)
+    for name in ("", "considered", "for", "score"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("of it")
+    for each in placement.candidates:
+        terms = ", ".join(f"{term.name} {term.value:.1f}".removesuffix(".0") for term in each.terms)
+        table.add_row("*" if each.chosen else "", each.worker, each.part, f"{each.score_ms:.1f} ms", terms)
+    return table
