@@ -38,6 +38,7 @@ from cluster.membership import Membership, StateChanged
 from cluster.operations import Operations
 from cluster.peers import Peers
 from cluster.processes import die_with_parent, is_heard
+from cluster.prometheus import ClusterMetrics
 from cluster.registry import LOOK_MS, Registry
 from cluster.router_settings import RouterSettings
 from cluster.run_file import reachable
@@ -131,12 +132,14 @@ class RouterProcess:
         self.access = member_access(config, settings.join_token)
         self.keys = None if config.api_keys is None else KeyFile(config.api_keys)
         self.door = Door(None if self.keys is None else self.keys.load())
+        metrics = EdgeMetrics(settings.router_id)
         self.driver = Driver(
             RouterConfig(router_id=settings.router_id, local_prefill_tokens=config.local_prefill_tokens),
             transcripts=Transcripts(shared=shared is not None),
             born_us=None if shared is None else shared.born_us,
             access=self.access,
             account=self.door,
+            watcher=metrics,
         )
         self.journal = None if shared is None else Journal(self.driver, shared.store)
         self.membership = Membership(
@@ -172,12 +175,23 @@ class RouterProcess:
             driver=self.driver,
             tokenizer=edge.tokenizer,
             model=self.model,
-            metrics=EdgeMetrics(settings.router_id),
+            metrics=metrics,
             journal=self.journal,
             not_ready=self.canaries.not_ready,
             door=self.door,
         )
+        self._wire_metrics()
         self.addresses = Addresses(model=self.model.id, http="", grpc="", store=without_password(config.redis))
+
+    def _wire_metrics(self) -> None:
+        """What is counted elsewhere is asked for at each scrape."""
+        metrics, driver = self.service.metrics, self.driver
+        metrics.follow_line(lambda: driver.num_waiting, lambda: driver.queued_tokens)
+        metrics.cluster = ClusterMetrics(
+            self.membership,
+            workers=lambda: {(each.worker_id, each.incarnation): each for each in driver.status().workers},
+            ready_pairs=lambda: sum(each.served_ms is not None and not each.error for each in self.canaries.status()),
+        )
 
     async def _announce(self) -> None:
         """Tells the supervisor of each change between ready and not, and why."""

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Protocol
 from router.detokenizer import StopStrings, text_stream
 from router.events import NewRequest, Usage
 from router.metrics import Api
-from tandem.errors import RequestLost, TandemError
+from tandem.errors import Cancelled, RequestLost, TandemError
 from tandem.request import FinishReason, RequestId, Sampling, Token
 
 if TYPE_CHECKING:
     from router.service import Service
 
+_WHOLE = frozenset(reason.value for reason in FinishReason)
 _MERGE_QUEUE_MAX = 256  # pieces of all answers of one request that wait for its client
 
 
@@ -80,7 +81,9 @@ class Answer:
         self._stops = StopStrings(stops) if stops else None
         self._text_length = 0
         self._skip = skip
-        self._started_s = self._last_s = service.clock()
+        self._started_s = self._first_s = self._last_s = service.clock()
+        self._ttft_s: float | None = None  # since it came to the edge
+        self._slo = request.slo
         self._stream = stream
         self._unwritten = False  # the first token was given to who writes it, and is not known to be written
 
@@ -135,7 +138,18 @@ class Answer:
 
     def _end(self, outcome: str) -> None:
         self.done = True
-        self._service.metrics.ended(self._api, outcome, self._service.clock() - self._started_s)
+        metrics = self._service.metrics
+        metrics.ended(self._api, outcome, self._service.clock() - self._started_s)
+        num_gaps = self.num_tokens - 1
+        tpot_s = None if self._skip or num_gaps < 1 else (self._last_s - self._first_s) / num_gaps
+        whole = outcome in _WHOLE
+        if whole:
+            metrics.answered(
+                num_prompt_tokens=self.num_prompt_tokens, num_cached_tokens=self.num_cached_tokens, tpot_s=tpot_s
+            )
+        if not self._skip and outcome != Cancelled.code:
+            ttft_s = self._first_s - self._started_s if self._ttft_s is None else self._ttft_s
+            metrics.judged(self._slo, ttft_s=ttft_s, tpot_s=tpot_s or 0.0, whole=whole)
 
     def _written(self) -> None:
         """Whoever asks for more, or for no more, has handed on what there was."""
@@ -143,12 +157,14 @@ class Answer:
             self._unwritten = False
             first = self._service.driver.written(self.request_id)
             if first is not None:
+                self._ttft_s = first.ttft_ms / 1000
                 self._service.metrics.first_token(first)
 
     def _measure(self, num_tokens: int) -> None:
         now_s = self._service.clock()
         if self.num_tokens == 0:
             self._unwritten = True
+            self._first_s = now_s
             self._service.metrics.first_tokens(num_tokens)
         elif self.num_tokens == self._skip:
             self._service.metrics.resumed(num_tokens)

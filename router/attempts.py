@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import islice
 
 from router.config import GRACE_MS, RouterConfig
+from router.events import Placed
 from router.fleet import Fleet, Worker
 from router.move import EPOCHS_PER_PLACEMENT, MOVES_MAX
 from router.moves import Moves
@@ -121,6 +122,7 @@ class Attempts:
                 num_tokens=request.num_tokens,
             )
             self._placer.charge(now_ms, placement.prefill_ms)
+            self._outbox.add(Placed(request_id=request.request_id, mode=placement.mode))
         self._fleet.reserve(
             target,
             request.request_id,

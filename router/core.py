@@ -19,14 +19,17 @@ from router.events import (
     INTERNAL,
     Action,
     AttemptLost,
+    Cause,
     ClientGone,
     Event,
     FenceRaised,
+    HandedOver,
     LetGo,
     LinkLost,
     LinkUp,
     MoveLost,
     MoveRequested,
+    Recovering,
     Refuse,
     ReportArrived,
     RequestDue,
@@ -104,6 +107,16 @@ class RouterCore:
     def num_requests(self) -> int:
         """Requests in flight."""
         return len(self._requests)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in line."""
+        return sum(each.state is RequestState.ADMITTED for each in self._requests.values())
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens of requests whose first token is to come."""
+        return self._flight.queued_tokens
 
     def has(self, request_id: RequestId) -> bool:
         """Whether the request is in flight."""
@@ -301,7 +314,7 @@ class RouterCore:
             return
         if token.index > len(request.answer):
             reason = f"{worker.worker_id} sent token {token.index} where {len(request.answer)} was due"
-            self._step(request, worker, AttemptLost(reason, (worker.key,)))
+            self._step(request, worker, AttemptLost(reason, Cause.BROKEN_WORD, (worker.key,)))
             return
         self._take_token(request, worker, token)
         if request.state is RequestState.PREFILLING:
@@ -344,7 +357,8 @@ class RouterCore:
         fresh, violation = commit.carried(request, ask)
         if violation:
             moves = request.move is not None
-            self._step(request, worker, MoveLost(violation) if moves else AttemptLost(violation, (worker.key,)))
+            lost = AttemptLost(violation, Cause.BROKEN_WORD, (worker.key,))
+            self._step(request, worker, MoveLost(violation) if moves else lost)
             self._answer(worker, request.request_id, ask.transfer_id, refused=violation)
             return
         source = self._fleet.get(owner.worker_id, owner.incarnation) if owner is not None else None
@@ -362,6 +376,9 @@ class RouterCore:
         if request.move is not None:
             self._moves.committed(request)
             self._look_again = True  # there is room at its source
+        elif request.first_token_ms is not None and request.new.canary is None:
+            after_ms = self._now_ms - request.first_token_ms
+            self._outbox.add(HandedOver(request_id=request.request_id, after_ms=after_ms))
         request.state = RequestState.DECODING
         request.stage_deadline_ms = self._now_ms + self._config.decode_stall_ms
         request.tell(self._now_ms, f"{target.worker_id} owns it at epoch {owner.epoch}")
@@ -384,7 +401,8 @@ class RouterCore:
             # Of a handoff that failed the other end is to blame, as far as who reports it can see.
             others = [each for each in request.involved if each is not worker and failed.code == HANDOFF_FAILED]
             blamed = [] if request.state is RequestState.ORPHANED else others or [worker]  # then it is who is gone
-            self._step(request, worker, AttemptLost(why, tuple(each.key for each in blamed)))
+            cause = Cause.HANDOFF_FAILED if failed.code == HANDOFF_FAILED else Cause.REPORTED
+            self._step(request, worker, AttemptLost(why, cause, tuple(each.key for each in blamed)))
         elif failed.code == InvalidRequest.code:
             self._fail(request, InvalidRequest("request", failed.message))
         elif failed.code in (NotFinite.code, StepFailed.code):
@@ -401,7 +419,7 @@ class RouterCore:
         if request.move is not None and worker is request.move.target:
             self._step(request, worker, MoveLost(gone.reason))
         elif heir is None:
-            self._step(request, worker, AttemptLost(gone.reason))
+            self._step(request, worker, AttemptLost(gone.reason, Cause.WORKER_GONE))
         else:
             request.state = RequestState.ORPHANED
             request.stage_deadline_ms = self._now_ms + self._config.orphan_commit_ms
@@ -412,7 +430,7 @@ class RouterCore:
         assert isinstance(lost, MoveLost)
         if request.state is RequestState.ORPHANED:
             why = f"{request.last_failure}; its move failed, too: {lost.reason}"
-            self._step(request, worker, AttemptLost(why))
+            self._step(request, worker, AttemptLost(why, Cause.WORKER_GONE))
         else:
             self._drop_move(request, lost.reason, tell_source=True)
 
@@ -452,6 +470,8 @@ class RouterCore:
         if given_up:
             self._fail(request, RequestLost(f"{given_up}; at last: {lost.reason}"))
             return
+        if request.new.canary is None:
+            self._outbox.add(Recovering(request_id=request.request_id, cause=lost.cause))
         request.state = RequestState.ADMITTED
         request.stage_since_ms = self._now_ms
         request.not_before_ms = self._now_ms + recovery.pause_ms(self._config, request, salvages=salvages)
@@ -463,10 +483,11 @@ class RouterCore:
 
     def _on_attempt_due(self, request: Request, worker: Worker | None, event: RequestEvent) -> None:
         if request.state is RequestState.ORPHANED:  # of its two workers the one to blame is gone
-            self._step(request, worker, AttemptLost(f"{request.last_failure}; no commit followed"))
+            why = f"{request.last_failure}; no commit followed"
+            self._step(request, worker, AttemptLost(why, Cause.WORKER_GONE))
             return
         reason, suspect = recovery.overdue(self._config, request, self._now_ms)
-        self._step(request, worker, AttemptLost(reason, (suspect.key,)))
+        self._step(request, worker, AttemptLost(reason, Cause.OVERDUE, (suspect.key,)))
 
     def _on_request_due(self, request: Request, worker: Worker | None, event: RequestEvent) -> None:
         bound_ms = request.deadline_ms - request.submitted_ms
@@ -484,7 +505,7 @@ class RouterCore:
         assert isinstance(raised, FenceRaised)
         request.next_epoch = raised.first_epoch
         if request.state is not RequestState.ADMITTED:
-            self._step(request, worker, AttemptLost("it goes on under a later fence"))
+            self._step(request, worker, AttemptLost("it goes on under a later fence", Cause.FENCE))
 
     def _on_stop(self, request: Request, worker: Worker | None, event: RequestEvent) -> None:
         assert isinstance(event, StopRequested)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, assert_never
+from typing import assert_never
 
 from router.answer import TokenStream
 from router.clients import WorkerLink
@@ -23,6 +23,7 @@ from router.events import (
     Fail,
     FenceRaised,
     Finish,
+    HandedOver,
     LetGo,
     LinkLost,
     LinkUp,
@@ -30,6 +31,8 @@ from router.events import (
     MoveRefused,
     MoveRequested,
     NewRequest,
+    Placed,
+    Recovering,
     Refuse,
     ReportArrived,
     SendToWorker,
@@ -44,6 +47,7 @@ from router.events import (
 )
 from router.fleet import Fleet
 from router.move import EPOCHS_PER_FENCE, MoveReason, MoveRecord
+from router.ports import Account, Link, MakeLink, Watcher
 from router.request import StatusSnapshot
 from router.stages import FirstToken, StageBook
 from router.token_stream import RequestStream, replay_of
@@ -60,7 +64,7 @@ from tandem.errors import (
     TandemError,
     UnknownRequest,
 )
-from tandem.messages import Assign, AssignMode, RouterMessage, WorkerInfo, WorkerReport
+from tandem.messages import Assign, AssignMode, WorkerInfo, WorkerReport
 from tandem.request import RequestId, Token, WorkerId
 
 __all__ = ["Driver", "NewRequest", "WantedMove"]
@@ -68,39 +72,6 @@ __all__ = ["Driver", "NewRequest", "WantedMove"]
 log = logging.getLogger(__name__)
 
 _Key = tuple[WorkerId, int]
-
-
-class Link(Protocol):
-    """What the driver needs of router.clients.WorkerLink."""
-
-    def start(self) -> asyncio.Future[None]:
-        """Begins to dial."""
-        ...
-
-    async def close(self) -> None:
-        """Ends the stream and all dialling."""
-        ...
-
-    def send(self, message: RouterMessage) -> None:
-        """Queues a message; without a stream it is dropped."""
-        ...
-
-
-class MakeLink(Protocol):
-    """Makes a Link to one worker incarnation, as WorkerLink's constructor does."""
-
-    def __call__(
-        self,
-        *,
-        worker_id: WorkerId,
-        control: str,
-        config: RouterConfig,
-        access: ClusterAccess,
-        next_session: Callable[[], int],
-        on_up: Callable[[], None],
-        on_report: Callable[[WorkerReport], None],
-        on_lost: Callable[[str], None],
-    ) -> Link: ...
 
 
 def _steady_ms() -> int:
@@ -115,18 +86,6 @@ class WantedMove:
     to: WorkerId | None
     reason: MoveReason
     why: str
-
-
-class Account(Protocol):
-    """Who keeps count of what each client has got."""
-
-    def produced(self, request_id: RequestId, num_tokens: int) -> None:
-        """Tokens of an answer came, whether or not anybody reads them."""
-        ...
-
-    def ended(self, request_id: RequestId) -> None:
-        """The request runs no more."""
-        ...
 
 
 class Driver:
@@ -146,6 +105,7 @@ class Driver:
         born_us: int | None = None,
         access: ClusterAccess | None = None,
         account: Account | None = None,
+        watcher: Watcher | None = None,
         clock_ms: Callable[[], int] = _steady_ms,
         clock_s: Callable[[], float] = time.monotonic,
         link: MakeLink = WorkerLink,
@@ -156,6 +116,7 @@ class Driver:
         self.config = RouterConfig() if config is None else config
         self._access = access or ClusterAccess()
         self._account = account
+        self._watcher = watcher
         self.transcripts = Transcripts(shared=False) if transcripts is None else transcripts
         born_us = time.time_ns() // 1000 if born_us is None else born_us
         self._core = RouterCore(self.config)
@@ -428,6 +389,16 @@ class Driver:
         self._feed(WorkerDraining(worker_id=worker_id, incarnation=incarnation, draining=draining))
 
     @property
+    def num_waiting(self) -> int:
+        """Requests in line."""
+        return self._core.num_waiting
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens of requests whose first token is to come."""
+        return self._core.queued_tokens
+
+    @property
     def fleet(self) -> Fleet:
         """The workers as the router sees them, to be read only."""
         return self._core.fleet
@@ -454,6 +425,8 @@ class Driver:
         for stats in report.transfers:
             if stats.first is not None:
                 self._stages.told(stats.request_id, stats.first)
+            if self._watcher is not None:
+                self._watcher.transferred(stats)
         self._feed(ReportArrived(report=report))
 
     def _feed(self, event: Event) -> None:
@@ -508,6 +481,9 @@ class Driver:
                     *(record.pause_ms, record.error),
                 )
                 self._move_ended(ticket, record)
+            case Placed() | HandedOver() | Recovering():
+                if self._watcher is not None:
+                    self._watcher.noted(action)
             case Refuse():
                 raise AssertionError(f"{action} answers nothing that was asked")
             case _:
@@ -540,6 +516,8 @@ class Driver:
         """Tells whoever waits for it; moves of the rebalancer have nobody waiting for this one alone."""
         if isinstance(how, MoveRecord):
             self.move_ended.set()
+            if self._watcher is not None:
+                self._watcher.moved(how)
         waiting = self._moves.get(ticket)
         if waiting is None or waiting.done():
             return

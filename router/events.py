@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from router.move import MoveReason, MoveRecord
 from tandem.errors import TandemError
 from tandem.messages import (
+    AssignMode,
     CommitAsk,
     MoveFailed,
     OwnerQuery,
@@ -187,11 +189,23 @@ Event = (
 # ---- from inside: what the core tells one of its own requests ----------------------------------------------------
 
 
+class Cause(StrEnum):
+    """Why an attempt is lost, as it is counted."""
+
+    WORKER_GONE = "worker_gone"  # a worker that had a part in it is out of reach
+    HANDOFF_FAILED = "handoff_failed"
+    REPORTED = "reported"  # by a worker, of something else that another one may do better
+    OVERDUE = "overdue"  # nothing was heard in time
+    BROKEN_WORD = "broken_word"  # a worker said what cannot be
+    FENCE = "fence"  # it goes on under a later fence
+
+
 @dataclass(frozen=True, slots=True)
 class AttemptLost:
     """The attempt under way cannot succeed. `suspects` (worker, incarnation) are not chosen again where others are."""
 
     reason: str
+    cause: Cause
     suspects: tuple[tuple[WorkerId, int], ...] = ()
 
 
@@ -307,4 +321,29 @@ class MoveEnded:
     record: MoveRecord
 
 
-Action = SendToWorker | Deliver | Finish | Fail | Refuse | MoveRefused | MoveEnded
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """Told for the record: a request was given to workers."""
+
+    request_id: RequestId
+    mode: AssignMode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandedOver:
+    """Told for the record: a decode worker owns what a prefill worker began, so long after its first token came."""
+
+    request_id: RequestId
+    after_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovering:
+    """Told for the record: an attempt was lost, and the request is placed anew."""
+
+    request_id: RequestId
+    cause: Cause
+
+
+Note = Placed | HandedOver | Recovering
+Action = SendToWorker | Deliver | Finish | Fail | Refuse | MoveRefused | MoveEnded | Note

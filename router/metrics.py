@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from enum import StrEnum
-from typing import TypeVar
+from typing import TypeVar, assert_never
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from router.events import HandedOver, Note, Placed, Recovering
+from router.move import MoveOutcome, MoveRecord
 from router.stages import FirstToken
 from tandem import metrics as table
 from tandem.errors import TandemError
+from tandem.messages import TransferStats
 from tandem.metrics import Metric
+from tandem.request import Slo
 
 _Kind = TypeVar("_Kind", Counter, Gauge)
 
@@ -34,12 +38,13 @@ class EdgeMetrics:
     """The edge's metrics, in a registry of their own; others may add theirs to `registry`.
 
     On the page each carries the name of its router. Several may answer at one address: `others` are the pages of those
-    that do not answer this time.
+    that do not answer this time. `cluster` has what any router would say of all, and is on the whole page alone.
     """
 
     def __init__(self, router_id: str = "router-0") -> None:
         self._router_id = router_id
         self.others: Callable[[], Awaitable[list[str]]] | None = None
+        self.cluster: Collector | None = None
         self.registry = CollectorRegistry()
         self._requests = self._plain(Counter, table.REQUESTS_TOTAL)
         self._refusals = self._plain(Counter, table.REFUSALS_TOTAL)
@@ -53,6 +58,21 @@ class EdgeMetrics:
         self._ttft_stages = self._histogram(table.TTFT_STAGE_SECONDS)
         self._itl = self._histogram(table.ITL_SECONDS)
         self._e2e = self._histogram(table.E2E_SECONDS)
+        self._tpot = self._histogram(table.TPOT_SECONDS)
+        self._waiting = self._plain(Gauge, table.WAITING_REQUESTS)
+        self._queued = self._plain(Gauge, table.QUEUED_TOKENS)
+        self._placed = self._plain(Counter, table.PLACEMENTS_TOTAL)
+        self._lost = self._plain(Counter, table.RECOVERIES_TOTAL)
+        self._handoff = self._histogram(table.HANDOFF_SECONDS)
+        self._transferred_bytes = self._plain(Counter, table.TRANSFERRED_BYTES)
+        self._transferred_blocks = self._plain(Counter, table.TRANSFERRED_BLOCKS)
+        self._prefix_queries = self._plain(Counter, table.PREFIX_QUERIES)
+        self._prefix_hits = self._plain(Counter, table.PREFIX_HITS)
+        self._recomputed = self._plain(Counter, table.RECOMPUTED_TOKENS)
+        self._migrations = self._plain(Counter, table.MIGRATIONS_TOTAL)
+        self._migration = self._histogram(table.MIGRATION_SECONDS)
+        self._migration_bytes = self._plain(Counter, table.MIGRATION_BYTES)
+        self._slo = self._plain(Counter, table.SLO_REQUESTS)
 
     def admitted(self, num_prompt_tokens: int) -> None:
         """A request was taken in."""
@@ -101,14 +121,70 @@ class EdgeMetrics:
         self._requests.labels(api.value, outcome).inc()
         self._e2e.observe(after_s)
 
+    def answered(self, *, num_prompt_tokens: int, num_cached_tokens: int, tpot_s: float | None) -> None:
+        """A request has all of its answer. `tpot_s` None: it has fewer than two tokens, or nobody saw the first."""
+        self._prefix_queries.inc(num_prompt_tokens)
+        self._prefix_hits.inc(num_cached_tokens)
+        if tpot_s is not None:
+            self._tpot.observe(tpot_s)
+
+    def judged(self, slo: Slo | None, *, ttft_s: float, tpot_s: float, whole: bool) -> None:
+        """Whether a request met its targets; `whole`: it has all of its answer. One without targets has met them."""
+        wanted = slo or Slo()
+        late = bool(wanted.ttft_ms) and 1000 * ttft_s > wanted.ttft_ms
+        slow = bool(wanted.tpot_ms) and 1000 * tpot_s > wanted.tpot_ms
+        missed = {(False, False): "met", (True, False): "ttft", (False, True): "tpot", (True, True): "both"}
+        slo_class = "none" if slo is None else slo.slo_class.value
+        self._slo.labels(slo_class, missed[late, slow] if whole else "failed").inc()
+
+    # ---- as the driver tells ---------------------------------------------------------------------------------------
+
+    def noted(self, note: Note) -> None:
+        """The core told something for the record."""
+        match note:
+            case Placed(mode=mode):
+                self._placed.labels(mode.value).inc()
+            case HandedOver(after_ms=after_ms):
+                self._handoff.observe(after_ms / 1000)
+            case Recovering(cause=cause):
+                self._lost.labels(cause.value).inc()
+            case _:
+                assert_never(note)
+
+    def moved(self, record: MoveRecord) -> None:
+        """A move has ended."""
+        self._migrations.labels(record.reason.value, record.outcome.value).inc()
+        self._migration_bytes.labels(record.reason.value).inc(record.bytes_moved)
+        if record.outcome is MoveOutcome.MOVED:
+            phases = (("precopy", record.precopy_ms), ("fence", record.fence_ms), ("pause", record.pause_ms))
+            for phase, phase_ms in phases:
+                self._migration.labels(phase).observe(phase_ms / 1000)
+
+    def transferred(self, stats: TransferStats) -> None:
+        """A worker told what a transfer did."""
+        self._transferred_bytes.inc(stats.bytes)
+        self._transferred_blocks.labels("moved").inc(stats.blocks_moved)
+        self._transferred_blocks.labels("reused").inc(stats.blocks_reused)
+        self._recomputed.inc(stats.tokens_recomputed)
+
+    def follow_line(self, waiting: Callable[[], float], queued_tokens: Callable[[], float]) -> None:
+        """What is asked at each scrape: requests in line, and prompt tokens whose answer has not begun."""
+        self._waiting.set_function(waiting)
+        self._queued.set_function(queued_tokens)
+
+    # ---- pages -----------------------------------------------------------------------------------------------------
+
     def page(self) -> bytes:
         """This router's metrics in Prometheus' text format."""
         return prometheus_client.generate_latest(_Labelled(self.registry, self._router_id))
 
     async def whole_page(self) -> bytes:
-        """The metrics of all routers, of this one alone when there is no other."""
+        """The metrics of all routers, of this one alone when there is no other; and those of the cluster, once."""
         others = [] if self.others is None else await self.others()
-        return prometheus_client.generate_latest(_Merged([self.page().decode(), *others])) if others else self.page()
+        page = self.page()
+        if others:
+            page = prometheus_client.generate_latest(_Merged([page.decode(), *others]))
+        return page if self.cluster is None else page + prometheus_client.generate_latest(self.cluster)
 
     def _plain(self, kind: type[_Kind], metric: Metric) -> _Kind:
         return kind(metric.name, metric.help, metric.labels, registry=self.registry)

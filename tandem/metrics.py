@@ -23,6 +23,14 @@ class Unit(StrEnum):
     SECONDS = "seconds"
     TOKENS = "tokens"
     REQUESTS = "requests"
+    BYTES = "bytes"
+    BLOCKS = "blocks"
+    STEPS = "steps"
+    ATTEMPTS = "attempts"
+    MIGRATIONS = "migrations"
+    WORKERS = "workers"
+    PAIRS = "pairs"
+    FINDINGS = "findings"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +49,19 @@ class Metric:
 LABEL_VALUES: dict[str, str] = {
     "api": "chat, completions, grpc, or http for its other pages",
     "code": "a code of tandem.errors",
+    "mode": "prefill (two workers and a handoff) or local (one)",
+    "cause": "worker_gone, handoff_failed, reported, overdue, broken_word or fence",
+    "reason": "operator, drain, pressure, priority, balance or defragment",
+    "result": "moved, failed (the request runs on where it was) or ended (the request itself did)",
+    "phase": "precopy, fence or pause",
+    "how": "moved, or reused: the target had it",
+    "slo_class": "a class of tandem.request.SloClass, or none",
+    "slo": "met, or what was missed: ttft, tpot, both, or failed: no whole answer came",
+    "worker": "the name of a worker; a pool has at most 64",
+    "role": "prefill, decode or mixed",
+    "state": "of a worker: joining, ready, suspect, draining, left or dead; of blocks: free, cached, owned, exported, "
+    "granted or quarantined",
+    "what": "swapped_out, brought_back or recomputed",
     "stage": "edge, line, retry, wire, queue, prefill, deliver, or other for the rest",
     "outcome": "stop, length, or a code of tandem.errors",
     "router": "the name of the router that counted; every metric has it",
@@ -131,7 +152,185 @@ E2E_SECONDS = Metric(
     help="From the request's admission at the edge to its end.",
 )
 
-METRICS: tuple[Metric, ...] = (
+TPOT_SECONDS = Metric(
+    name="tandem_router_tpot_seconds",
+    kind=MetricKind.HISTOGRAM,
+    unit=Unit.SECONDS,
+    buckets=_ITL_BUCKETS,
+    help="Time between two tokens of an answer, on average over the answer; of those with two or more.",
+)
+WAITING_REQUESTS = Metric(
+    name="tandem_router_waiting_requests",
+    kind=MetricKind.GAUGE,
+    unit=Unit.REQUESTS,
+    help="Requests in line: admitted, and no worker has them.",
+)
+QUEUED_TOKENS = Metric(
+    name="tandem_router_queued_tokens",
+    kind=MetricKind.GAUGE,
+    unit=Unit.TOKENS,
+    help="Prompt tokens of the requests whose first token is to come.",
+)
+PLACEMENTS_TOTAL = Metric(
+    name="tandem_router_placed_attempts_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.ATTEMPTS,
+    labels=("mode",),
+    help="Times that a request was given to workers.",
+)
+RECOVERIES_TOTAL = Metric(
+    name="tandem_router_lost_attempts_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.ATTEMPTS,
+    labels=("cause",),
+    help="Attempts that were lost; each such request was placed anew.",
+)
+HANDOFF_SECONDS = Metric(
+    name="tandem_router_handoff_seconds",
+    kind=MetricKind.HISTOGRAM,
+    unit=Unit.SECONDS,
+    buckets=_ITL_BUCKETS,
+    help="From a request's first token until a decode worker owned it.",
+)
+TRANSFERRED_BYTES = Metric(
+    name="tandem_router_transferred_bytes_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.BYTES,
+    help="KV bytes that handoffs and migrations brought to their targets.",
+)
+TRANSFERRED_BLOCKS = Metric(
+    name="tandem_router_transferred_blocks_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.BLOCKS,
+    labels=("how",),
+    help="KV blocks of handoffs and migrations that were moved, or that their targets had already.",
+)
+PREFIX_QUERIES = Metric(
+    name="tandem_router_prefix_queried_tokens_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.TOKENS,
+    help="Prompt tokens that were looked for in a prefix cache.",
+)
+PREFIX_HITS = Metric(
+    name="tandem_router_prefix_hit_tokens_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.TOKENS,
+    help="Prompt tokens that were found in a prefix cache.",
+)
+RECOMPUTED_TOKENS = Metric(
+    name="tandem_router_recomputed_tokens_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.TOKENS,
+    help="Prompt and delivered tokens that a decode worker had to run itself.",
+)
+MIGRATIONS_TOTAL = Metric(
+    name="tandem_router_migrations_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.MIGRATIONS,
+    labels=("reason", "result"),
+    help="Moves of running requests that were begun, by how they ended.",
+)
+MIGRATION_SECONDS = Metric(
+    name="tandem_router_migration_seconds",
+    kind=MetricKind.HISTOGRAM,
+    unit=Unit.SECONDS,
+    labels=("phase",),
+    buckets=_ITL_BUCKETS,
+    help="Of moves that came about: copying while the request ran, its standing still until the target owned it, and "
+    "the pause that its client saw.",
+)
+MIGRATION_BYTES = Metric(
+    name="tandem_router_migration_bytes_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.BYTES,
+    labels=("reason",),
+    help="KV bytes that moves copied.",
+)
+SLO_REQUESTS = Metric(
+    name="tandem_router_slo_requests_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.REQUESTS,
+    labels=("slo_class", "slo"),
+    help="Requests that ended, but for cancelled ones, by whether they met their targets; those met are the goodput.",
+)
+READY_PAIRS = Metric(
+    name="tandem_router_ready_pairs",
+    kind=MetricKind.GAUGE,
+    unit=Unit.PAIRS,
+    help="Pairs of workers through which a request or a canary has gone lately.",
+)
+WORKERS = Metric(
+    name="tandem_workers",
+    kind=MetricKind.GAUGE,
+    unit=Unit.WORKERS,
+    labels=("role", "state"),
+    help="Workers by role and state.",
+)
+WORKER_BLOCKS = Metric(
+    name="tandem_worker_kv_blocks",
+    kind=MetricKind.GAUGE,
+    unit=Unit.BLOCKS,
+    labels=("worker", "role", "state"),
+    help="KV blocks of a worker by state; they sum to its pool.",
+)
+WORKER_RUNNING = Metric(
+    name="tandem_worker_running_requests",
+    kind=MetricKind.GAUGE,
+    unit=Unit.REQUESTS,
+    labels=("worker", "role"),
+    help="Requests in a worker's batch.",
+)
+WORKER_WAITING = Metric(
+    name="tandem_worker_waiting_requests",
+    kind=MetricKind.GAUGE,
+    unit=Unit.REQUESTS,
+    labels=("worker", "role"),
+    help="Requests that wait at a worker.",
+)
+WORKER_BACKLOG = Metric(
+    name="tandem_worker_backlog_tokens",
+    kind=MetricKind.GAUGE,
+    unit=Unit.TOKENS,
+    labels=("worker", "role"),
+    help="Prompt tokens that a worker has yet to run.",
+)
+WORKER_STEPS = Metric(
+    name="tandem_worker_steps_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.STEPS,
+    labels=("worker", "role"),
+    help="Steps of a worker since it started.",
+)
+WORKER_STEP_SECONDS = Metric(
+    name="tandem_worker_last_step_seconds",
+    kind=MetricKind.GAUGE,
+    unit=Unit.SECONDS,
+    labels=("worker", "role"),
+    help="How long a worker's newest step took.",
+)
+WORKER_SWAP_BLOCKS = Metric(
+    name="tandem_worker_swap_blocks",
+    kind=MetricKind.GAUGE,
+    unit=Unit.BLOCKS,
+    labels=("worker", "role"),
+    help="Blocks of host memory that a worker's KV is swapped out to.",
+)
+WORKER_PREEMPTED = Metric(
+    name="tandem_worker_preempted_requests_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.REQUESTS,
+    labels=("worker", "role", "what"),
+    help="Requests that lost their blocks for want of memory, by what became of them, since the worker started.",
+)
+WORKER_AUDIT = Metric(
+    name="tandem_worker_audit_findings",
+    kind=MetricKind.GAUGE,
+    unit=Unit.FINDINGS,
+    labels=("worker", "role"),
+    help="What a worker's own audit of its blocks found wrong: above 0 is a bug.",
+)
+
+ROUTER_METRICS: tuple[Metric, ...] = (
     REQUESTS_TOTAL,
     REFUSALS_TOTAL,
     STRANGERS_TOTAL,
@@ -144,4 +343,35 @@ METRICS: tuple[Metric, ...] = (
     TTFT_STAGE_SECONDS,
     ITL_SECONDS,
     E2E_SECONDS,
+    TPOT_SECONDS,
+    WAITING_REQUESTS,
+    QUEUED_TOKENS,
+    PLACEMENTS_TOTAL,
+    RECOVERIES_TOTAL,
+    HANDOFF_SECONDS,
+    TRANSFERRED_BYTES,
+    TRANSFERRED_BLOCKS,
+    PREFIX_QUERIES,
+    PREFIX_HITS,
+    RECOMPUTED_TOKENS,
+    MIGRATIONS_TOTAL,
+    MIGRATION_SECONDS,
+    MIGRATION_BYTES,
+    SLO_REQUESTS,
 )
+# Told once, by the router that answers: each would say the same.
+CLUSTER_METRICS: tuple[Metric, ...] = (
+    READY_PAIRS,
+    WORKERS,
+    WORKER_BLOCKS,
+    WORKER_RUNNING,
+    WORKER_WAITING,
+    WORKER_BACKLOG,
+    WORKER_STEPS,
+    WORKER_STEP_SECONDS,
+    WORKER_SWAP_BLOCKS,
+    WORKER_PREEMPTED,
+    WORKER_AUDIT,
+)
+
+METRICS = ROUTER_METRICS + CLUSTER_METRICS

@@ -21,7 +21,7 @@ from router.openai_schema import ChatRequest, CompletionRequest
 from router.service import Ask, Service
 from router.validation import SamplingFields
 from tandem.errors import Overloaded, RequestLost, Unavailable
-from tandem.metrics import METRICS, MetricKind
+from tandem.metrics import ROUTER_METRICS, MetricKind
 
 TEXT = "Hello there, wörld \U0001f469‍\U0001f680! It stops at END and goes on."
 CHAT = "/v1/chat/completions"
@@ -416,7 +416,7 @@ def test_health_models_metrics_and_unknown_pages() -> None:
         page = (await client.get("/metrics")).text
         assert 'tandem_router_requests_total{api="chat",outcome="length",router="router-0"} 1.0' in page
         assert 'tandem_router_ttft_seconds_count{router="router-0"} 1.0' in page
-        for metric in METRICS:
+        for metric in ROUTER_METRICS:
             assert f"# HELP {metric.name} {metric.help}" in page
             suffix = "_total" if metric.kind is MetricKind.COUNTER else ""
             assert metric.name.endswith(f"_{metric.unit}{suffix}")

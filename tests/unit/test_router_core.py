@@ -13,6 +13,7 @@ from router.core import TABLE
 from router.events import (
     INTERNAL,
     AttemptLost,
+    Cause,
     ClientGone,
     FenceRaised,
     Finish,
@@ -590,4 +591,4 @@ def test_a_missing_row_is_silent_from_outside_and_loud_from_inside() -> None:
     rig.core._step(waiting, None, failed)
     assert not rig.ends()
     with pytest.raises(AssertionError):
-        rig.core._step(waiting, None, AttemptLost("from nowhere"))
+        rig.core._step(waiting, None, AttemptLost("from nowhere", Cause.OVERDUE))
