@@ -1,9 +1,11 @@
-"""The state machines as a page of documentation, printed from their tables, so that the pictures cannot lie.
+"""Pages of documentation that are printed from tables which production runs, so that they cannot lie.
 
-python -m cluster.pictures > docs/protocol.md
+`python -m cluster.pictures` writes docs/protocol.md (the state machines) and docs/metrics.md.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from cluster.membership import TRANSITIONS, MemberState
 from kv_transfer.handoff import mermaid
@@ -12,11 +14,19 @@ from kv_transfer.handoff_target import TARGET_TABLE, TargetState
 from kv_transfer.migration_source import MIGRATION_TABLE, MigrationState
 from router.core import TABLE
 from router.request import RequestState
+from tandem.metrics import CLUSTER_METRICS, LABEL_VALUES, ROUTER_METRICS
 
 HEAD = """# The protocol's state machines
 
 Printed by `python -m cluster.pictures` from the tables that production runs; a test compares. A pair of state and event
 that has no row is a late or doubled message from outside and has no effect; an event from inside always has its row.
+"""
+
+METRICS_HEAD = """# Metrics
+
+Printed by `python -m cluster.pictures` from the table in tandem/metrics.py; a test compares. `GET /metrics` has them in
+Prometheus' text format: those of every router, whichever one answers, each with its name as label `router`, and those
+of the cluster once, as the answering router sees it. Labels take their values from closed sets.
 """
 
 
@@ -53,5 +63,24 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def metrics_page() -> str:
+    """All metrics, as Markdown tables."""
+    parts = [METRICS_HEAD]
+    for title, metrics in (("Of each router", ROUTER_METRICS), ("Of the cluster", CLUSTER_METRICS)):
+        rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
+        rows += [
+            f"| `{each.name}` | {each.kind} | {', '.join(f'`{name}`' for name in each.labels)} | {each.help} |"
+            for each in metrics
+        ]
+        parts.append(f"## {title}\n\n" + "\n".join(rows) + "\n")
+    rows = ["| label | values |", "|---|---|", *(f"| `{name}` | {values} |" for name, values in LABEL_VALUES.items())]
+    parts.append("## Labels\n\n" + "\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+PAGES = {"protocol.md": page, "metrics.md": metrics_page}
+
+
 if __name__ == "__main__":
-    print(page(), end="")
+    for name, printed in PAGES.items():
+        Path("docs", name).write_text(printed())

@@ -11,13 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from cluster_under_test import ClusterUnderTest, unsettled
 from mixed_load import Load, Mix, requests
+from prometheus_client.parser import text_string_to_metric_families
 from served import wait_until
 
 from engine.fake_runner import expected_tokens
+from router.stages import Stage
 from tandem.client import Client
+from tandem.metrics import METRICS
 from tandem.request import Sampling
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
@@ -117,6 +121,78 @@ def test_a_request_is_moved_by_command_to_and_fro(cluster: ClusterUnderTest) -> 
     shown = cluster.command("status").stdout
     assert "operator" in shown
     assert cluster.mishaps() == []
+
+
+def test_a_moved_request_explains_itself(cluster: ClusterUnderTest) -> None:
+    answering = Answering(cluster, prompt=[number * 7 % 256 for number in range(300)])  # that nobody has cached
+    request_id, home = answering.request["id"], answering.request["decode_worker"]
+    source = answering.request["prefill_worker"]
+    assert cluster.command("migrate", request_id).returncode == 0
+    answering.end()
+    cluster.settled()
+    done = cluster.command("explain", request_id[-8:], "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert (record["request"], record["router"]) == (request_id, "router-0")
+
+    stages = {each["name"]: each["ms"] for each in record["stages"]}
+    assert list(stages) == [stage.value for stage in Stage]
+    assert sum(stages.values()) == pytest.approx(record["ttft_ms"])
+    assert stages["prefill"] >= 3, "a step of the fake model sleeps for 4 ms"
+    assert stages["retry"] == 0
+    assert stages["other"] < record["ttft_ms"] / 2
+
+    [placement] = record["placements"]
+    assert (placement["mode"], placement["prefill_worker"], placement["decode_worker"]) == ("prefill", source, home)
+    considered = {each["worker"]: each for each in placement["candidates"]}
+    assert set(considered) == set(WORKERS)
+    assert {name for name, each in considered.items() if each["chosen"]} == {source, home}
+    assert considered[home]["score_ms"] <= considered[other(home)]["score_ms"]
+
+    [move] = record["moves"]
+    assert (move["from"], move["to"], move["reason"], move["outcome"]) == (home, other(home), "operator", "moved")
+    assert move["bytes"] > 0
+    assert move["pause_ms"] > 0
+    told = [each["what"] for each in record["story"]]
+    assert told[0] == "admitted"
+    assert any(f"{other(home)} owns it" in each for each in told)
+    shown = cluster.command("explain", request_id).stdout
+    assert f"placed after {placement['at_ms']} ms on {source} -> {home}" in shown
+    assert f"moved from {home} to {other(home)}" in shown
+
+    unknown = cluster.command("explain", "nobody")
+    assert unknown.returncode == 1
+    assert "no request of id 'nobody' is known" in unknown.stderr
+
+
+def test_every_metric_of_the_table_is_there_and_what_happened_is_counted(cluster: ClusterUnderTest) -> None:
+    answering = Answering(cluster, prompt=[number * 11 % 256 for number in range(300)])
+    home = answering.request["decode_worker"]
+    assert cluster.command("migrate", answering.request["id"], "--to", other(home)).returncode == 0
+    answering.end()
+    cluster.settled()
+    page = httpx.get(f"{cluster.url}/metrics", timeout=10).text
+    families = {family.name: family for family in text_string_to_metric_families(page)}
+    for metric in METRICS:
+        family = families[metric.name.removesuffix("_total")]
+        assert family.type == metric.kind.value
+        assert family.documentation == metric.help
+
+    def value(name: str, **labels: str) -> float:
+        found = families[name.removesuffix("_total")].samples
+        return sum(each.value for each in found if each.name == name and labels.items() <= each.labels.items())
+
+    assert value("tandem_router_migrations_total", reason="operator", result="moved") >= 1
+    assert value("tandem_router_migration_seconds_count", phase="pause") >= 1
+    assert value("tandem_router_migration_bytes_total", reason="operator") > 0
+    assert value("tandem_router_handoff_seconds_count") >= 1
+    assert value("tandem_router_transferred_blocks_total", how="moved") > 0
+    assert value("tandem_router_ttft_stage_seconds_count", stage="prefill") >= 1
+    assert value("tandem_workers", state="ready") == 4
+    assert value("tandem_router_ready_pairs") >= 1
+    for worker in cluster.document()["workers"]:
+        assert value("tandem_worker_kv_blocks", worker=worker["id"]) == worker["kv_blocks"]["total"]
+        assert value("tandem_worker_audit_findings", worker=worker["id"]) == 0
 
 
 def test_what_cannot_be_moved_is_refused_in_one_sentence(cluster: ClusterUnderTest) -> None:
