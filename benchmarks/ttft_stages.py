@@ -1,4 +1,4 @@
-"""What TTFT is made of: the stages of many requests on SmolLM2, one at a time and several at once, and what is left over.
+"""What TTFT is made of: the stages of many requests on SmolLM2, one at a time and several at once, and the residue.
 
 Text prompts over HTTP, as clients send them. The client's own clock is beside: what it sees more than the router, which
 is the way between them.
@@ -101,19 +101,19 @@ def main() -> int:
             ttfts_ms = [each.ttft_ms for each in records]
             stages = stages_of(records)
             rows: list[list[object]] = [
-                [name, percentile(times, 50), percentile(times, 95), f"{100 * sum(times) / sum(ttfts_ms):.1f} %"]
+                [name, percentile(times, 0.5), percentile(times, 0.95), f"{100 * sum(times) / sum(ttfts_ms):.1f} %"]
                 for name, times in stages.items()
             ]
-            rows.append(["TTFT", percentile(ttfts_ms, 50), percentile(ttfts_ms, 95), "100 %"])
+            rows.append(["TTFT", percentile(ttfts_ms, 0.5), percentile(ttfts_ms, 0.95), "100 %"])
             outside = [each.seen_ms - ttft_ms for each, ttft_ms in zip(asked, ttfts_ms, strict=True)]
-            rows.append(["seen by the client beyond it", percentile(outside, 50), percentile(outside, 95), ""])
+            rows.append(["seen by the client beyond it", percentile(outside, 0.5), percentile(outside, 0.95), ""])
             shares = [other / ttft_ms for other, ttft_ms in zip(stages["other"], ttfts_ms, strict=True)]
-            share = percentile(shares, 95)
+            share = percentile(shares, 0.95)
             worst = max(worst, share)
             parts.append(
                 f"## {at_once} at a time, {len(asked)} requests\n\n"
                 + report.table(["stage", "p50 ms", "p95 ms", "of all TTFT"], rows)
-                + f"\n\nOf a request's TTFT `other` is {100 * percentile(shares, 50):.1f} % at p50, "
+                + f"\n\nOf a request's TTFT `other` is {100 * percentile(shares, 0.5):.1f} % at p50, "
                 f"{100 * share:.1f} % at p95; at most {100 * RESIDUE_SHARE_MAX:.0f} % is wanted."
             )
     body = "\n\n".join(parts)
