@@ -94,6 +94,7 @@ class Heartbeat:
     runnable: bool
     agent_pid: int
     refused: int = 0  # strangers
+    damaged: int = 0  # frames that did not check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +180,7 @@ class Member:
     moved_ms: int = 0  # when its step counter last moved, or it last had nothing to do
     agent_pid: int = 0
     refused: int = 0
+    damaged: int = 0
     reason: str = ""
 
 
@@ -292,7 +294,7 @@ class Membership:
             member.moved_ms = now_ms
         member.heard_ms = now_ms
         member.steps, member.runnable, member.agent_pid = event.steps, event.runnable, event.agent_pid
-        member.refused = event.refused
+        member.refused, member.damaged = event.refused, event.damaged
         if 2 * (now_ms - member.moved_ms) >= self.stall_ms:
             return self._stalled(now_ms, member)
         return self._observe(member, O.HEARD, "heartbeat")

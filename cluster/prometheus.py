@@ -79,4 +79,5 @@ class _Page:
         self.add(table.WORKER_SWAP_BLOCKS, who, swap.used)
         for what in PREEMPTED:
             self.add(table.WORKER_PREEMPTED, (*who, what), getattr(swap, what))
+        self.add(table.WORKER_DAMAGED, who, member.damaged)
         self.add(table.WORKER_AUDIT, who, len(load.audit))

@@ -81,6 +81,7 @@ class Registry(worker_pb2_grpc.RegistryServicer):
             runnable=request.runnable,
             agent_pid=request.agent_pid,
             refused=request.refused,
+            damaged=request.damaged,
         )
         member = self.membership.current(beat)
         if member is not None and beat.refused > member.refused:

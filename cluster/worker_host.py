@@ -417,6 +417,7 @@ class WorkerHost:
             runnable=engine.busy,
             agent_pid=agent.pid if agent is not None else 0,
             refused=self._num_refused + self._agent.num_refused,
+            damaged=self._agent.num_damaged,
         )
 
     async def _hang_up(self) -> None:

@@ -45,6 +45,7 @@ class Pulse:
     runnable: bool
     agent_pid: int
     refused: int = 0  # calls and messages of strangers, so far
+    damaged: int = 0  # frames that arrived and did not check, so far
 
 
 class Registrations:
@@ -151,6 +152,7 @@ class _Registration:
                 runnable=now.runnable,
                 agent_pid=now.agent_pid,
                 refused=now.refused,
+                damaged=now.damaged,
             )
             try:
                 reply = await self._stub.Heartbeat(request, timeout=CALL_TIMEOUT_S, metadata=self._access.metadata)

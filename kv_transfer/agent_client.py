@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from kv_transfer.agent_settings import AgentSettings, AgentStart, check_transport, to_arguments
-from kv_transfer.agent_wire import AgentReady, Disturb, Ping, StrangersRefused, validate
+from kv_transfer.agent_wire import AgentReady, Disturb, FramesDamaged, Ping, StrangersRefused, validate
 from kv_transfer.framed_socket import FramedSocket, LinkLost
 from kv_transfer.messages import (
     AgentCommand,
@@ -95,6 +95,7 @@ class AgentClient:
         self._on_restart = on_restart
         self._secret = secret
         self.num_refused = 0  # strangers at the agent, and what was forged or replayed
+        self.num_damaged = 0  # frames that arrived and did not check
         self._log_file = log_file  # of what agents print; None: where this process prints
         self._telling = threading.Lock()  # one event at a time
         self._changed = threading.Condition()  # guards what follows
@@ -258,6 +259,9 @@ class AgentClient:
                 continue
             if isinstance(event, StrangersRefused):
                 self.num_refused += event.num
+                continue
+            if isinstance(event, FramesDamaged):
+                self.num_damaged += event.num
                 continue
             if not isinstance(event, (FrameLanded, FrameAcked, FrameFailed, TransferQuiet)):
                 logger.error("the transfer agent sent an unexpected %s", type(event).__name__)

@@ -11,7 +11,7 @@ import time
 from kv_transfer.agent_attempts import Answer, Attempts, Verdict
 from kv_transfer.agent_pool import open_pool
 from kv_transfer.agent_settings import AgentStart
-from kv_transfer.agent_wire import Disturb, Ping, StrangersRefused
+from kv_transfer.agent_wire import Disturb, FramesDamaged, Ping, StrangersRefused
 from kv_transfer.endpoint import Endpoint
 from kv_transfer.gate import Gate
 from kv_transfer.messages import (
@@ -48,7 +48,7 @@ class AgentContext:
         threading.Thread(target=self.pool.warm_up, name="warm-up", daemon=True).start()
         self.incarnation = secrets.randbits(63)
         self.token = secrets.token_bytes(16)
-        self.events: queue.SimpleQueue[AgentEvent | Ping | StrangersRefused] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[AgentEvent | Ping | StrangersRefused | FramesDamaged] = queue.SimpleQueue()
         self._num_refused = 0  # strangers that the worker has not been told of
         self._refused_s = float("-inf")
         self._num_urgent = 0
@@ -144,6 +144,10 @@ class AgentContext:
             num, self._num_refused = self._num_refused, 0
         self.events.put(StrangersRefused(num=num))
         return True
+
+    def damaged(self) -> None:
+        """Counts a frame that arrived and did not check. As many come as were granted, so each is told."""
+        self.events.put(FramesDamaged(num=1))
 
     # ---- frames that leave ----
 

@@ -226,6 +226,8 @@ class IncomingLink(threading.Thread):
         try:
             self._channel.take(header, checksum, message.tag)
         except (FrameCorrupt, ValueError) as error:
+            if isinstance(error, FrameCorrupt):
+                self._context.damaged()
             if isinstance(error, FrameForged) and self._context.refuse_stranger():
                 logger.warning("a frame from agent %x is refused: %s", self._source_agent, error)
             self._context.dropped(header)

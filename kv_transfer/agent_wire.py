@@ -157,8 +157,15 @@ class StrangersRefused:
     num: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FramesDamaged:
+    """The agent to its worker: so many more frames arrived that did not check."""
+
+    num: int
+
+
 LinkMessage = Hello | Welcome | Denied | OpenChannel | Meet | Announce | Go | Ack | Nack | Ping
-Message = AgentCommand | AgentEvent | AgentReady | StrangersRefused | Disturb | LinkMessage
+Message = AgentCommand | AgentEvent | AgentReady | StrangersRefused | FramesDamaged | Disturb | LinkMessage
 
 # ---- the codec -----------------------------------------------------------------------------------------------------
 
@@ -201,6 +208,7 @@ _MESSAGES: dict[int, tuple[type[Any], tuple[tuple[str, str], ...]]] = {
     8: (TransferQuiet, (("transfer_id", _TEXT), ("epoch", _U64))),
     9: (Disturb, (("for_ms", _U32), ("period_ms", _U32), ("corrupt_every", _U32))),
     10: (StrangersRefused, (("num", _U64),)),
+    11: (FramesDamaged, (("num", _U64),)),
     32: (
         Hello,
         (

@@ -30,6 +30,7 @@ class Unit(StrEnum):
     MIGRATIONS = "migrations"
     WORKERS = "workers"
     PAIRS = "pairs"
+    FRAMES = "frames"
     FINDINGS = "findings"
 
 
@@ -322,6 +323,13 @@ WORKER_PREEMPTED = Metric(
     labels=("worker", "role", "what"),
     help="Requests that lost their blocks for want of memory, by what became of them, since the worker started.",
 )
+WORKER_DAMAGED = Metric(
+    name="tandem_worker_damaged_frames_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.FRAMES,
+    labels=("worker", "role"),
+    help="Frames of KV that arrived at a worker's agent and did not check, since the worker started; none was used.",
+)
 WORKER_AUDIT = Metric(
     name="tandem_worker_audit_findings",
     kind=MetricKind.GAUGE,
@@ -371,6 +379,7 @@ CLUSTER_METRICS: tuple[Metric, ...] = (
     WORKER_STEP_SECONDS,
     WORKER_SWAP_BLOCKS,
     WORKER_PREEMPTED,
+    WORKER_DAMAGED,
     WORKER_AUDIT,
 )
 

@@ -451,20 +451,22 @@ class RegisterReply(_message.Message):
     def __init__(self, heartbeat_ms: _Optional[int] = ..., refused: _Optional[str] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "steps", "runnable", "agent_pid", "refused")
+    __slots__ = ("worker_id", "incarnation", "steps", "runnable", "agent_pid", "refused", "damaged")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     RUNNABLE_FIELD_NUMBER: _ClassVar[int]
     AGENT_PID_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     steps: int
     runnable: bool
     agent_pid: int
     refused: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., steps: _Optional[int] = ..., runnable: _Optional[bool] = ..., agent_pid: _Optional[int] = ..., refused: _Optional[int] = ...) -> None: ...
+    damaged: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., steps: _Optional[int] = ..., runnable: _Optional[bool] = ..., agent_pid: _Optional[int] = ..., refused: _Optional[int] = ..., damaged: _Optional[int] = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
     __slots__ = ("known", "leave")

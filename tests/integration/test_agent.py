@@ -111,6 +111,7 @@ def test_a_damaged_frame_is_refused_and_can_be_sent_again(transport: str) -> Non
         assert [event.sequence for event in target.of(FrameLanded)] == [0]
         pair.move(damaged)
         assert (target.read(1), target.read(2)) == (source.read(5), source.read(6))
+        assert (source.client.num_damaged, target.client.num_damaged) == (0, 1)
     finally:
         source.close()
         target.close()

@@ -84,6 +84,7 @@ messages: st.SearchStrategy[aw.Message] = st.one_of(
     st.builds(aw.Meet, pair_epoch=u64, key=text, value=st.binary(max_size=32)),
     st.builds(aw.Announce, header=headers(), checksum=u64, tag=st.binary(max_size=16)),
     st.builds(aw.StrangersRefused, num=u64),
+    st.builds(aw.FramesDamaged, num=u64),
     st.builds(aw.Go, **frames),
     st.builds(aw.Ack, **frames, checksum=u64),
     st.builds(aw.Nack, **frames, reason=text),
