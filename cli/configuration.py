@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from typing import Annotated
+
+import typer
 from pydantic import ByteSize
 from rich.console import Console
 from rich.table import Table
@@ -9,8 +13,17 @@ from rich.table import Table
 from cluster.config import Effective, without_password
 
 
-def show_config(effective: Effective) -> None:
+def show_config(
+    effective: Effective, *, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
+) -> None:
     """Print the effective settings with their origins: flags, TANDEM_* variables, --config file, defaults."""
+    if as_json:
+        values = effective.config.model_dump(mode="json")
+        values["redis"] = without_password(effective.config.redis)
+        print(
+            json.dumps({key: {"value": each, "from": effective.origins[key]} for key, each in values.items()}, indent=2)
+        )
+        return
     table = Table("setting", "value", "from", box=None, pad_edge=False)
     for key, value in effective.config.model_dump(mode="json").items():
         shown = "" if value is None else str(value)

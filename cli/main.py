@@ -12,6 +12,7 @@ from benchmarks.workload import BadWorkload
 from cli.bench import bench
 from cli.chaos import chaos
 from cli.configuration import show_config
+from cli.doctor import doctor
 from cli.down import down
 from cli.drain import drain
 from cli.explain import explain
@@ -31,7 +32,7 @@ app = typer.Typer(
     name="tandem",
     help="Serves language models from separate prefill and decode workers.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
 app.command("serve")(with_settings(serve))
@@ -43,6 +44,7 @@ app.command("down")(down)
 app.command("bench")(bench)
 app.add_typer(chaos)
 app.add_typer(keys)
+app.command("doctor")(with_settings(doctor))
 app.command("config")(with_settings(show_config))
 
 

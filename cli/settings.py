@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 import typer
 from pydantic.fields import FieldInfo
 
-from cluster.config import ClusterConfig, Effective, flag_of, load
+from cluster.config import ClusterConfig, flag_of, load
 
 CONFIG = inspect.Parameter(
     "config",
@@ -21,17 +21,21 @@ CONFIG = inspect.Parameter(
 )
 
 
-def with_settings(command: Callable[[Effective], None]) -> Callable[..., None]:
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """A command that takes --config and every setting as a flag, and calls `command` with what is effective.
 
-    Raises ConfigError as `load` does.
+    Keyword parameters of `command` become options beside them. Raises ConfigError as `load` does.
     """
+    own = [
+        each for each in inspect.signature(command, eval_str=True).parameters.values() if each.kind is each.KEYWORD_ONLY
+    ]
 
     def run(config: Path | None = None, **flags: object) -> None:
+        options = {each.name: flags.pop(each.name) for each in own}
         given = {key: value for key, value in flags.items() if value is not None}
-        command(load(given, os.environ, config))
+        command(load(given, os.environ, config), **options)
 
-    parameters = [CONFIG, *(_parameter(key, info) for key, info in ClusterConfig.model_fields.items())]
+    parameters = [CONFIG, *own, *(_parameter(key, info) for key, info in ClusterConfig.model_fields.items())]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     run.__doc__, run.__name__ = command.__doc__, command.__name__
