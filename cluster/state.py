@@ -179,13 +179,16 @@ class RedisStore:
         self._holder = holder
         self._identity = identity
         self._boot = ""
-        self._redis = redis.asyncio.Redis.from_url(
+        # More calls than connections wait for one another: a burst is no sign that the store is away.
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
             url,
             socket_timeout=CALL_TIMEOUT_S,
             socket_connect_timeout=CALL_TIMEOUT_S,
             retry=Retry(NoBackoff(), 1),  # of a connection that broke while it waited in the pool
             max_connections=CONNECTIONS_MAX,
+            timeout=CALL_TIMEOUT_S,
         )
+        self._redis = redis.asyncio.Redis.from_pool(pool)
         scripts = (_OPEN, _RENEW, _CLAIM, _TAKE_OVER, _WRITE)
         self._open, self._renew, self._claim, self._take_over, self._write = map(self._redis.register_script, scripts)
 

@@ -12,7 +12,7 @@ from redis_server import redis_server
 
 from benchmarks.local_redis import LocalRedis
 from cluster.config import check_url, without_password
-from cluster.state import RedisStore, StoreRefused
+from cluster.state import CONNECTIONS_MAX, RedisStore, StoreRefused
 from router.events import NewRequest, Usage
 from router.journal import StoreDown
 from router.transcripts import Behind, Ended, Keep, Kept, Verdict, Write
@@ -244,6 +244,23 @@ def test_a_claim_that_a_stopped_server_carries_out_late_takes_no_request_from_it
         assert kept is not None
         assert kept.tokens == tokens(0, 3)
         assert await verdict(first, write(7, 0, 3, entry=True)) is Verdict.FENCED, "another router has it now"
+
+    run(case)
+
+
+def test_more_calls_than_connections_wait_for_one_another() -> None:
+    """A burst of claims is no sign that the store is away: served without one, a key would mean two requests."""
+
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
+        names = [f"r{number}" for number in range(4 * CONNECTIONS_MAX)]
+        burst = [first.claim(write(5, 0, 0, entry=True, name=name), "") for name in names]
+        assert await asyncio.gather(*burst) == [None] * len(names)
+        ahead = [asyncio.create_task(first.take_over(RequestId(name), 1)) for name in names]
+        await asyncio.sleep(0.001)
+        for task in ahead[::2]:
+            task.cancel()  # clients that leave give their turns to others
+        left = await asyncio.gather(*ahead[1::2])
+        assert [each.new.request_id for each in left if each is not None] == names[1::2]
 
     run(case)
 
