@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 
 from cluster import journal_wire as wire
 from router.journal import LEASE_S, StoreDown
-from router.transcripts import Behind, Kept, Verdict, Write
+from router.transcripts import Behind, Kept, Seen, Verdict, Write
 from tandem.request import RequestId
 
 CALL_TIMEOUT_S = 1.0
@@ -82,7 +82,7 @@ end
 local record, tokens = prefix .. 'request:' .. ARGV[3], prefix .. 'tokens:' .. ARGV[3]
 local had = redis.call('HMGET', record, 'holder', 'end', 'fence')
 if had[1] and not had[2] and had[1] ~= ARGV[2] and lives(had[1]) then return {'taken'} end
-if had[1] == ARGV[2] and tonumber(had[3]) > tonumber(ARGV[4]) then return {} end -- carried out late: given up since
+if had[1] == ARGV[2] and tonumber(had[3]) >= tonumber(ARGV[4]) then return {} end -- carried out late, or twice
 redis.call('DEL', record, tokens)
 redis.call('HSET', record, 'holder', ARGV[2], 'fence', ARGV[4], 'entry', ARGV[5], 'n', 0, 'at',
            string.format('%.0f', now_us))
@@ -92,14 +92,15 @@ return {}
 """
 )
 
-# ARGV: prefix, holder, request id, least fence. {} when unknown; {entry, fence, end or '', age in ms, tokens...}.
+# ARGV: prefix, holder, request id, least fence, entry or ''. {} when unknown, or of another entry; {entry, fence, end
+# or '', age in ms, tokens...}.
 _TAKE_OVER = (
     "local prefix = ARGV[1]\n"
     + _NOW
     + """
 local record, tokens = prefix .. 'request:' .. ARGV[3], prefix .. 'tokens:' .. ARGV[3]
 local had = redis.call('HMGET', record, 'entry', 'fence', 'end', 'holder', 'at', 'n')
-if not had[1] then return {} end
+if not had[1] or (ARGV[5] ~= '' and had[1] ~= ARGV[5]) then return {} end
 if had[3] and tonumber(had[6]) > 0 and redis.call('EXISTS', tokens) == 0 then return {} end -- they were evicted
 local fence = tonumber(had[2])
 if not had[3] and had[4] ~= ARGV[2] then
@@ -114,16 +115,16 @@ return answer
 )
 
 # ARGV: prefix, holder, life in ms, life when ended in ms, then for each write: request id, fence, entry or '', key
-# or '', first index, number of tokens, tokens, end or ''. A verdict for each, or the fence of the running life that
-# this very router has, where that is a later one; {'failed', why} where the store cannot. A life of an id that is over
-# gives way to a later one, as does one of this very router: a claim that it gave up, since the store stood still, may
-# be carried out late.
+# or '', first index, number of tokens, tokens, end or '', key to free or ''. A verdict for each, or the fence of the
+# running life that this very router has, where that is a later one; {'failed', why} where the store cannot. A life of
+# an id that is over gives way to a later one, as does one of this very router: a claim that it gave up, since the store
+# stood still, may be carried out late.
 _WRITE = (
     "local prefix = ARGV[1]\n"
     + _NOW
     + """
 local verdicts = {}
-local function write(id, fence, entry, key, from, count, blob, ending)
+local function write(id, fence, entry, key, from, count, blob, ending, frees)
   local record, tokens = prefix .. 'request:' .. id, prefix .. 'tokens:' .. id
   local had = redis.call('HMGET', record, 'fence', 'n', 'end', 'holder')
   local mine = had[1] and tonumber(had[1]) == fence and had[4] == ARGV[2]
@@ -158,14 +159,18 @@ local function write(id, fence, entry, key, from, count, blob, ending)
   if ending ~= '' then
     redis.call('HSET', record, 'end', ending)
     life_ms = ARGV[4]
+    if frees ~= '' and redis.call('GET', prefix .. 'key:' .. frees) == id then
+      redis.call('DEL', prefix .. 'key:' .. frees)
+    end
   end
   redis.call('PEXPIRE', record, life_ms)
   redis.call('PEXPIRE', tokens, life_ms)
   return 'written'
 end
-for at = 5, #ARGV, 8 do
+for at = 5, #ARGV, 9 do
   local done, verdict = pcall(write, ARGV[at], tonumber(ARGV[at + 1]), ARGV[at + 2], ARGV[at + 3],
-                              tonumber(ARGV[at + 4]), tonumber(ARGV[at + 5]), ARGV[at + 6], ARGV[at + 7])
+                              tonumber(ARGV[at + 4]), tonumber(ARGV[at + 5]), ARGV[at + 6], ARGV[at + 7],
+                              ARGV[at + 8])
   if not done then verdict = {'failed', type(verdict) == 'table' and verdict.err or verdict} end
   verdicts[#verdicts + 1] = verdict
 end
@@ -249,18 +254,21 @@ class RedisStore:
         new, keep = self._read(wire.decode_entry, found[1])
         return Kept(new=new, keep=keep, tokens=(), ended=None, fence=0)
 
-    async def owner_of(self, request_id: RequestId) -> str | None:
+    async def look(self, request_id: RequestId) -> Seen | None:
         """See RequestStore."""
         try:
             async with asyncio.timeout(2 * CALL_TIMEOUT_S):
                 entry = await self._redis.hget(f"{self._prefix}request:{request_id}", "entry")
         except (RedisError, OSError, TimeoutError) as error:
             raise StoreDown(f"{type(error).__name__}: {error}") from None
-        return None if entry is None else str(self._read(wire.decode_entry, entry)[0].owner)
+        if entry is None:
+            return None
+        new, keep = self._read(wire.decode_entry, entry)
+        return Seen(new=new, keep=keep, mark=bytes(entry))  # type: ignore[arg-type]  # it is not decoded
 
-    async def take_over(self, request_id: RequestId, fence: int) -> Kept | None:
+    async def take_over(self, request_id: RequestId, fence: int, mark: bytes = b"") -> Kept | None:
         """See RequestStore."""
-        found = await self._ask(self._take_over, self._holder, request_id, fence)
+        found = await self._ask(self._take_over, self._holder, request_id, fence, mark)
         if not found:
             return None
         entry, fence, ending, age_ms, *pieces = found
@@ -285,6 +293,7 @@ class RedisStore:
             blob = wire.encode_tokens(each.tokens) if each.tokens else b""
             key = "" if each.entry is None else each.entry[1].key
             words += [each.request_id, each.fence, entry, key, each.from_index, len(each.tokens), blob, ending]
+            words.append(each.frees)
         answers = await self._ask(self._write, *words)
         failed = [each[1].decode(errors="replace") for each in answers if isinstance(each, list)]
         if failed and len(failed) == len(answers):

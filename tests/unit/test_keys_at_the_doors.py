@@ -22,7 +22,7 @@ from router.driver import Driver
 from router.grpc_api import build_grpc_server
 from router.metrics import Api, EdgeMetrics
 from router.service import Ask, ServedModel, Service
-from router.transcripts import Kept
+from router.transcripts import Kept, Seen
 from router.validation import SamplingFields
 from tandem.client import AsyncClient
 from tandem.errors import Cancelled, Overloaded, RateLimited, TakenOver, Unauthenticated, UnknownRequest
@@ -358,7 +358,10 @@ class BackFromAnother:
     def __init__(self, kept: Kept) -> None:
         self._kept = kept
 
-    async def take_over(self, request_id: RequestId) -> Kept:
+    async def look(self, request_id: RequestId) -> Seen:
+        return Seen(new=self._kept.new, keep=self._kept.keep, mark=b"")
+
+    async def take_over(self, seen: Seen) -> Kept:
         return self._kept
 
 
