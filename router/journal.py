@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from router.events import NewRequest
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 PERIOD_S = 0.02
 LEASE_S = 1.0  # between two renewals; the lease is three times as long
 BACKOFF_S = 0.5
+HAND_OVER_S = 2.0
 
 
 class StoreDown(RuntimeError):
@@ -162,6 +164,16 @@ class Journal:
             elif not transcripts.answered(write, verdict):
                 log.warning("request=%s another router has it", write.request_id)
                 self._driver.let_go(write.request_id, began_apart=write.entry is not None)
+
+    async def hand_over(self) -> None:
+        """Writes all that the store lacks, for whoever comes after; what cannot be in time is computed again there.
+
+        A write that was under way when `run` ended may have arrived or not: what followed it is then written anew.
+        """
+        with suppress(StoreDown, TimeoutError):
+            async with asyncio.timeout(HAND_OVER_S):
+                while self._driver.transcripts.pending():
+                    await self.flush()
 
     def _is_down(self, error: StoreDown) -> None:
         if not self.problem:

@@ -18,6 +18,7 @@ from tandem.errors import Cancelled, TandemError
 from tandem.request import RequestId, Token
 
 WRITE_TOKENS_MAX = 4096  # in one round: a store that was away gets what it missed in pieces
+PROMPT_TOKENS_AS_ONE = 16  # of a prompt are written as fast as one of an answer, which may have logprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +115,11 @@ class _Transcript:
     withdrawn: bool = False  # nobody knows whether the store has it: its end is written there if it does
 
     @property
+    def num_kept(self) -> int:
+        """Tokens that are remembered: of the prompt, too."""
+        return len(self.new.tokens) + len(self.tokens)
+
+    @property
     def is_written(self) -> bool:
         return self.entry_written and self.end_written and self.num_written >= len(self.tokens)
 
@@ -121,10 +127,11 @@ class _Transcript:
 class Transcripts:
     """All transcripts of one router. `shared`: a store takes them, and remembers those that ended.
 
-    Of those that ended at most `tokens_max` tokens are remembered here, for `keep_ms` milliseconds, newest first.
+    Of those that ended at most `tokens_max` tokens, prompts included, are remembered here, for `keep_ms` milliseconds,
+    newest first.
     """
 
-    def __init__(self, *, shared: bool, keep_ms: int = 60_000, tokens_max: int = 1_000_000) -> None:
+    def __init__(self, *, shared: bool, keep_ms: int = 60_000, tokens_max: int = 2_000_000) -> None:
         self.shared = shared
         self._keep_ms = keep_ms
         self._tokens_max = tokens_max
@@ -169,7 +176,7 @@ class Transcripts:
         if ended.code:
             self._free_key(transcript)  # who asks for the same again does not want the failure again
         self._ended[request_id] = transcript
-        self._ended_tokens += len(transcript.tokens)
+        self._ended_tokens += transcript.num_kept
         while self._ended_tokens > self._tokens_max and len(self._ended) > 1:
             self._forget(next(iter(self._ended)))
 
@@ -237,7 +244,7 @@ class Transcripts:
     # ---- the store -------------------------------------------------------------------------------------------------
 
     def pending(self) -> list[Write]:
-        """What the store lacks, WRITE_TOKENS_MAX tokens at most, those that ended first."""
+        """What the store lacks, as much as WRITE_TOKENS_MAX tokens at most, those that ended first."""
         writes: list[Write] = []
         room = WRITE_TOKENS_MAX
         for request_id, each in (*self._ended.items(), *self._running.items()):
@@ -248,7 +255,7 @@ class Transcripts:
             ended = each.ended if whole and not each.end_written else None
             if fresh or ended is not None or not each.entry_written:
                 entry = None if each.entry_written else (each.new, each.keep)
-                room -= len(fresh) + 1
+                room -= len(fresh) + 1 + (0 if entry is None else len(each.new.tokens) // PROMPT_TOKENS_AS_ONE)
                 writes.append(
                     Write(
                         request_id=request_id,
@@ -308,7 +315,7 @@ class Transcripts:
         each = self._running.pop(request_id, None)
         if each is None:
             each = self._ended.pop(request_id, None)
-            self._ended_tokens -= 0 if each is None else len(each.tokens)
+            self._ended_tokens -= 0 if each is None else each.num_kept
         if each is not None:
             self._free_key(each)
 

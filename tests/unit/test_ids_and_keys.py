@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
@@ -249,3 +250,31 @@ def test_who_asks_wrongly_for_an_answer_takes_it_from_nobody() -> None:
         assert tokens_of(seen + [each async for each in call]) == ids(12)
 
     alone(case)
+
+
+def test_who_is_ahead_of_what_failed_is_told_how_it_failed() -> None:
+    async def case(router: Router, worker: CountingWorker) -> None:
+        worker.num_tokens_max = 4
+        await begun(router, ask("r", 12))
+        router.driver.cancel(RequestId("r"), "by the test")
+        with pytest.raises(grpc.aio.AioRpcError, match="by the test"):
+            await attached(router, "r", 9)
+
+    alone(case)
+
+
+def test_where_tokens_are_not_exact_a_second_try_is_no_guess_either() -> None:
+    """What the other router computes again is not what the client has, also when it has caught up."""
+
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: LocalRedis) -> None:
+        second.service.model = replace(second.service.model, exact=False)
+        worker.num_tokens_max = 6
+        await begun(first, ask("r", 40))
+        await until(lambda: not first.driver.transcripts.pending())
+        worker.num_tokens_max = 10**9
+        for _ in range(2):
+            with pytest.raises(grpc.aio.AioRpcError, match="the cluster is not exact"):
+                await attached(second, "r", 12)
+            await asyncio.sleep(0.2)
+
+    together(case)
