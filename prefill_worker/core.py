@@ -71,6 +71,7 @@ class _Request:
     last_chunk_ms: int = 0  # when its last chunk began
     fenced: bool = False  # its first token is drawn
     released: bool = False
+    ended_ms: int | None = None  # since then only the agent keeps the attempt open
 
 
 class PrefillCore:
@@ -109,6 +110,19 @@ class PrefillCore:
     def has_attempt(self, transfer_id: TransferId) -> bool:
         """Whether this is the source of a transfer that is not closed."""
         return transfer_id in self._attempts
+
+    def audit(self, now_ms: int) -> list[str]:
+        """Attempts that are over but whose blocks an agent still reads."""
+        warn_ms = self.config.handoff.quarantine_warn_ms
+        since = [(key, each.ended_ms) for key, each in self._attempts.items() if each.ended_ms is not None]
+        late = [(key, now_ms - at_ms) for key, at_ms in since if now_ms - at_ms > warn_ms]
+        return [f"transfer {key} is over for {for_ms} ms and its agent is not quiet" for key, for_ms in late]
+
+    def audit_due_ms(self, after_ms: int) -> int | None:
+        """When, later than `after_ms`, the audit first finds something that it does not yet; None: not by itself."""
+        warn_ms = self.config.handoff.quarantine_warn_ms
+        late = [each.ended_ms + warn_ms + 1 for each in self._attempts.values() if each.ended_ms is not None]
+        return min((at_ms for at_ms in late if at_ms > after_ms), default=None)
 
     def machines(self) -> list[SourceHandoff]:
         """The attempts that are not closed."""
@@ -377,6 +391,8 @@ class PrefillCore:
         actions: list[Action] = []
         for asked in request.machine.handle(now_ms, event):
             actions += self._do(now_ms, request, asked)
+        if request.ended_ms is None and not request.machine.alive:
+            request.ended_ms = now_ms
         return actions
 
     def _do(self, now_ms: int, request: _Request, asked: SourceAction) -> list[Action]:
