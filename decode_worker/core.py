@@ -291,7 +291,8 @@ class DecodeCore:
             received_ms=now_ms,
             epoch=assign.epoch,
             salt=self._num_assigned,
-            owner=f"{assign.request_id}/{assign.epoch}/{assign.transfer_id or assign.mode}",
+            # Numbered: what it had here before may be a step's until that is over.
+            owner=f"{assign.request_id}/{assign.epoch}/{assign.transfer_id or assign.mode}/{self._num_assigned}",
             machine=machine,
             hashes=block_hashes(
                 self._batch.config.namespace, assign.tokens, self._ledger.block_size, salt=assign.cache_salt

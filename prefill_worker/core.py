@@ -92,6 +92,7 @@ class PrefillCore:
         self._attempts: dict[TransferId, _Request] = {}
         self._seen_ms: dict[RequestId, int] = {}  # prompts of the other role, for the order
         self._exports = Exports(ledger, layout)
+        self._num_assigned = 0
         self._planned_ms = 0
 
     def __len__(self) -> int:
@@ -227,6 +228,7 @@ class PrefillCore:
         return self._batch.refusal(num_tokens=len(assign.tokens), request_id=assign.request_id)
 
     def _new(self, now_ms: int, session: int, assign: Assign, peer: WorkerAddress) -> _Request:
+        self._num_assigned += 1
         namespace, salt = self._batch.config.namespace, assign.cache_salt
         hashes = block_hashes(namespace, assign.tokens, self._ledger.block_size, salt=salt)
         sequence = Sequence(
@@ -235,7 +237,8 @@ class PrefillCore:
             tokens=list(assign.tokens),
             num_prompt_tokens=assign.num_prompt_tokens,
             sampling=assign.sampling,
-            owner=f"{assign.request_id}/{assign.epoch}/prefill",
+            # Numbered: what it had here before may be a step's until that is over.
+            owner=f"{assign.request_id}/{assign.epoch}/prefill/{self._num_assigned}",
             preemptible=False,  # its blocks are being sent
             cache_salt=salt,
             hashes=list(hashes),

@@ -137,6 +137,22 @@ def test_request_that_comes_back_in_another_role_replaces_the_old_epoch() -> Non
     assert not bench.core.ledger.audit()
 
 
+@pytest.mark.parametrize("mode", [LOCAL, AssignMode.PREFILL])
+def test_request_that_comes_again_under_its_old_epoch_in_the_step_that_it_left_is_another_one(mode: AssignMode) -> None:
+    """A router's epochs grow, but it counts from a clock: one that was set back must not end the worker."""
+    bench = Bench()
+    bench.handle(assign(mode=mode))
+    plan = bench.core.next_plan(bench.now_ms)
+    assert plan is not None
+    bench.handle(cancel())
+    bench.handle(assign(mode=mode))
+    bench.core.step_done(bench.now_ms, plan, bench.runner.run(plan))
+    tokens = [each for each in told(bench.run(), Token) if isinstance(each, Token)]
+    expected = expected_tokens(PROMPT, Sampling(), 4, VOCAB)
+    assert [each.token_id for each in tokens] == (expected if mode is LOCAL else expected[:1])
+    assert not bench.core.ledger.audit()
+
+
 def test_routers_hear_what_the_prefix_cache_holds_in_unbroken_sequence() -> None:
     bench = Bench()
     (empty,) = blocks_told(bench.handle(RouterJoined(session=1)), 1)
