@@ -419,16 +419,16 @@ class DecodeCore:
         if failed is not None:
             piece = request_failed(failed.request_id, request.epoch, failed.code, failed.reason, retryable=False)
             actions.append(request.report(piece))
-            actions += self._end(now_ms, request, failed.reason)
+            actions += self._end(now_ms, request, failed.reason, spoiled=True)
         elif token is not None and token.finish is not None:
             actions += self._end(now_ms, request, "the request has finished")
         else:
             actions += self.moves.stepped(now_ms, request)
         return actions
 
-    def _end(self, now_ms: int, request: Request, reason: str) -> list[Action]:
+    def _end(self, now_ms: int, request: Request, reason: str, *, spoiled: bool = False) -> list[Action]:
         self._leave(request)
-        return self.moves.stop(now_ms, request, reason)
+        return self.moves.stop(now_ms, request, reason, spoiled=spoiled)
 
     def _first_step(self, now_ms: int, request: Request) -> list[Action]:
         """What the first step took of a request that came from elsewhere."""

@@ -285,10 +285,10 @@ class PrefillCore:
         attempt = self._attempts.get(transfer_id)
         return [] if attempt is None else self._drive(now_ms, attempt, owner)
 
-    def _stop(self, now_ms: int, request: _Request, reason: str) -> list[Action]:
-        """The router's word: the request is over here. What is being read of it stays pinned until that ends."""
+    def _stop(self, now_ms: int, request: _Request, reason: str, *, spoiled: bool = False) -> list[Action]:
+        """The request is over here. What is being read of it stays pinned until that ends."""
         self._release(request)
-        return self._drive(now_ms, request, Stop(reason=reason))
+        return self._drive(now_ms, request, Stop(reason=reason, spoiled=spoiled))
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -333,7 +333,7 @@ class PrefillCore:
             if failed is not None:
                 piece = request_failed(failed.request_id, failed.epoch, failed.code, failed.reason, retryable=False)
                 actions += [Report(session=request.session, piece=piece)]
-                actions += self._stop(now_ms, request, failed.reason)
+                actions += self._stop(now_ms, request, failed.reason, spoiled=True)
         return [*actions, *self._offer_next(now_ms)]
 
     def _prefilled(self, now_ms: int, request: _Request, token: Token) -> list[Action]:

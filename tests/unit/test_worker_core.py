@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 import pytest
-from role_cores import LAYOUT, ME, PROMPT, VOCAB, assign, cancel, from_peer, offer, other_session, parts, said, told
+from role_cores import (
+    LAYOUT,
+    ME,
+    PROMPT,
+    VOCAB,
+    assign,
+    cancel,
+    from_peer,
+    grant,
+    offer,
+    other_session,
+    parts,
+    said,
+    told,
+)
 
 from cluster.worker_core import WorkerCore, WorkerCoreConfig
 from engine.blocks import BlockState
@@ -122,6 +136,16 @@ def test_request_whose_logits_are_not_finite_fails_alone(mode: AssignMode) -> No
     bench.handle(assign("good", mode=LOCAL))
     tokens = [each for each in told(bench.run(), Token) if isinstance(each, Token)]
     assert [each.token_id for each in tokens] == expected_tokens(PROMPT, Sampling(), 4, VOCAB)
+
+
+def test_a_prompt_that_breaks_tells_its_target_to_keep_nothing_of_it() -> None:
+    bench = Bench()
+    bench.handle(assign())
+    bench.handle(from_peer(grant()))
+    plan = bench.core.next_plan(bench.now_ms)
+    assert plan is not None
+    actions = bench.core.step_done(bench.now_ms, plan, [Undrawn(reason="not finite")])
+    assert said(actions, Cancel) == [Cancel(reason="not finite", spoiled=True)]
 
 
 def test_request_that_comes_back_in_another_role_replaces_the_old_epoch() -> None:
