@@ -280,8 +280,7 @@ class RouterProcess:
     async def _hand_over(self) -> None:
         """Writes what the store lacks: whoever comes after goes on from there."""
         if self.journal is not None and self.store is not None:
-            with contextlib.suppress(StoreDown):  # tokens that it lacks are computed again
-                await self.journal.flush()
+            await self.journal.hand_over()
             await self.store.leave()
 
     async def _until_stopped(self) -> None:

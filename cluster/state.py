@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 
 from cluster import journal_wire as wire
 from router.journal import LEASE_S, StoreDown
-from router.transcripts import Behind, Kept, Verdict, Write
+from router.transcripts import Behind, Kept, Seen, Verdict, Write
 from tandem.request import RequestId
 
 CALL_TIMEOUT_S = 1.0
@@ -38,6 +38,12 @@ local function lives(holder)
   local until_us = redis.call('ZSCORE', prefix .. 'routers', holder)
   return until_us and tonumber(until_us) > now_us
 end
+local function stranger(identity) -- the identity of another cluster that lives here, or nil
+  local known = redis.call('GET', prefix .. 'cluster')
+  redis.call('ZREMRANGEBYSCORE', prefix .. 'routers', '-inf', now_us)
+  if known and known ~= identity and redis.call('ZCARD', prefix .. 'routers') > 0 then return known end
+  redis.call('SET', prefix .. 'cluster', identity)
+end
 """
 
 # ARGV: prefix, identity, holder. The identity of another cluster that lives, or ''; the store's time in microseconds.
@@ -45,25 +51,20 @@ _OPEN = (
     "local prefix = ARGV[1]\n"
     + _NOW
     + """
-local known = redis.call('GET', prefix .. 'cluster')
-redis.call('ZREMRANGEBYSCORE', prefix .. 'routers', '-inf', now_us)
-if known and known ~= ARGV[2] and redis.call('ZCARD', prefix .. 'routers') > 0 then
-  return {known, string.format('%.0f', now_us)}
-end
-redis.call('SET', prefix .. 'cluster', ARGV[2])
-return {'', string.format('%.0f', now_us)}
+return {stranger(ARGV[2]) or '', string.format('%.0f', now_us)}
 """
 )
 
-# ARGV: prefix, identity, holder, lease in ms, a boot id to set where there is none. The boot id.
+# ARGV: prefix, identity, holder, lease in ms, a boot id to set where there is none. As _OPEN's first; the boot id.
 _RENEW = (
     "local prefix = ARGV[1]\n"
     + _NOW
     + """
-redis.call('SET', prefix .. 'cluster', ARGV[2])
+local other = stranger(ARGV[2])
+if other then return {other, ''} end
 redis.call('ZADD', prefix .. 'routers', now_us + ARGV[4] * 1000, ARGV[3])
 redis.call('SET', prefix .. 'boot', ARGV[5], 'NX')
-return redis.call('GET', prefix .. 'boot')
+return {'', redis.call('GET', prefix .. 'boot')}
 """
 )
 
@@ -81,7 +82,7 @@ end
 local record, tokens = prefix .. 'request:' .. ARGV[3], prefix .. 'tokens:' .. ARGV[3]
 local had = redis.call('HMGET', record, 'holder', 'end', 'fence')
 if had[1] and not had[2] and had[1] ~= ARGV[2] and lives(had[1]) then return {'taken'} end
-if had[1] == ARGV[2] and tonumber(had[3]) > tonumber(ARGV[4]) then return {} end -- carried out late: given up since
+if had[1] == ARGV[2] and tonumber(had[3]) >= tonumber(ARGV[4]) then return {} end -- carried out late, or twice
 redis.call('DEL', record, tokens)
 redis.call('HSET', record, 'holder', ARGV[2], 'fence', ARGV[4], 'entry', ARGV[5], 'n', 0, 'at',
            string.format('%.0f', now_us))
@@ -91,14 +92,16 @@ return {}
 """
 )
 
-# ARGV: prefix, holder, request id, least fence. {} when unknown; {entry, fence, end or '', age in ms, tokens...}.
+# ARGV: prefix, holder, request id, least fence, entry or ''. {} when unknown, or of another entry; {entry, fence, end
+# or '', age in ms, tokens...}.
 _TAKE_OVER = (
     "local prefix = ARGV[1]\n"
     + _NOW
     + """
 local record, tokens = prefix .. 'request:' .. ARGV[3], prefix .. 'tokens:' .. ARGV[3]
-local had = redis.call('HMGET', record, 'entry', 'fence', 'end', 'holder', 'at')
-if not had[1] then return {} end
+local had = redis.call('HMGET', record, 'entry', 'fence', 'end', 'holder', 'at', 'n')
+if not had[1] or (ARGV[5] ~= '' and had[1] ~= ARGV[5]) then return {} end
+if had[3] and tonumber(had[6]) > 0 and redis.call('EXISTS', tokens) == 0 then return {} end -- they were evicted
 local fence = tonumber(had[2])
 if not had[3] and had[4] ~= ARGV[2] then
   fence = math.max(fence + 1, tonumber(ARGV[4]))
@@ -112,15 +115,16 @@ return answer
 )
 
 # ARGV: prefix, holder, life in ms, life when ended in ms, then for each write: request id, fence, entry or '', key
-# or '', first index, number of tokens, tokens, end or ''. A verdict for each, or the fence of the running life that
-# this very router has, where that is a later one. A life of an id that is over gives way to a later one, as does one of
-# this very router: a claim that it gave up, since the store stood still, may be carried out late.
+# or '', first index, number of tokens, tokens, end or '', key to free or ''. A verdict for each, or the fence of the
+# running life that this very router has, where that is a later one; {'failed', why} where the store cannot. A life of
+# an id that is over gives way to a later one, as does one of this very router: a claim that it gave up, since the store
+# stood still, may be carried out late.
 _WRITE = (
     "local prefix = ARGV[1]\n"
     + _NOW
     + """
 local verdicts = {}
-local function write(id, fence, entry, key, from, count, blob, ending)
+local function write(id, fence, entry, key, from, count, blob, ending, frees)
   local record, tokens = prefix .. 'request:' .. id, prefix .. 'tokens:' .. id
   local had = redis.call('HMGET', record, 'fence', 'n', 'end', 'holder')
   local mine = had[1] and tonumber(had[1]) == fence and had[4] == ARGV[2]
@@ -134,12 +138,18 @@ local function write(id, fence, entry, key, from, count, blob, ending)
     redis.call('DEL', record, tokens)
     redis.call('HSET', record, 'holder', ARGV[2], 'fence', string.format('%.0f', fence), 'entry', entry, 'n', 0,
                'at', at)
-    if key ~= '' then redis.call('SET', prefix .. 'key:' .. key, id, 'NX', 'PX', ARGV[3]) end
+    if key ~= '' then
+      local known = redis.call('GET', prefix .. 'key:' .. key)
+      if not known or redis.call('EXISTS', prefix .. 'request:' .. known) == 0 then
+        redis.call('SET', prefix .. 'key:' .. key, id, 'PX', ARGV[3])
+      end
+    end
     had = {fence, 0}
   elseif not mine then
     return 'missing'
   end
   local n = tonumber(had[2])
+  if n > 0 and redis.call('EXISTS', tokens) == 0 then return 'missing' end -- evicted
   if from ~= n and not (ending ~= '' and count == 0 and from < n) then return 'missing' end
   if count > 0 then
     redis.call('RPUSH', tokens, blob)
@@ -149,14 +159,20 @@ local function write(id, fence, entry, key, from, count, blob, ending)
   if ending ~= '' then
     redis.call('HSET', record, 'end', ending)
     life_ms = ARGV[4]
+    if frees ~= '' and redis.call('GET', prefix .. 'key:' .. frees) == id then
+      redis.call('DEL', prefix .. 'key:' .. frees)
+    end
   end
   redis.call('PEXPIRE', record, life_ms)
   redis.call('PEXPIRE', tokens, life_ms)
   return 'written'
 end
-for at = 5, #ARGV, 8 do
-  verdicts[#verdicts + 1] = write(ARGV[at], tonumber(ARGV[at + 1]), ARGV[at + 2], ARGV[at + 3],
-                                  tonumber(ARGV[at + 4]), tonumber(ARGV[at + 5]), ARGV[at + 6], ARGV[at + 7])
+for at = 5, #ARGV, 9 do
+  local done, verdict = pcall(write, ARGV[at], tonumber(ARGV[at + 1]), ARGV[at + 2], ARGV[at + 3],
+                              tonumber(ARGV[at + 4]), tonumber(ARGV[at + 5]), ARGV[at + 6], ARGV[at + 7],
+                              ARGV[at + 8])
+  if not done then verdict = {'failed', type(verdict) == 'table' and verdict.err or verdict} end
+  verdicts[#verdicts + 1] = verdict
 end
 return verdicts
 """
@@ -179,25 +195,33 @@ class RedisStore:
         self._holder = holder
         self._identity = identity
         self._boot = ""
-        self._redis = redis.asyncio.Redis.from_url(
+        self._is_member = False  # the store has said that no other cluster lives there
+        # More calls than connections wait for one another: a burst is no sign that the store is away.
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
             url,
             socket_timeout=CALL_TIMEOUT_S,
             socket_connect_timeout=CALL_TIMEOUT_S,
             retry=Retry(NoBackoff(), 1),  # of a connection that broke while it waited in the pool
             max_connections=CONNECTIONS_MAX,
+            timeout=CALL_TIMEOUT_S,
         )
+        self._redis = redis.asyncio.Redis.from_pool(pool)
         scripts = (_OPEN, _RENEW, _CLAIM, _TAKE_OVER, _WRITE)
         self._open, self._renew, self._claim, self._take_over, self._write = map(self._redis.register_script, scripts)
 
     async def open(self) -> int:
         """The store's time in microseconds. Raises StoreRefused when another cluster lives there, or StoreDown."""
         other, now_us = await self._call(self._open, self._identity, self._holder)
+        self._is_member = not other
         if other:
-            raise StoreRefused(
-                f"redis: the keys {self._prefix}* are those of a cluster that serves {other.decode()}, this one serves "
-                f"{self._identity}; choose another database or --redis-prefix"
-            )
+            raise StoreRefused(self._refusal(other))
         return int(now_us)
+
+    def _refusal(self, other: bytes) -> str:
+        return (
+            f"redis: the keys {self._prefix}* are those of a cluster that serves {other.decode()}, this one serves "
+            f"{self._identity}; choose another database or --redis-prefix"
+        )
 
     async def leave(self) -> None:
         """This router serves nothing any more: what it had may be taken over, and its ids are free. Hangs up."""
@@ -209,7 +233,11 @@ class RedisStore:
     async def renew(self) -> bool:
         """See RequestStore."""
         fresh = secrets.token_hex(8)  # for a store that has forgotten: not the id of before
-        boot = (await self._call(self._renew, self._identity, self._holder, LEASE_MS, fresh)).decode()
+        other, named = await self._call(self._renew, self._identity, self._holder, LEASE_MS, fresh)
+        self._is_member = not other
+        if other:
+            raise StoreDown(self._refusal(other))
+        boot = named.decode()
         known = bool(self._boot == boot)
         self._boot = boot
         return known
@@ -218,7 +246,7 @@ class RedisStore:
         """See RequestStore."""
         assert write.entry is not None, "a claim says what was asked"
         entry = wire.encode_entry(*write.entry)
-        found = await self._call(self._claim, self._holder, write.request_id, write.fence, entry, key, RUNNING_MS)
+        found = await self._ask(self._claim, self._holder, write.request_id, write.fence, entry, key, RUNNING_MS)
         if not found:
             return None
         if found[0] == b"taken":
@@ -226,18 +254,21 @@ class RedisStore:
         new, keep = self._read(wire.decode_entry, found[1])
         return Kept(new=new, keep=keep, tokens=(), ended=None, fence=0)
 
-    async def owner_of(self, request_id: RequestId) -> str | None:
+    async def look(self, request_id: RequestId) -> Seen | None:
         """See RequestStore."""
         try:
             async with asyncio.timeout(2 * CALL_TIMEOUT_S):
                 entry = await self._redis.hget(f"{self._prefix}request:{request_id}", "entry")
         except (RedisError, OSError, TimeoutError) as error:
             raise StoreDown(f"{type(error).__name__}: {error}") from None
-        return None if entry is None else str(self._read(wire.decode_entry, entry)[0].owner)
+        if entry is None:
+            return None
+        new, keep = self._read(wire.decode_entry, entry)
+        return Seen(new=new, keep=keep, mark=bytes(entry))  # type: ignore[arg-type]  # it is not decoded
 
-    async def take_over(self, request_id: RequestId, fence: int) -> Kept | None:
+    async def take_over(self, request_id: RequestId, fence: int, mark: bytes = b"") -> Kept | None:
         """See RequestStore."""
-        found = await self._call(self._take_over, self._holder, request_id, fence)
+        found = await self._ask(self._take_over, self._holder, request_id, fence, mark)
         if not found:
             return None
         entry, fence, ending, age_ms, *pieces = found
@@ -262,8 +293,21 @@ class RedisStore:
             blob = wire.encode_tokens(each.tokens) if each.tokens else b""
             key = "" if each.entry is None else each.entry[1].key
             words += [each.request_id, each.fence, entry, key, each.from_index, len(each.tokens), blob, ending]
-        answers = await self._call(self._write, *words)
-        return [Behind(each) if isinstance(each, int) else Verdict(each.decode()) for each in answers]
+            words.append(each.frees)
+        answers = await self._ask(self._write, *words)
+        failed = [each[1].decode(errors="replace") for each in answers if isinstance(each, list)]
+        if failed and len(failed) == len(answers):
+            raise StoreDown(failed[0])
+        return [_verdict(each) for each in answers]
+
+    async def _ask(self, script: AsyncScript, *words: str | int | bytes) -> Any:
+        """A call about requests: never to another cluster's, also of a router that came while the store was away."""
+        if not self._is_member:
+            try:
+                await self.open()
+            except StoreRefused as error:
+                raise StoreDown(str(error)) from None
+        return await self._call(script, *words)
 
     async def _call(self, script: AsyncScript, *words: str | int | bytes) -> Any:
         call: Awaitable[Any] = script(args=[self._prefix, *words])
@@ -279,6 +323,13 @@ class RedisStore:
             return decode(content)
         except ValueError as error:
             raise StoreDown(f"what the store holds cannot be read: {error}") from None
+
+
+def _verdict(answer: bytes | int | list[bytes]) -> Verdict | Behind:
+    """What could not be written is missing: the others are not held up by it, and it is written anew."""
+    if isinstance(answer, list):
+        return Verdict.MISSING
+    return Behind(answer) if isinstance(answer, int) else Verdict(answer.decode())
 
 
 def identity_of(*, model: str, dtype: str, exact: bool) -> str:

@@ -213,7 +213,8 @@ class WorkerCore:
         if self._audited_ms is None:
             return None
         if self._touched_ms is None:
-            return self.decode.audit_due_ms(self._audited_ms)
+            late = (self.prefill.audit_due_ms(self._audited_ms), self.decode.audit_due_ms(self._audited_ms))
+            return min((at for at in late if at is not None), default=None)
         busy_ms = self._audited_ms + self._config.audit_ms * 10
         if self.batch.num_running:
             return busy_ms
@@ -224,7 +225,7 @@ class WorkerCore:
         if due_ms is not None and now_ms >= due_ms:
             self._audited_ms, self._touched_ms = now_ms, None
             swapped = self.batch.swapping.space.audit(each.owner for each in self.batch.sequences())
-            self._audit = (*self.ledger.audit(), *swapped, *self.decode.audit(now_ms))
+            self._audit = (*self.ledger.audit(), *swapped, *self.prefill.audit(now_ms), *self.decode.audit(now_ms))
 
     def _load(self, now_ms: int) -> WorkerLoad:
         return WorkerLoad(

@@ -293,7 +293,8 @@ class DecodeCore:
             clock=PromptClock(received_ms=now_ms, heard_s=heard_s) if machine is None else None,
             epoch=assign.epoch,
             salt=self._num_assigned,
-            owner=f"{assign.request_id}/{assign.epoch}/{assign.transfer_id or assign.mode}",
+            # Numbered: what it had here before may be a step's until that is over.
+            owner=f"{assign.request_id}/{assign.epoch}/{assign.transfer_id or assign.mode}/{self._num_assigned}",
             machine=machine,
             hashes=block_hashes(
                 self._batch.config.namespace, assign.tokens, self._ledger.block_size, salt=assign.cache_salt
@@ -423,16 +424,16 @@ class DecodeCore:
         if failed is not None:
             piece = request_failed(failed.request_id, request.epoch, failed.code, failed.reason, retryable=False)
             actions.append(request.report(piece))
-            actions += self._end(now_ms, request, failed.reason)
+            actions += self._end(now_ms, request, failed.reason, spoiled=True)
         elif token is not None and token.finish is not None:
             actions += self._end(now_ms, request, "the request has finished")
         else:
             actions += self.moves.stepped(now_ms, request)
         return actions
 
-    def _end(self, now_ms: int, request: Request, reason: str) -> list[Action]:
+    def _end(self, now_ms: int, request: Request, reason: str, *, spoiled: bool = False) -> list[Action]:
         self._leave(request)
-        return self.moves.stop(now_ms, request, reason)
+        return self.moves.stop(now_ms, request, reason, spoiled=spoiled)
 
     def _first_step(self, now_ms: int, request: Request) -> list[Action]:
         """What the first step took of a request that came from elsewhere."""

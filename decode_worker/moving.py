@@ -206,12 +206,15 @@ class MoveSources:
             first_index=migrate.num_tokens - sequence.num_prompt_tokens,
         )
 
-    def stop(self, now_ms: int, request: Request, reason: str) -> list[Action]:
-        """The request is over here. What is being read of it stays pinned until that ends."""
+    def stop(self, now_ms: int, request: Request, reason: str, *, spoiled: bool = False) -> list[Action]:
+        """The request is over here. What is being read of it stays pinned until that ends.
+
+        `spoiled`: it has failed, and its blocks may be why.
+        """
         if request.moving is None:
             return []
         move, request.moving = self._moves[request.moving], None
-        return self._drive(now_ms, move, Stop(reason=reason))
+        return self._drive(now_ms, move, Stop(reason=reason, spoiled=spoiled))
 
     # ---- events ------------------------------------------------------------------------------------------------------
 

@@ -87,8 +87,9 @@ class BatchConfig:
     """Bounds of one step, and what the model says.
 
     A step runs every decode that fits `max_rows`, then prefill chunks up to `max_tokens_per_step` tokens in all; one
-    chunk always goes in, so that many decodes cannot starve prefill. Chunks end at absolute multiples of
-    `chunk_tokens`, wherever a prefix hit begins, so that a kernel sees the same chunks in every life of a request.
+    chunk always goes in, in place of a decode where there is no row left (with one row, by turns), so that many decodes
+    cannot starve prefill. Chunks end at absolute multiples of `chunk_tokens`, wherever a prefix hit begins, so that a
+    kernel sees the same chunks in every life of a request.
     """
 
     max_tokens_per_step: int = 512
@@ -167,6 +168,7 @@ class Batch:
         self._sequences: dict[RequestId, Sequence] = {}
         self._num_added = 0
         self._num_steps = 0
+        self._prefilled = False  # the last step had a row that was no decode's
         self._preempted: list[Preemption] = []
         self._running: dict[RequestId, Sequence] = {}  # the rows of the step under way
         self._counted: _Counted | None = None  # None: something has changed since
@@ -295,8 +297,12 @@ class Batch:
         swapping = self.swapping
         swapping.begin()
         rows: dict[RequestId, StepRow] = {}
-        self._add_decodes(rows)
+        decodes, rest = self._decodes()
+        self._add_decodes(rows, decodes)
+        num_decodes = len(rows)
         self._add_prefills(rows)
+        self._prefilled = len(rows) > num_decodes
+        self._add_decodes(rows, rest[: self.config.max_rows - len(rows)])
         if not rows and not swapping.copies:
             return None
         self._running = {request_id: self._sequences[request_id] for request_id in rows}
@@ -305,12 +311,18 @@ class Batch:
             rows=tuple(rows.values()), copies_out=tuple(swapping.copies_out), copies_back=tuple(swapping.copies_back)
         )
 
-    def _add_decodes(self, rows: dict[RequestId, StepRow]) -> None:
+    def _decodes(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Those that go before prefills, oldest first, and those that get the rows that no prefill takes."""
         ready = [s for s in self._sequences.values() if s.decoding and not s.held]
-        if len(ready) > self.config.max_rows:
+        num_rows = self.config.max_rows
+        if any(not (s.decoding or s.held or s.copying) for s in self._sequences.values()):
+            num_rows -= num_rows > 1 or not self._prefilled
+        if len(ready) > num_rows:
             ready.sort(key=lambda s: s.last_step)  # stable: who waited longest, then who is oldest
-            ready = sorted(ready[: self.config.max_rows], key=lambda s: s.arrival)
-        for sequence in ready:
+        return sorted(ready[:num_rows], key=lambda s: s.arrival), ready[num_rows:]
+
+    def _add_decodes(self, rows: dict[RequestId, StepRow], decodes: Seq[Sequence]) -> None:
+        for sequence in decodes:
             # An older one may have taken the blocks of this one, or be having them swapped out.
             if sequence.decoding and self._provide(sequence, len(sequence.tokens), rows):
                 rows[sequence.request_id] = self._row(sequence, len(sequence.tokens))

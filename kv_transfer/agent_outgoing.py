@@ -137,6 +137,10 @@ class OutgoingLink(threading.Thread):
             except ValueError as error:
                 self._context.failed(header, str(error))
                 continue
+            except Exception as error:  # such as no memory just now: it goes again, and what others know is not harmed
+                logger.exception("a frame to %s:%d cannot be prepared", self._peer.host, self._peer.port)
+                self._context.failed(header, f"{type(error).__name__}: {error}")
+                continue
             deadline_s = time.monotonic() + self._context.operation_timeout_s
             self._announced[key] = _Announced(waiting=waiting, checksum=checksum, deadline_s=deadline_s)
             tag = connection.channel.tag(header)

@@ -246,9 +246,13 @@ TargetAction = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """The request is over here by authority of the router: cancelled, finished, or its session gone."""
+    """The request is over here: cancelled by the router, finished, failed, or its session gone.
+
+    `spoiled`: it has failed, and what it read or wrote may be why.
+    """
 
     reason: str
+    spoiled: bool = False
 
 
 # ---- digest, story, tables ---------------------------------------------------------------------------------------

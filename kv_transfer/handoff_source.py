@@ -108,9 +108,14 @@ class SourceHandoff(SourceEnd[SourceState]):
         self._tokens: tuple[Token, ...] | None = None  # known once fenced by the core
         self._give_up: str | None = None  # why the attempt ends as soon as the owner record allows it
 
+    @property
+    def alive(self) -> bool:
+        """Whether the attempt may still come to something."""
+        return not self._draining and self.state not in (SourceState.HANDED, SourceState.FREED)
+
     def next_deadline_ms(self) -> int | None:
         """When a Tick is wanted at the latest; None: not at all."""
-        if self.state in (SourceState.HANDED, SourceState.FREED) or self._draining:
+        if not self.alive:
             return None
         if self.state is SourceState.HOLDING:
             return self.deadline_ms

@@ -252,6 +252,7 @@ class TargetHandoff(Machine[TargetState]):
         return []
 
     def _cancelled(self, now_ms: int, event: Cancel) -> Actions:
+        self._trusted = self._trusted and not event.spoiled
         return self._abort(now_ms, f"the source cancelled: {event.reason}", report=False, tell_peer=False)
 
     def _peer_gone(self, now_ms: int, event: PeerGone) -> Actions:
@@ -309,6 +310,11 @@ class TargetHandoff(Machine[TargetState]):
         self._quiet = self._over = True
         self.state = TargetState.NONE
         return [EndQuarantine(whole=self._whole()), Closed()]
+
+    def _cancelled_late(self, now_ms: int, event: Cancel) -> Actions:
+        """The router's word that it is over was faster."""
+        self._trusted = self._trusted and not event.spoiled
+        return []
 
     def _nothing(self, now_ms: int, event: object) -> Actions:
         return []
@@ -466,6 +472,7 @@ TARGET_TABLE: Table[TargetState] = {
     (_S, Tick): Row(_M._tick_sealed, (_S, _Q)),
     (_A, StatusAsk): Row(_M._status, (_A,)),
     (_Q, OwnerIs): Row(_M._owned_too_late, (_Q,)),
+    (_Q, Cancel): Row(_M._cancelled_late, (_Q,)),
     (_Q, TransferQuiet): Row(_M._quiet_at_last, (_N,)),
     (_Q, AgentLost): Row(_M._quiet_at_last, (_N,)),
     (_Q, StatusAsk): Row(_M._status, (_Q,)),

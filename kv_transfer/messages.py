@@ -82,9 +82,13 @@ class CommitRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancel:
-    """Either side: this attempt is over. Idempotent."""
+    """Either side: this attempt is over. Idempotent.
+
+    `spoiled`: the source's own blocks may be what is broken, so the target keeps nothing that it sent.
+    """
 
     reason: str
+    spoiled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -201,7 +201,7 @@ class SourceEnd(Machine[S]):
     def _stop(self, now_ms: int, event: Stop) -> list[Any]:
         if self._draining:
             return []
-        told = [] if self.state is self._home else [Say(body=Cancel(reason=event.reason))]
+        told = [] if self.state is self._home else [Say(body=Cancel(reason=event.reason, spoiled=event.spoiled))]
         return [*told, *self._drain()]
 
     # ---- the commit is asked -----------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def _encode_body(wire: pb.TransferMessage, body: Body) -> None:
                 )
             )
         case Cancel():
-            wire.cancel.CopyFrom(pb.TransferCancel(reason=body.reason))
+            wire.cancel.CopyFrom(pb.TransferCancel(reason=body.reason, spoiled=body.spoiled))
         case Renew():
             wire.renew.CopyFrom(pb.Renew(lease_ms=body.lease_ms))
         case StatusAsk():
@@ -216,7 +216,7 @@ _DECODE_BODY: dict[str, Callable[[pb.TransferMessage], Body]] = {
     "refuse": _decode_refuse,
     "wait": _decode_wait,
     "commit_request": _decode_commit_request,
-    "cancel": lambda message: Cancel(reason=message.cancel.reason),
+    "cancel": lambda message: Cancel(reason=message.cancel.reason, spoiled=message.cancel.spoiled),
     "renew": lambda message: Renew(lease_ms=message.renew.lease_ms),
     "status_ask": lambda message: StatusAsk(),
     "status_is": _decode_status_is,

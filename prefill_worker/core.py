@@ -73,6 +73,7 @@ class _Request:
     last_chunk_ms: int = 0  # when its last chunk began
     fenced: bool = False  # its first token is drawn
     released: bool = False
+    ended_ms: int | None = None  # since then only the agent keeps the attempt open
 
 
 class PrefillCore:
@@ -93,6 +94,7 @@ class PrefillCore:
         self._attempts: dict[TransferId, _Request] = {}
         self._seen_ms: dict[RequestId, int] = {}  # prompts of the other role, for the order
         self._exports = Exports(ledger, layout)
+        self._num_assigned = 0
         self._planned_ms = 0
 
     def __len__(self) -> int:
@@ -111,6 +113,19 @@ class PrefillCore:
     def has_attempt(self, transfer_id: TransferId) -> bool:
         """Whether this is the source of a transfer that is not closed."""
         return transfer_id in self._attempts
+
+    def audit(self, now_ms: int) -> list[str]:
+        """Attempts that are over but whose blocks an agent still reads."""
+        warn_ms = self.config.handoff.quarantine_warn_ms
+        since = [(key, each.ended_ms) for key, each in self._attempts.items() if each.ended_ms is not None]
+        late = [(key, now_ms - at_ms) for key, at_ms in since if now_ms - at_ms > warn_ms]
+        return [f"transfer {key} is over for {for_ms} ms and its agent is not quiet" for key, for_ms in late]
+
+    def audit_due_ms(self, after_ms: int) -> int | None:
+        """When, later than `after_ms`, the audit first finds something that it does not yet; None: not by itself."""
+        warn_ms = self.config.handoff.quarantine_warn_ms
+        late = [each.ended_ms + warn_ms + 1 for each in self._attempts.values() if each.ended_ms is not None]
+        return min((at_ms for at_ms in late if at_ms > after_ms), default=None)
 
     def machines(self) -> list[SourceHandoff]:
         """The attempts that are not closed."""
@@ -215,6 +230,7 @@ class PrefillCore:
         return self._batch.refusal(num_tokens=len(assign.tokens), request_id=assign.request_id)
 
     def _new(self, now_ms: int, session: int, assign: Assign, peer: WorkerAddress, heard_s: float) -> _Request:
+        self._num_assigned += 1
         namespace, salt = self._batch.config.namespace, assign.cache_salt
         hashes = block_hashes(namespace, assign.tokens, self._ledger.block_size, salt=salt)
         sequence = Sequence(
@@ -223,7 +239,8 @@ class PrefillCore:
             tokens=list(assign.tokens),
             num_prompt_tokens=assign.num_prompt_tokens,
             sampling=assign.sampling,
-            owner=f"{assign.request_id}/{assign.epoch}/prefill",
+            # Numbered: what it had here before may be a step's until that is over.
+            owner=f"{assign.request_id}/{assign.epoch}/prefill/{self._num_assigned}",
             preemptible=False,  # its blocks are being sent
             cache_salt=salt,
             hashes=list(hashes),
@@ -271,10 +288,10 @@ class PrefillCore:
         attempt = self._attempts.get(transfer_id)
         return [] if attempt is None else self._drive(now_ms, attempt, owner)
 
-    def _stop(self, now_ms: int, request: _Request, reason: str) -> list[Action]:
-        """The router's word: the request is over here. What is being read of it stays pinned until that ends."""
+    def _stop(self, now_ms: int, request: _Request, reason: str, *, spoiled: bool = False) -> list[Action]:
+        """The request is over here. What is being read of it stays pinned until that ends."""
         self._release(request)
-        return self._drive(now_ms, request, Stop(reason=reason))
+        return self._drive(now_ms, request, Stop(reason=reason, spoiled=spoiled))
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -320,7 +337,7 @@ class PrefillCore:
             if failed is not None:
                 piece = request_failed(failed.request_id, failed.epoch, failed.code, failed.reason, retryable=False)
                 actions += [Report(session=request.session, piece=piece)]
-                actions += self._stop(now_ms, request, failed.reason)
+                actions += self._stop(now_ms, request, failed.reason, spoiled=True)
         return [*actions, *self._offer_next(now_ms)]
 
     def _prefilled(self, now_ms: int, request: _Request, token: Token) -> list[Action]:
@@ -386,6 +403,8 @@ class PrefillCore:
         actions: list[Action] = []
         for asked in request.machine.handle(now_ms, event):
             actions += self._do(now_ms, request, asked)
+        if request.ended_ms is None and not request.machine.alive:
+            request.ended_ms = now_ms
         return actions
 
     def _do(self, now_ms: int, request: _Request, asked: SourceAction) -> list[Action]:

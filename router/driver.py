@@ -224,7 +224,7 @@ class Driver:
         for action in self._handle(event):
             if isinstance(action, Refuse):
                 del self._streams[request_id]
-                self.transcripts.let_go(request_id)
+                self.transcripts.refuse(self._now_ms(), request_id, action.error)
                 raise action.error
             self._perform(action)
         if stream.error is not None:
@@ -257,6 +257,10 @@ class Driver:
             self._feed(ClientGone(request_id=stream.request_id, reason=reason))
         else:
             del self._streams[stream.request_id]
+
+    def withdraw(self, new: NewRequest, keep: Keep, fence: int) -> None:
+        """A request that was being claimed under this fence does not begin."""
+        self.transcripts.withdraw(self._now_ms(), new, keep, fence)
 
     def renew(self, write: Write, above: int) -> None:
         """What this write is of goes on above that fence, which a take-over of this router's set without its hearing.
@@ -335,11 +339,7 @@ class Driver:
         refused: list[MoveRefused] = []
         for each in wanted:
             event = MoveRequested(
-                request_id=each.request_id,
-                to=each.to,
-                reason=each.reason,
-                why=each.why,
-                ticket=next(self._tickets),
+                request_id=each.request_id, to=each.to, reason=each.reason, why=each.why, ticket=next(self._tickets)
             )
             for action in self._handle(event):
                 if isinstance(action, MoveRefused):

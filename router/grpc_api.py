@@ -81,7 +81,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Attach(self, request: inference_pb2.AttachRequest, context: _Context) -> None:
         """Streams the rest of an answer, in the form that was asked for when it began."""
         try:
-            answers = await self._service.resume(request.request_id, request.from_index, CALLER.get())
+            answers = await self._service.resume(
+                request.request_id, request.from_index, CALLER.get(), key=request.idempotency_key
+            )
         except TandemError as error:
             self._service.metrics.refused(Api.GRPC, error)
             await _abort(context, error)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from router.events import NewRequest
-from router.transcripts import Behind, Keep, Kept, Transcripts, Verdict, Write
+from router.transcripts import Behind, Keep, Kept, Seen, Transcripts, Verdict, Write
 from tandem.errors import DuplicateRequest, StoreAway
 from tandem.request import RequestId
 
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 PERIOD_S = 0.02
 LEASE_S = 1.0  # between two renewals; the lease is three times as long
 BACKOFF_S = 0.5
+HAND_OVER_S = 2.0
 
 
 class StoreDown(RuntimeError):
@@ -37,13 +39,13 @@ class RequestStore(Protocol):
         """
         ...
 
-    async def owner_of(self, request_id: RequestId) -> str | None:
-        """Whose the request is; None when it is not known. Changes nothing."""
+    async def look(self, request_id: RequestId) -> Seen | None:
+        """What was asked under this id; None when it is not known. Changes nothing."""
         ...
 
-    async def take_over(self, request_id: RequestId, fence: int) -> Kept | None:
+    async def take_over(self, request_id: RequestId, fence: int, mark: bytes = b"") -> Kept | None:
         """The request, for this router to go on with under a fence above all before, and at least `fence`; unless it
-        has ended, or is this router's already."""
+        has ended, or is this router's already. None when it is not known, or not the one of this mark any more."""
         ...
 
     async def write(self, writes: Sequence[Write]) -> list[Verdict | Behind]:
@@ -62,6 +64,10 @@ class Requests(Protocol):
 
     def next_fence(self) -> int:
         """A fence for a request that begins here."""
+        ...
+
+    def withdraw(self, new: NewRequest, keep: Keep, fence: int) -> None:
+        """A request that was being claimed under this fence does not begin."""
         ...
 
     def renew(self, write: Write, above: int) -> None:
@@ -98,24 +104,27 @@ class Journal:
         except StoreDown as error:
             self._is_down(error)
             return None  # better served twice than not at all
+        except asyncio.CancelledError:
+            self._driver.withdraw(new, keep, fence)
+            raise
         finally:
             self._claiming.discard(new.request_id)
         if isinstance(known, str):
             raise DuplicateRequest(f"a request of id {known!r} is being served")
         return fence if known is None else known
 
-    async def owner_of(self, request_id: RequestId) -> str | None:
-        """Whose the request is; None when nobody knows it. Raises StoreAway."""
+    async def look(self, request_id: RequestId) -> Seen | None:
+        """What was asked under this id; None when nobody knows it. Raises StoreAway."""
         try:
-            return await self._store.owner_of(request_id)
+            return await self._store.look(request_id)
         except StoreDown as error:
             self._is_down(error)
             raise StoreAway(f"the shared store does not answer, try again: {error}") from None
 
-    async def take_over(self, request_id: RequestId) -> Kept | None:
-        """The request, to go on with it here; None when nobody knows it. Raises StoreAway."""
+    async def take_over(self, seen: Seen) -> Kept | None:
+        """The request that was seen, to go on with it here; None when nobody knows it any more. Raises StoreAway."""
         try:
-            return await self._store.take_over(request_id, self._driver.next_fence())
+            return await self._store.take_over(seen.new.request_id, self._driver.next_fence(), seen.mark)
         except StoreDown as error:
             self._is_down(error)
             raise StoreAway(f"the shared store does not answer, try again: {error}") from None
@@ -155,6 +164,16 @@ class Journal:
             elif not transcripts.answered(write, verdict):
                 log.warning("request=%s another router has it", write.request_id)
                 self._driver.let_go(write.request_id, began_apart=write.entry is not None)
+
+    async def hand_over(self) -> None:
+        """Writes all that the store lacks, for whoever comes after; what cannot be in time is computed again there.
+
+        A write that was under way when `run` ended may have arrived or not: what followed it is then written anew.
+        """
+        with suppress(StoreDown, TimeoutError):
+            async with asyncio.timeout(HAND_OVER_S):
+                while self._driver.transcripts.pending():
+                    await self.flush()
 
     def _is_down(self, error: StoreDown) -> None:
         if not self.problem:

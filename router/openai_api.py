@@ -188,11 +188,9 @@ async def _resume(service: Service, api: Api, request: Request) -> Response:
     request_id, _, index = last.rpartition(EVENT_ID_MARK)
     if not request_id or not index.isascii() or not index.isdigit() or len(index) > EVENT_INDEX_DIGITS_MAX:
         raise InvalidRequest(LAST_EVENT_ID, f"is {show(last)}, must be the id of an event of a stream of this cluster")
-    answers = await service.resume(request_id, int(index), CALLER.get())
+    key = request.headers.get(IDEMPOTENCY_KEY, "")
+    answers = await service.resume(request_id, int(index), CALLER.get(), key=key, api=api)
     assert answers.form is not None, "what can be resumed has its form"
-    if answers.form["api"] != api:
-        answers.close("it was asked for where it is not")
-        raise InvalidRequest(LAST_EVENT_ID, f"is {show(last)}, of a request to {answers.form['api']}")
     return _Reply(service, answers, ReplyForm.kept(answers.form))
 
 

@@ -142,7 +142,8 @@ _HEADERS = (
     {
         "name": "idempotency-key",
         "in": "header",
-        "description": "The same request under the same key is answered once, and then from what is kept. One answer.",
+        "description": "The same request under the same key is answered once, and then from what is kept. One answer. "
+        "With last-event-id: that of the request whose stream it was, else it is not found.",
         "schema": {"type": "string", "pattern": rf"^[ -~]{{0,{KEY_CHARACTERS_MAX}}}$"},
     },
     {

@@ -43,9 +43,9 @@ from tandem.errors import (
     Overloaded,
     RequestLost,
     StoreAway,
-    TandemError,
     UnknownModel,
     UnknownRequest,
+    error_of,
 )
 from tandem.request import RequestId
 
@@ -129,6 +129,27 @@ class Ask:
     resume_ms: int = 0
     form: Mapping[str, object] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)  # our field -> what the client calls it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Back:
+    """Who comes back for an answer, and what it knows of it: its number of tokens, and perhaps its key and its API."""
+
+    caller: Caller
+    from_index: int
+    key: str
+    api: Api | None
+
+    def check(self, new: NewRequest, keep: Keep) -> None:
+        """Raises UnknownRequest, or InvalidRequest, unless this is what it may have and means."""
+        if not self.caller.may_touch(new.owner) or (self.key and keep.key not in (self.key, f"{new.owner}/{self.key}")):
+            raise _unknown(new.request_id)
+        known_api = json.loads(keep.form)["api"]
+        if self.api is not None and known_api != self.api:
+            raise InvalidRequest("last-event-id", f"is of a request to {known_api}")
+        if self.from_index > new.sampling.max_tokens:
+            most = f"the answer has {new.sampling.max_tokens} tokens at most"
+            raise InvalidRequest("from_index", f"is {self.from_index}, {most}")
 
 
 class Service:
@@ -255,19 +276,15 @@ class Service:
         named = frozenset(ask.fields.stop_token_ids)
         self._in_flight[request_id] = group
         fence: int | None = None
+        known: Kept | None = None
         try:
             if keep is not None and self.journal is not None and (keep.key or ask.request_id):
                 claim = await self.journal.claim(requests[0], keep)
                 if isinstance(claim, Kept):
-                    self.forget(group)
-                    self.door.give_up(ask.caller, ids, num_tokens=num_tokens)
-                    return await self._same(claim, keep, ask.caller)
-                fence = claim
-                if keep.key and (known := self.driver.transcripts.of_key(keep.key)) is not None:
-                    self.forget(group)  # it came here meanwhile
-                    self.door.give_up(ask.caller, ids, num_tokens=num_tokens)
-                    return await self._same(known, keep, ask.caller)
-            for request in requests:
+                    known = claim
+                else:
+                    fence, known = claim, self.driver.transcripts.of_key(keep.key)  # it may have come here meanwhile
+            for request in requests if known is None else ():
                 stream = self.driver.submit(request, keep, fence=fence, arrived_s=ARRIVED.get())
                 self.metrics.admitted(len(request.tokens))
                 group.answers.append(Answer(self, ask.api, request, stream, stops=stops, named=named))
@@ -275,19 +292,26 @@ class Service:
             group.close("another answer of the same request was refused")
             self.door.give_up(ask.caller, ids, num_tokens=num_tokens)
             raise
-        return group
+        if known is None or keep is None:
+            return group
+        self.forget(group)
+        self.door.give_up(ask.caller, ids, num_tokens=num_tokens)
+        return await self._same(known, keep, ask.caller)
 
-    async def resume(self, request_id: str, from_index: int, caller: Caller = ANYBODY) -> Answers:
+    async def resume(
+        self, request_id: str, from_index: int, caller: Caller = ANYBODY, *, key: str = "", api: Api | None = None
+    ) -> Answers:
         """The answer of a request that runs or ended lately, from token `from_index` on, wherever it was served.
 
-        A reader of before is ended. What is not this caller's is not known to it.
+        A reader of before is ended. What is not this caller's is not known to it; where it gives the idempotency `key`,
+        neither is another request of the same id. `api`: where it was asked, where that matters.
 
         Raises InvalidRequest, UnknownRequest, RequestLost, Unavailable.
         """
         known = check_request_id(request_id)
         if from_index < 0:
             raise InvalidRequest("from_index", f"is {from_index}, must be at least 0")
-        kept, stream = await self._find(known, caller)
+        kept, stream = await self._find(known, _Back(caller=caller, from_index=from_index, key=key, api=api))
         form = json.loads(kept.keep.form)
         group = Answers(self, known, owner=kept.new.owner, form=form, skip=from_index)
         answer = Answer(
@@ -301,49 +325,46 @@ class Service:
         )
         group.answers.append(answer)
         self.metrics.reopened()
-        try:
-            if from_index > len(kept.tokens):
-                self._check_ahead(kept, from_index)
-        except TandemError:
-            group.close("its client asked for what there is not")
-            raise
         self._in_flight[known] = group
         return group
 
-    async def _find(self, request_id: RequestId, caller: Caller) -> tuple[Kept, TokenStream]:
-        """Here, unless another router has it by now; from the router that had it; or of what is remembered of it."""
+    async def _find(self, request_id: RequestId, back: _Back) -> tuple[Kept, TokenStream]:
+        """Here, unless another router has it by now; from the router that had it; or of what is remembered of it.
+
+        Whether it is what was asked for is checked before anything is taken from anybody.
+        """
         here = self.driver.transcripts.find(request_id)
-        await self._check_owner(request_id, here, caller)
-        here = self.driver.transcripts.find(request_id)
+        if here is not None:
+            back.check(here.new, here.keep)
         found, sure = None, here is not None and here.ended is not None
         if self.journal is not None and not sure:
             try:
-                found, sure = await self.journal.take_over(request_id), True
+                seen = await self.journal.look(request_id)
+                if seen is not None:
+                    back.check(seen.new, seen.keep)
+                    found = await self.journal.take_over(seen)
+                sure = True
             except StoreAway:
                 if here is None:
                     raise
         here = self.driver.transcripts.find(request_id)  # it may have come or gone meanwhile
         if here is not None and (found is None or found.fence <= here.fence):
+            back.check(here.new, here.keep)
+            self._check_ahead(here, back.from_index)
             return here, self.driver.read_again(request_id, sure=sure)
         if found is None:
             raise _unknown(request_id)
-        over = found.ended is not None or (found.tokens and found.tokens[-1].finish is not None)
-        if over:
+        if found.ended is not None or (found.tokens and found.tokens[-1].finish is not None):
+            self._check_ahead(found, back.from_index)
             return found, replay_of(found)
         stream = self.driver.take_over(found)  # which ends what this router had of it, and its account
         self.door.adopt(found.new.owner, request_id)
+        try:
+            self._check_ahead(found, back.from_index)
+        except RequestLost as error:
+            self.driver.cancel(request_id, error.message)  # what goes on from here is not what its client has
+            raise
         return found, stream
-
-    async def _check_owner(self, request_id: RequestId, here: Kept | None, caller: Caller) -> None:
-        """Raises UnknownRequest for who may not touch it, before anything is taken from anybody."""
-        if here is not None:
-            owner: str | None = here.new.owner
-        elif self.journal is None or caller.is_operator:
-            return
-        else:
-            owner = await self.journal.owner_of(request_id)
-        if owner is None or not caller.may_touch(owner):
-            raise _unknown(request_id)
 
     async def _same(self, known: Kept, keep: Keep, caller: Caller) -> Answers:
         """The request that came with the same idempotency key, or id, if it is the same."""
@@ -351,10 +372,14 @@ class Service:
             raise DuplicateRequest(f"request_id: {known.new.request_id!r} is in flight")
         if known.keep.digest != keep.digest:
             raise DuplicateRequest(f"idempotency_key: {show(keep.key)} came with another request before")
-        return await self.resume(known.new.request_id, 0, caller)
+        return await self.resume(known.new.request_id, 0, caller, key=keep.key)
 
     def _check_ahead(self, kept: Kept, from_index: int) -> None:
         """What a client has beyond what is kept is computed again, to the same tokens: only exact mode promises."""
+        if from_index <= len(kept.tokens):
+            return
+        if kept.ended is not None and kept.ended.code:
+            raise error_of(kept.ended.code, kept.ended.message)
         if kept.ended is not None:
             raise InvalidRequest("from_index", f"is {from_index}, the answer has {len(kept.tokens)} tokens")
         if not self.model.exact:

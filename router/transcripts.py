@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from router.events import NewRequest, Usage
+from tandem.errors import Cancelled, TandemError
 from tandem.request import RequestId, Token
 
 WRITE_TOKENS_MAX = 4096  # in one round: a store that was away gets what it missed in pieces
+PROMPT_TOKENS_AS_ONE = 16  # of a prompt are written as fast as one of an answer, which may have logprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +57,20 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A request as the store shows it to who asks whose it is. `mark`: the store knows this very one by it."""
+
+    new: NewRequest
+    keep: Keep
+    mark: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Write:
     """What the store lacks of one request. `entry`: the request itself, where the store has not got it.
 
-    `tokens` begin at `from_index`; `ended` comes with the last of them.
+    `tokens` begin at `from_index`; `ended` comes with the last of them. `frees`: the idempotency key of a request that
+    failed, which means the next one from now on; or empty.
     """
 
     request_id: RequestId
@@ -67,6 +79,7 @@ class Write:
     from_index: int
     tokens: tuple[Token, ...]
     ended: Ended | None
+    frees: str = ""
 
 
 class Verdict(StrEnum):
@@ -99,6 +112,12 @@ class _Transcript:
     entry_written: bool = False
     num_written: int = 0
     end_written: bool = False
+    withdrawn: bool = False  # nobody knows whether the store has it: its end is written there if it does
+
+    @property
+    def num_kept(self) -> int:
+        """Tokens that are remembered: of the prompt, too."""
+        return len(self.new.tokens) + len(self.tokens)
 
     @property
     def is_written(self) -> bool:
@@ -108,10 +127,11 @@ class _Transcript:
 class Transcripts:
     """All transcripts of one router. `shared`: a store takes them, and remembers those that ended.
 
-    Of those that ended at most `tokens_max` tokens are remembered here, for `keep_ms` milliseconds, newest first.
+    Of those that ended at most `tokens_max` tokens, prompts included, are remembered here, for `keep_ms` milliseconds,
+    newest first.
     """
 
-    def __init__(self, *, shared: bool, keep_ms: int = 60_000, tokens_max: int = 1_000_000) -> None:
+    def __init__(self, *, shared: bool, keep_ms: int = 60_000, tokens_max: int = 2_000_000) -> None:
         self.shared = shared
         self._keep_ms = keep_ms
         self._tokens_max = tokens_max
@@ -153,10 +173,27 @@ class Transcripts:
         del transcript.tokens[ended.num_tokens :]
         transcript.num_written = min(transcript.num_written, ended.num_tokens)
         transcript.ended, transcript.ended_ms = ended, now_ms
+        if ended.code:
+            self._free_key(transcript)  # who asks for the same again does not want the failure again
         self._ended[request_id] = transcript
-        self._ended_tokens += len(transcript.tokens)
+        self._ended_tokens += transcript.num_kept
         while self._ended_tokens > self._tokens_max and len(self._ended) > 1:
             self._forget(next(iter(self._ended)))
+
+    def refuse(self, now_ms: int, request_id: RequestId, error: TandemError) -> None:
+        """The request is not taken in. A store that has it already hears that it is over, and frees its id and key."""
+        transcript = self._running.get(request_id)
+        if transcript is not None and transcript.entry_written:
+            self.end(now_ms, request_id, Ended(num_tokens=0, usage=None, code=error.code, message=error.message))
+        else:
+            self._forget(request_id)
+
+    def withdraw(self, now_ms: int, new: NewRequest, keep: Keep, fence: int) -> None:
+        """A request that was being claimed under this fence does not begin, whether or not the store has it by now."""
+        if new.request_id not in self._running:
+            self.begin(new, keep, fence=fence, written=True)
+            self._running[new.request_id].withdrawn = True
+            self.refuse(now_ms, new.request_id, Cancelled("its client left before it began"))
 
     def close(self) -> None:
         """The router ends: what runs is left as it is."""
@@ -207,7 +244,7 @@ class Transcripts:
     # ---- the store -------------------------------------------------------------------------------------------------
 
     def pending(self) -> list[Write]:
-        """What the store lacks, WRITE_TOKENS_MAX tokens at most, those that ended first."""
+        """What the store lacks, as much as WRITE_TOKENS_MAX tokens at most, those that ended first."""
         writes: list[Write] = []
         room = WRITE_TOKENS_MAX
         for request_id, each in (*self._ended.items(), *self._running.items()):
@@ -218,7 +255,7 @@ class Transcripts:
             ended = each.ended if whole and not each.end_written else None
             if fresh or ended is not None or not each.entry_written:
                 entry = None if each.entry_written else (each.new, each.keep)
-                room -= len(fresh) + 1
+                room -= len(fresh) + 1 + (0 if entry is None else len(each.new.tokens) // PROMPT_TOKENS_AS_ONE)
                 writes.append(
                     Write(
                         request_id=request_id,
@@ -227,6 +264,7 @@ class Transcripts:
                         from_index=each.num_written,
                         tokens=fresh,
                         ended=ended,
+                        frees=each.keep.key if ended is not None and ended.code else "",
                     )
                 )
         return writes
@@ -241,6 +279,8 @@ class Transcripts:
                 each.entry_written = True
                 each.num_written = min(write.from_index + len(write.tokens), len(each.tokens))
                 each.end_written = each.end_written or write.ended is not None
+            case Verdict.MISSING if each.withdrawn:
+                self._forget(write.request_id)
             case Verdict.MISSING:
                 self._unwrite(each)
             case Verdict.FENCED:
@@ -251,7 +291,10 @@ class Transcripts:
     def lost(self) -> None:
         """The store has forgotten everything: all of it is written anew."""
         for each in (*self._running.values(), *self._ended.values()):
-            self._unwrite(each)
+            if each.withdrawn:
+                self._forget(each.new.request_id)
+            else:
+                self._unwrite(each)
 
     def renew(self, request_id: RequestId, fence: int) -> None:
         """It goes on under a later fence, and is written anew under that."""
@@ -272,6 +315,10 @@ class Transcripts:
         each = self._running.pop(request_id, None)
         if each is None:
             each = self._ended.pop(request_id, None)
-            self._ended_tokens -= 0 if each is None else len(each.tokens)
-        if each is not None and self._keys.get(each.keep.key) == request_id:
+            self._ended_tokens -= 0 if each is None else each.num_kept
+        if each is not None:
+            self._free_key(each)
+
+    def _free_key(self, each: _Transcript) -> None:
+        if self._keys.get(each.keep.key) == each.new.request_id:
             del self._keys[each.keep.key]

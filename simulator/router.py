@@ -337,7 +337,7 @@ class VirtualRouter:
                 case Begin():
                     answers = await service.open(ask)
                 case Attach(from_index=index):
-                    answers = await service.resume(ask.request_id, index)
+                    answers = await service.resume(ask.request_id, index, key=ask.idempotency_key)
         except TandemError as error:
             say(error)
             return

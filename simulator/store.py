@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from router.events import NewRequest
 from router.journal import LEASE_S, StoreDown
-from router.transcripts import Behind, Ended, Keep, Kept, Verdict, Write
+from router.transcripts import Behind, Ended, Keep, Kept, Seen, Verdict, Write
 from simulator.loop import ProcessLoop
 from tandem.request import RequestId, Token
 
@@ -37,6 +37,11 @@ class Record:
     at_us: int
     tokens: list[Token] = field(default_factory=list)
     ended: Ended | None = None
+
+
+def mark_of(record: Record) -> bytes:
+    """What tells this request from others that had its id, or will."""
+    return repr(record.entry).encode()
 
 
 class StoreModel:
@@ -87,22 +92,22 @@ class StoreModel:
         had = self.records.get(write.request_id)
         if had is not None and had.ended is None and had.holder != holder and self.lives(now_us, had.holder):
             return write.request_id
-        if had is not None and had.holder == holder and had.fence > write.fence:
-            return None  # carried out late: given up since
+        if had is not None and had.holder == holder and had.fence >= write.fence:
+            return None  # carried out late, or twice
         self.records[write.request_id] = Record(holder, write.fence, write.entry, now_us)
         if key:
             self.keys[key] = write.request_id
         return None
 
-    def owner_of(self, request_id: RequestId) -> str | None:
-        """Whose the request is."""
+    def look(self, request_id: RequestId) -> Seen | None:
+        """What was asked under this id."""
         record = self.records.get(request_id)
-        return None if record is None else record.entry[0].owner
+        return None if record is None else Seen(new=record.entry[0], keep=record.entry[1], mark=mark_of(record))
 
-    def take_over(self, now_us: int, holder: str, request_id: RequestId, fence: int) -> Kept | None:
+    def take_over(self, now_us: int, holder: str, request_id: RequestId, fence: int, mark: bytes = b"") -> Kept | None:
         """See router.journal.RequestStore."""
         record = self.records.get(request_id)
-        if record is None:
+        if record is None or (mark and mark != mark_of(record)):
             return None
         if record.ended is None and record.holder != holder:
             record.fence, record.holder = max(record.fence + 1, fence), holder
@@ -140,6 +145,8 @@ class StoreModel:
             return Verdict.MISSING
         had.tokens += write.tokens
         had.ended = write.ended or had.ended
+        if write.ended is not None and self.keys.get(write.frees) == write.request_id:
+            del self.keys[write.frees]
         return Verdict.WRITTEN
 
 
@@ -185,11 +192,11 @@ class StoreLink:
     async def claim(self, write: Write, key: str) -> Kept | RequestId | None:
         return await self._call(lambda model, now_us: model.claim(now_us, self._holder, write, key))
 
-    async def owner_of(self, request_id: RequestId) -> str | None:
-        return await self._call(lambda model, now_us: model.owner_of(request_id))
+    async def look(self, request_id: RequestId) -> Seen | None:
+        return await self._call(lambda model, now_us: model.look(request_id))
 
-    async def take_over(self, request_id: RequestId, fence: int) -> Kept | None:
-        return await self._call(lambda model, now_us: model.take_over(now_us, self._holder, request_id, fence))
+    async def take_over(self, request_id: RequestId, fence: int, mark: bytes = b"") -> Kept | None:
+        return await self._call(lambda model, now_us: model.take_over(now_us, self._holder, request_id, fence, mark))
 
     async def write(self, writes: Sequence[Write]) -> list[Verdict | Behind]:
         def apply(model: StoreModel, now_us: int) -> list[Verdict | Behind]:

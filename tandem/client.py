@@ -415,7 +415,9 @@ def _next(stub: Any, resuming: Resuming, request: GenerateRequest, timeout_s: fl
     """The call that goes on with the stream."""
     match resuming.next_call():
         case Attach(from_index=index):
-            asked = inference_pb2.AttachRequest(request_id=request.request_id, from_index=index)
+            asked = inference_pb2.AttachRequest(
+                request_id=request.request_id, from_index=index, idempotency_key=request.idempotency_key
+            )
             return stub.Attach(asked, timeout=timeout_s, metadata=metadata)
         case _:
             return stub.Generate(request, timeout=timeout_s, metadata=metadata)

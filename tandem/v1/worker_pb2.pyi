@@ -607,10 +607,12 @@ class CommitRequest(_message.Message):
     def __init__(self, num_frames: _Optional[int] = ..., digest: _Optional[bytes] = ..., num_computed_tokens: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ...) -> None: ...
 
 class TransferCancel(_message.Message):
-    __slots__ = ("reason",)
+    __slots__ = ("reason", "spoiled")
     REASON_FIELD_NUMBER: _ClassVar[int]
+    SPOILED_FIELD_NUMBER: _ClassVar[int]
     reason: str
-    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+    spoiled: bool
+    def __init__(self, reason: _Optional[str] = ..., spoiled: _Optional[bool] = ...) -> None: ...
 
 class Renew(_message.Message):
     __slots__ = ("lease_ms",)

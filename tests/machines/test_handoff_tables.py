@@ -374,6 +374,12 @@ def test_full_blocks_that_landed_are_kept(end: object) -> None:
     assert kept([end]) == ()
 
 
+@pytest.mark.parametrize("before", [[], [Stop(reason="x")]])
+def test_nothing_is_kept_of_a_source_whose_own_blocks_may_be_broken(before: list[object]) -> None:
+    assert kept([landed(0), landed(1), *before, Cancel(reason="not finite", spoiled=True)]) == ()
+    assert kept([landed(0), *before, Cancel(reason="gone")]) == ((1, 7),)
+
+
 def test_blocks_that_landed_are_kept_when_the_agent_dies() -> None:
     actions = target([OFFER, RESERVED, landed(0)]).handle(1_000, LOST)
     assert [each.whole for each in actions if isinstance(each, EndQuarantine)] == [((1, 7),)]

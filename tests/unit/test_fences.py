@@ -82,6 +82,46 @@ class BehindStore:
         await self.claimed.wait()
 
 
+class SlowStore:
+    """Carries each write out; the first answer does not come."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.begun = asyncio.Event()
+
+    async def renew(self) -> bool:
+        return True
+
+    async def write(self, writes: Sequence[Write]) -> list[Verdict | Behind]:
+        verdicts: list[Verdict | Behind] = []
+        for each in writes:
+            fits = each.entry is not None or each.from_index == self.tokens
+            self.tokens = (0 if each.entry is not None else self.tokens) + len(each.tokens) if fits else self.tokens
+            verdicts.append(Verdict.WRITTEN if fits else Verdict.MISSING)
+        if not self.begun.is_set():
+            self.begun.set()
+            await asyncio.Event().wait()
+        return verdicts
+
+
+def test_a_router_that_ends_hands_over_all_that_its_store_lacks() -> None:
+    """Also where its last write was under way, and where there is more than one write may have."""
+
+    async def main() -> None:
+        store, driver = SlowStore(), Driver(transcripts=Transcripts(shared=True))
+        journal = Journal(driver, store)  # type: ignore[arg-type]
+        driver.transcripts.begin(request(), Keep(form=b"{}"), fence=5, written=True)
+        driver.transcripts.deliver(R, tuple(token(1, index) for index in range(10)))
+        writing = asyncio.create_task(journal.run())
+        await store.begun.wait()
+        writing.cancel()
+        driver.transcripts.deliver(R, tuple(token(1, index) for index in range(10, 10_000)))
+        await journal.hand_over()
+        assert store.tokens == 10_000
+
+    asyncio.run(main())
+
+
 def test_what_is_over_is_not_renewed_above_the_claim_of_its_ids_next_life() -> None:
     async def main() -> None:
         store = BehindStore()

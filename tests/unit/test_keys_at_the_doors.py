@@ -19,10 +19,11 @@ from router.api_keys import KeyEntry, KeyRing, digest_of
 from router.config import RouterConfig
 from router.door import Door
 from router.driver import Driver
+from router.events import NewRequest
 from router.grpc_api import build_grpc_server
 from router.metrics import Api, EdgeMetrics
 from router.service import Ask, ServedModel, Service
-from router.transcripts import Kept
+from router.transcripts import Keep, Kept, Seen
 from router.validation import SamplingFields
 from tandem.client import AsyncClient
 from tandem.errors import (
@@ -381,8 +382,41 @@ class BackFromAnother:
     def __init__(self, kept: Kept) -> None:
         self._kept = kept
 
-    async def take_over(self, request_id: RequestId) -> Kept:
+    async def look(self, request_id: RequestId) -> Seen:
+        return Seen(new=self._kept.new, keep=self._kept.keep, mark=b"")
+
+    async def take_over(self, seen: Seen) -> Kept:
         return self._kept
+
+
+class KnowsTheKey:
+    """A journal whose store knows the idempotency key already, of another request."""
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
+
+    async def claim(self, new: NewRequest, keep: Keep) -> Kept:
+        return replace(self._kept, keep=replace(keep, digest=b"of another"))
+
+
+def test_a_key_that_is_refused_gives_its_prompt_back_once() -> None:
+    """Else whoever repeats one fills its bucket with it."""
+
+    async def case(router: Router) -> None:
+        assert (await router.post(ALICE, **{"x-resume-ms": 1000, "x-request-id": "mine"})).status_code == 200
+        kept = router.driver.transcripts.find(RequestId("mine"))
+        assert kept is not None
+        router.door._now_ms = lambda: 0  # nothing is filled meanwhile
+        router.service.journal = KnowsTheKey(kept)  # type: ignore[assignment]
+        tokens = router.door._limits._usage["alice"].tokens
+        assert tokens is not None
+        before = tokens.level
+        reply = await router.post(ALICE, prompt=[1] * 300, **{"idempotency-key": "k"})
+        assert reply.status_code == 409
+        router.service.journal = None
+        assert tokens.level == before
+
+    run(case)
 
 
 def test_a_request_that_comes_back_from_another_router_is_counted_once_and_given_back() -> None:

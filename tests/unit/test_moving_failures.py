@@ -26,6 +26,7 @@ from move_bench import (
 from role_cores import BLOCK
 
 from engine.events import PeerGone, RouterGone, Tick
+from engine.step import Undrawn
 from kv_transfer.actions import AgentLost
 from kv_transfer.messages import (
     CommitRequest,
@@ -399,6 +400,26 @@ def test_second_attempt_begins_while_frames_of_the_first_are_still_read() -> Non
     bench.line.extend(quiet)
     bench.settle()
     bench.finish("b")
+
+
+@pytest.mark.parametrize("router_is_faster", [False, True])
+def test_a_request_that_breaks_while_it_is_copied_leaves_nothing_at_the_target(router_is_faster: bool) -> None:
+    """Its blocks may be what is broken, and whoever shared them there would break too."""
+    bench = Bench()
+    bench.start(num_tokens=9)
+    to_precopy(bench)
+    bench.begin("a")
+    bench.settle(bench["a"].held)
+    plan = bench["a"].plan
+    assert plan is not None
+    assert bench["b"].ledger.counts().granted > 0
+    bench["a"].plan = None
+    bench._take("a", bench["a"].core.step_done(bench.now_ms, plan, [Undrawn(reason="not finite")]))
+    if router_is_faster:
+        bench.say("b", cancel(1))
+    bench.at_rest()
+    assert bench["a"].ledger.hashes() == ()
+    assert bench["b"].ledger.hashes() == ()
 
 
 def test_edge_22_agent_that_does_not_fall_silent_shows_in_the_audit() -> None:

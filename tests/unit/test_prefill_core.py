@@ -275,3 +275,26 @@ def test_frames_go_again_at_most_twice_and_credits_bound_them() -> None:
 def test_foreign_event_is_an_error() -> None:
     with pytest.raises(TypeError, match="int is no event"):
         Bench().handle(3)
+
+
+@pytest.mark.parametrize("ending", [cancel(), peer_owns(2)])
+def test_a_handoff_whose_agent_does_not_fall_silent_shows_in_the_audit(ending: FromRouter) -> None:
+    bench = Bench()
+    bench.handle(assign())
+    bench.handle(from_peer(grant()))
+    sent = [*bench.step(), *bench.step()]
+    if ending != cancel():
+        bench.acks(sent)
+    since_ms = bench.now_ms
+    ended = bench.handle(ending)
+    assert any(isinstance(each, EndTransfer) for each in ended)
+    assert bench.core.num_attempts == 1
+    due_ms = bench.core.audit_due_ms(since_ms)
+    assert due_ms == since_ms + HandoffConfig().quarantine_warn_ms + 1
+    assert bench.core.audit(due_ms - 1) == []
+    (line,) = bench.core.audit(due_ms)
+    assert "transfer r:1 is over for 30001 ms and its agent is not quiet" in line
+    assert bench.core.audit_due_ms(due_ms) is None
+    bench.handle(TransferQuiet(transfer_id=TransferId("r:1"), epoch=1))
+    assert bench.core.audit(due_ms) == []
+    assert bench.at_baseline()

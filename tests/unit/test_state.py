@@ -12,7 +12,7 @@ from redis_server import redis_server
 
 from benchmarks.local_redis import LocalRedis
 from cluster.config import check_url, without_password
-from cluster.state import RedisStore, StoreRefused
+from cluster.state import CONNECTIONS_MAX, RedisStore, StoreRefused
 from router.events import NewRequest, Usage
 from router.journal import StoreDown
 from router.transcripts import Behind, Ended, Keep, Kept, Verdict, Write
@@ -244,6 +244,94 @@ def test_a_claim_that_a_stopped_server_carries_out_late_takes_no_request_from_it
         assert kept is not None
         assert kept.tokens == tokens(0, 3)
         assert await verdict(first, write(7, 0, 3, entry=True)) is Verdict.FENCED, "another router has it now"
+
+    run(case)
+
+
+def test_more_calls_than_connections_wait_for_one_another() -> None:
+    """A burst of claims is no sign that the store is away: served without one, a key would mean two requests."""
+
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
+        names = [f"r{number}" for number in range(4 * CONNECTIONS_MAX)]
+        burst = [first.claim(write(5, 0, 0, entry=True, name=name), "") for name in names]
+        assert await asyncio.gather(*burst) == [None] * len(names)
+        ahead = [asyncio.create_task(first.take_over(RequestId(name), 1)) for name in names]
+        await asyncio.sleep(0.001)
+        for task in ahead[::2]:
+            task.cancel()  # clients that leave give their turns to others
+        left = await asyncio.gather(*ahead[1::2])
+        assert [each.new.request_id for each in left if each is not None] == names[1::2]
+
+    run(case)
+
+
+def test_a_key_that_cannot_be_written_holds_up_no_other_request() -> None:
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
+        both = [write(5, 0, 2, entry=True, name="odd"), write(5, 0, 2, entry=True)]
+        with redis.Redis.from_url(server.url) as raw:
+            raw.set("t:request:odd", "not a record")
+            assert await first.write(both) == [Verdict.MISSING, Verdict.WRITTEN]
+            with pytest.raises(StoreDown, match="WRONGTYPE"):
+                await first.write(both[:1])
+            raw.delete("t:request:odd")
+        assert await first.write(both) == [Verdict.WRITTEN, Verdict.WRITTEN]
+
+    run(case)
+
+
+def test_tokens_that_were_evicted_are_written_anew_or_computed_again() -> None:
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
+        assert await verdict(first, write(5, 0, 2, entry=True)) is Verdict.WRITTEN
+        with redis.Redis.from_url(server.url) as raw:
+            raw.delete("t:tokens:r")
+            assert await verdict(first, write(5, 2, 3)) is Verdict.MISSING
+            assert await verdict(first, write(5, 0, 3, entry=True)) is Verdict.WRITTEN
+            raw.delete("t:tokens:r")
+            kept = await second.take_over(RequestId("r"), 6)
+            assert kept is not None
+            assert kept.tokens == ()
+            ended = Ended(num_tokens=3, usage=Usage(prompt_tokens=3, completion_tokens=3, cached_tokens=0))
+            assert await verdict(second, write(6, 0, 3, entry=True, ended=ended)) is Verdict.WRITTEN
+            raw.delete("t:tokens:r")
+        assert await first.take_over(RequestId("r"), 7) is None, "an answer without its tokens is none"
+
+    run(case)
+
+
+def test_a_key_whose_request_is_forgotten_means_the_next_one() -> None:
+    """Also where that could not be claimed, since the store was away when it came."""
+
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
+        assert await first.claim(write(5, 0, 0, entry=True, name="s"), "key") is None
+        with redis.Redis.from_url(server.url) as raw:
+            raw.delete("t:request:s")
+        late = replace(write(6, 0, 2, entry=True), entry=(new(), replace(KEEP, key="key")))
+        assert await verdict(first, late) is Verdict.WRITTEN
+        known = await second.claim(write(7, 0, 0, entry=True, name="u"), "key")
+        assert isinstance(known, Kept)
+        assert known.new.request_id == "r"
+
+    run(case)
+
+
+def test_a_router_that_came_while_the_store_was_away_takes_nothing_of_another_cluster() -> None:
+    async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
+        assert await first.claim(write(5, 0, 0, entry=True), "") is None
+        stranger = store(server, "c", identity="other")
+        for call in (
+            stranger.take_over(RequestId("r"), 6),
+            stranger.renew(),
+            stranger.claim(write(6, 0, 0, entry=True, name="s"), ""),
+            stranger.write([write(6, 0, 2, entry=True, name="s")]),
+        ):
+            with pytest.raises(StoreDown, match="serves m, this one serves other"):
+                await call
+        for each in (first, second):
+            assert await each.renew()
+            await each.leave()
+        assert not await stranger.renew(), "nobody of that cluster lives"
+        assert await stranger.claim(write(6, 0, 0, entry=True, name="s"), "") is None
+        await stranger.leave()
 
     run(case)
 

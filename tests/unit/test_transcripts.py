@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -115,6 +115,31 @@ def test_what_ended_is_bounded_in_time_and_tokens() -> None:
     assert [kept.of_key(f"r{number}") is not None for number in range(4)] == [False, False, False, True]
     kept.expire(5000)
     assert len(kept) == 0
+
+
+def test_what_was_asked_counts_beside_what_was_answered() -> None:
+    """Requests of long prompts that fail at once cost nothing but the memory that they are remembered in."""
+    kept = Transcripts(shared=False, tokens_max=1000)
+    for number in range(10):
+        long = replace(new(f"r{number}"), tokens=(1,) * 400)
+        kept.begin(long, keep(), fence=number)
+        kept.end(number, long.request_id, Ended(num_tokens=0, usage=None, code="cancelled"))
+    assert len(kept) == 2
+    kept.expire(1_000_000)
+    assert len(kept) == 0
+
+
+def test_a_round_of_writes_is_bounded_in_prompts_too() -> None:
+    """A store that came back empty gets thousands of long prompts: as one call it would never be done in time."""
+    kept = Transcripts(shared=True)
+    for number in range(200):
+        kept.begin(replace(new(f"r{number}"), tokens=(1,) * 8192), keep(), fence=number)
+    rounds = 0
+    while writes := kept.pending():
+        assert sum(len(write.entry[0].tokens) for write in writes if write.entry is not None) <= 80_000
+        assert all(kept.answered(write, Verdict.WRITTEN) for write in writes)
+        rounds += 1
+    assert rounds >= 20
 
 
 def test_a_closing_router_ends_nothing() -> None:

@@ -184,7 +184,7 @@ bodies = st.one_of(
     st.builds(
         kv.CommitRequest, num_frames=u32, digest=block_hash, num_computed_tokens=u32, tokens=several(tokens)
     ),
-    st.builds(kv.Cancel, reason=text),
+    st.builds(kv.Cancel, reason=text, spoiled=st.booleans()),
     st.builds(kv.Renew, lease_ms=u32),
     st.just(kv.StatusAsk()),
     st.builds(kv.StatusIs, state=name),

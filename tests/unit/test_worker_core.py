@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 import pytest
-from role_cores import LAYOUT, ME, PROMPT, VOCAB, assign, cancel, from_peer, offer, other_session, parts, said, told
+from role_cores import (
+    LAYOUT,
+    ME,
+    PROMPT,
+    VOCAB,
+    assign,
+    cancel,
+    from_peer,
+    grant,
+    offer,
+    other_session,
+    parts,
+    said,
+    told,
+)
 
 from cluster.worker_core import WorkerCore, WorkerCoreConfig
 from engine.blocks import BlockState
@@ -124,6 +138,16 @@ def test_request_whose_logits_are_not_finite_fails_alone(mode: AssignMode) -> No
     assert [each.token_id for each in tokens] == expected_tokens(PROMPT, Sampling(), 4, VOCAB)
 
 
+def test_a_prompt_that_breaks_tells_its_target_to_keep_nothing_of_it() -> None:
+    bench = Bench()
+    bench.handle(assign())
+    bench.handle(from_peer(grant()))
+    plan = bench.core.next_plan(bench.now_ms)
+    assert plan is not None
+    actions = bench.core.step_done(bench.now_ms, plan, [Undrawn(reason="not finite")])
+    assert said(actions, Cancel) == [Cancel(reason="not finite", spoiled=True)]
+
+
 def test_request_that_comes_back_in_another_role_replaces_the_old_epoch() -> None:
     bench = Bench()
     bench.handle(assign(epoch=1))
@@ -134,6 +158,22 @@ def test_request_that_comes_back_in_another_role_replaces_the_old_epoch() -> Non
     bench.handle(assign(epoch=3))
     assert bench.core.decode.epoch_of(RequestId("r")) is None
     assert bench.core.prefill.epoch_of(RequestId("r")) == 3
+    assert not bench.core.ledger.audit()
+
+
+@pytest.mark.parametrize("mode", [LOCAL, AssignMode.PREFILL])
+def test_request_that_comes_again_under_its_old_epoch_in_the_step_that_it_left_is_another_one(mode: AssignMode) -> None:
+    """A router's epochs grow, but it counts from a clock: one that was set back must not end the worker."""
+    bench = Bench()
+    bench.handle(assign(mode=mode))
+    plan = bench.core.next_plan(bench.now_ms)
+    assert plan is not None
+    bench.handle(cancel())
+    bench.handle(assign(mode=mode))
+    bench.core.step_done(bench.now_ms, plan, bench.runner.run(plan))
+    tokens = [each for each in told(bench.run(), Token) if isinstance(each, Token)]
+    expected = expected_tokens(PROMPT, Sampling(), 4, VOCAB)
+    assert [each.token_id for each in tokens] == (expected if mode is LOCAL else expected[:1])
     assert not bench.core.ledger.audit()
 
 

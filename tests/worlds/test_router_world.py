@@ -10,9 +10,8 @@ from dataclasses import replace
 import pytest
 from smoke import smoke_worlds
 
-from router.api_keys import Caller
 from router.driver import Driver
-from router.service import Service
+from router.service import Service, _Back
 from router.transcripts import Behind, Kept, Transcripts, Verdict, Write
 from simulator.run import run_seeds
 from simulator.store import StoreModel
@@ -49,10 +48,12 @@ def take_over_keeps_the_fence(patch: pytest.MonkeyPatch) -> None:
     """Two routers hold one fence, and so the same epochs."""
     take_over = StoreModel.take_over
 
-    def same(model: StoreModel, now_us: int, holder: str, request_id: RequestId, fence: int) -> Kept | None:
+    def same(
+        model: StoreModel, now_us: int, holder: str, request_id: RequestId, fence: int, mark: bytes
+    ) -> Kept | None:
         record = model.records.get(request_id)
         before = 0 if record is None else record.fence
-        kept = take_over(model, now_us, holder, request_id, fence)
+        kept = take_over(model, now_us, holder, request_id, fence, mark)
         if kept is None or record is None:
             return kept
         record.fence = before
@@ -111,10 +112,10 @@ def router_resumes_without_asking_the_store(patch: pytest.MonkeyPatch) -> None:
     """What it has of a request is read again, though another router may have it by now."""
     find = Service._find
 
-    async def hasty(service: Service, request_id: RequestId, caller: Caller):  # type: ignore[no-untyped-def]
+    async def hasty(service: Service, request_id: RequestId, back: _Back):  # type: ignore[no-untyped-def]
         here = service.driver.transcripts.find(request_id)
         if here is None:
-            return await find(service, request_id, caller)
+            return await find(service, request_id, back)
         return here, service.driver.read_again(request_id)
 
     patch.setattr(Service, "_find", hasty)

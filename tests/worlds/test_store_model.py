@@ -77,7 +77,7 @@ def writes(draw: st.DrawFn) -> Write:
     ended = None
     if draw(st.integers(0, 3)) == 0:
         usage = Usage(prompt_tokens=3, completion_tokens=first + count, cached_tokens=0)
-        ended = Ended(num_tokens=first + count, usage=usage)
+        ended = Ended(num_tokens=first + count, usage=usage, code=draw(st.sampled_from(["", "cancelled"])))
     return Write(
         request_id=name,
         fence=draw(FENCES),
@@ -87,6 +87,7 @@ def writes(draw: st.DrawFn) -> Write:
             Token(request_id=name, epoch=0, index=index, token_id=index) for index in range(first, first + count)
         ),
         ended=ended,
+        frees=draw(KEYS) if ended is not None and ended.code else "",
     )
 
 
