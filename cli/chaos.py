@@ -23,6 +23,7 @@ from cluster.chaos_tally import Tally
 from cluster.config import ConfigError
 from cluster.run_file import find
 
+WIDTH = 120  # where no terminal cuts it
 ANYWHERE = ",".join((FaultKind.KILL, FaultKind.STOP, FaultKind.CANCEL))  # on any cluster of this machine
 chaos = typer.Typer(name="chaos", help="Faults on purpose.", no_args_is_help=True)
 
@@ -92,7 +93,10 @@ def run(
     if as_json:
         print(json.dumps(to_document(tally, num_planned=len(planned), seed=seed, broken=broken), indent=2))
     else:
-        Console().print(to_table(tally))
+        console = Console()
+        if not console.is_terminal:
+            console.width = WIDTH
+        console.print(to_table(tally))
         print(summary(tally))
         print(states_line(tally))
     if broken:
