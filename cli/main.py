@@ -17,6 +17,7 @@ from cli.down import down
 from cli.drain import drain
 from cli.explain import explain
 from cli.keys import keys
+from cli.logs import logs
 from cli.migrate import Refused, migrate
 from cli.serve import serve
 from cli.settings import with_settings
@@ -40,6 +41,7 @@ app.command("status")(status)
 app.command("explain")(explain)
 app.command("migrate")(migrate)
 app.command("drain")(drain)
+app.command("logs")(logs)
 app.command("down")(down)
 app.command("bench")(bench)
 app.add_typer(chaos)

@@ -12,6 +12,7 @@ import ray
 
 from cluster.worker_host import StartFailed, WorkerHost
 from cluster.worker_settings import WorkerSettings
+from tandem.log_lines import LogFormat, formatter
 
 START_FAILED = "failed"
 STARTED = "started"
@@ -24,7 +25,7 @@ class WorkerActor:
         chosen = WorkerSettings.from_json(settings)
         if not chosen.bind_host:  # on a cluster of machines: the address of this one
             chosen = dataclasses.replace(chosen, bind_host=ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-        _log_to(Path(chosen.log_file), chosen.config.log_level)
+        _log_to(Path(chosen.log_file), chosen.config.log_level, LogFormat(chosen.config.log_format))
         self._host = WorkerHost(chosen)
 
     def start(self) -> str:
@@ -48,10 +49,10 @@ class WorkerActor:
         self._host.stop()
 
 
-def _log_to(file: Path, level: str) -> None:
+def _log_to(file: Path, level: str, log_format: LogFormat) -> None:
     """All logging of this process, and what a crash of the interpreter has to say, goes to the worker's own file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     faulthandler.enable(file.open("a"))
     handler = logging.FileHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    handler.setFormatter(formatter(log_format))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -36,6 +36,7 @@ from cluster.processes import (
 from cluster.ray_session import RayError, RaySession
 from cluster.reaper import Reaper
 from cluster.worker_settings import WorkerSettings
+from tandem.log_lines import LogFormat, formatter
 from tandem.request import WorkerId
 
 log = logging.getLogger(__name__)
@@ -167,9 +168,9 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor's affair
     config = ClusterConfig.model_validate_json(flags.config_json)
     say = _speaker(_own_stdout())
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter(LogFormat(config.log_format)))
+    logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
     process = PoolsProcess(config, threads=flags.threads, log_file=flags.log_file, say=say)
     code = process.run(is_again=flags.again)
     if code:

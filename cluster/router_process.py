@@ -58,6 +58,7 @@ from router.openai_api import build_app
 from router.service import ServedModel, Service
 from router.transcripts import Transcripts
 from tandem.cluster_access import MembersOnly
+from tandem.log_lines import LogFormat, formatter
 from tandem.request import WorkerId
 from tandem.tls import server_context
 from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -381,11 +382,9 @@ def main() -> int:
     flags = parser.parse_args()
     die_with_parent(flags.parent_pid)
     settings = read_settings()
-    logging.basicConfig(
-        level=settings.config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter(LogFormat(settings.config.log_format)))
+    logging.basicConfig(level=settings.config.log_level.upper(), handlers=[handler])
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(settings))

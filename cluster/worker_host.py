@@ -56,6 +56,7 @@ from router.clients import MESSAGE_BYTES_MAX
 from tandem.cluster_access import MembersOnly
 from tandem.errors import Unavailable
 from tandem.grpc_requests import ParsedRequests
+from tandem.log_lines import LogFormat
 from tandem.messages import WorkerAddress, WorkerInfo
 from tandem.request import WorkerId
 from tandem.v1 import faults_pb2, faults_pb2_grpc, worker_pb2_grpc
@@ -185,6 +186,7 @@ class WorkerHost:
                 advertised_host=self.settings.advertised_host,
                 transport=TransportChoice(self.settings.config.transport),
                 frame_tags=FrameTags(self.settings.config.frame_tags),
+                log_format=LogFormat(self.settings.config.log_format),
             ),
             secret=agents_secret(self.settings.join_token),
             on_event=self._post,

@@ -27,6 +27,7 @@ from kv_transfer.endpoint import Endpoint, format_endpoint, parse_endpoint
 from kv_transfer.framed_socket import FramedSocket, LinkLost, address_family
 from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame
 from kv_transfer.seal import SECRET_BYTES
+from tandem.log_lines import formatter
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,9 @@ def main(arguments: list[str]) -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a gloo pair takes five, a link two
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is for the worker; this process goes with it
-    logging.basicConfig(level=logging.WARNING, format=f"agent {os.getpid()} %(levelname)s %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter(start.settings.log_format))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     secret = sys.stdin.buffer.read(SECRET_BYTES)  # not a flag: others may read those
     control = FramedSocket(socket.socket(fileno=start.control_fd), send_timeout_s=EVENT_TIMEOUT_S)
     try:

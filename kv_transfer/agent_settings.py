@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from kv_transfer.transports.cuda_pool import CudaPool, from_bytes, to_bytes
+from tandem.log_lines import LogFormat
 
 
 class Memory(StrEnum):
@@ -49,6 +50,7 @@ class AgentSettings:
     advertised_host: str = ""  # what peers connect to; empty: the bind address
     transport: TransportChoice = TransportChoice.AUTO
     frame_tags: FrameTags = FrameTags.AUTO
+    log_format: LogFormat = LogFormat.TEXT
     connect_timeout_ms: int = 2_000
     operation_timeout_ms: int = 5_000
     group_timeout_ms: int = 10_000  # until both ends of a gloo or NCCL pair have joined
@@ -129,6 +131,7 @@ def to_arguments(start: AgentStart) -> list[str]:
         ("advertised_host", settings.advertised_host),
         ("transport", settings.transport.value),
         ("frame_tags", settings.frame_tags.value),
+        ("log_format", settings.log_format.value),
         *((name, getattr(settings, name)) for name in _NUMBERS),
     ]
     return [f"--{name.replace('_', '-')}={value}" for name, value in pairs]
@@ -148,6 +151,7 @@ def from_arguments(arguments: Sequence[str]) -> AgentStart:
     parser.add_argument("--advertised-host", default=defaults.advertised_host)
     parser.add_argument("--transport", type=TransportChoice, default=defaults.transport)
     parser.add_argument("--frame-tags", type=FrameTags, default=defaults.frame_tags)
+    parser.add_argument("--log-format", type=LogFormat, default=defaults.log_format)
     for name in _NUMBERS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
     flags = parser.parse_args(arguments)
@@ -163,6 +167,7 @@ def from_arguments(arguments: Sequence[str]) -> AgentStart:
             advertised_host=flags.advertised_host,
             transport=flags.transport,
             frame_tags=flags.frame_tags,
+            log_format=flags.log_format,
             **{name: getattr(flags, name) for name in _NUMBERS},
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -18,13 +19,14 @@ from tandem.request import Sampling
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 FAKE = ["--model", "fake", "--kv-memory", "1MiB"]
+JSON_LOGS = ["--log-format", "json"]
 GREEDY = Sampling(temperature=0.0)
 VOCAB_SIZE = 256
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with Served(FAKE, run_dir=tmp_path_factory.mktemp("run")) as served:
+    with Served([*FAKE, *JSON_LOGS], run_dir=tmp_path_factory.mktemp("run")) as served:
         yield served
 
 
@@ -78,6 +80,18 @@ def test_status_for_people(cluster: Served) -> None:
     assert done.returncode == 0, done.stderr
     assert "prefill-0" in done.stdout
     assert "ready" in done.stdout
+
+
+def test_logs_are_json_and_have_no_prompt(cluster: Served) -> None:
+    cluster.complete("the secret of the day", max_tokens=3)
+    done = cluster.command("logs", "--json", "-n", "1000", "--level", "debug")
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {"router-0", "prefill-0", "decode-0", "decode-1"} <= {each["part"] for each in said}
+    assert "secret of the day" not in done.stdout
+    files = [path for path in cluster.run_dir.glob("*.logs/*.log") if path.stem != "ray"]
+    for line in (line for path in files for line in path.read_text().splitlines()):
+        assert {"time", "level", "logger", "message"} <= set(json.loads(line)), line
 
 
 def test_blocks_come_back(cluster: Served) -> None:
