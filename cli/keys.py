@@ -46,6 +46,7 @@ def create(
     ] = None,
     tenant: Annotated[str, typer.Option(help="whose prefix cache it shares; nobody else sees what is cached")] = "",
     operator: Annotated[bool, typer.Option("--operator", help="may see, move, drain and stop everything")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Print a new key, once, and add its hash to the file; without a file, print the entry."""
     key = KEY_PREFIX + fresh_secret()
@@ -64,6 +65,10 @@ def create(
             if any(each.name == name for each in specs):
                 raise ConfigError(f"name: {name!r} has a key in {path} already; revoke it, or choose another name")
             specs.append(spec)
+    if as_json:
+        told = {"key": key, "file": None if path is None else str(path), "entry": spec.document()}
+        typer.echo(json.dumps(told, default=str))
+        return
     typer.echo(f"key of {name}, shown this once: {key}")
     if path is None:
         typer.echo(yaml.safe_dump([spec.document()], sort_keys=False).rstrip())
@@ -98,6 +103,7 @@ def listing(
 def revoke(
     name: Annotated[str, typer.Argument(help="whose key", show_default=False)],
     file: Annotated[Path | None, FILE] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Make a key worthless; requests of it that run are ended."""
     path = _needed(file)
@@ -106,7 +112,10 @@ def revoke(
         if not found:
             raise ConfigError(f"name: {name!r} has no key in {path}")
         specs[found[0]] = specs[found[0]].model_copy(update={"revoked": True})
-    typer.echo(f"revoked the key of {name}; a running cluster takes notice within seconds")
+    if as_json:
+        typer.echo(json.dumps({"revoked": name, "file": str(path)}))
+    else:
+        typer.echo(f"revoked the key of {name}; a running cluster takes notice within seconds")
 
 
 def expiry(text: str, now: datetime.datetime | None = None) -> datetime.datetime | None:

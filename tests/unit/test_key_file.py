@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import re
 import stat
@@ -160,6 +161,12 @@ def test_keys_are_created_listed_and_revoked(tmp_path: Path) -> None:
     with pytest.raises(Unauthenticated, match="is revoked"):
         ring_of(path).caller(key, 0)
     assert "revoked" in keys("list").stdout
+
+    made = json.loads(keys("create", "bob", "--priority-max", "1", "--json").stdout)
+    assert (made["file"], made["entry"]["name"], made["entry"]["priority_max"]) == (str(path), "bob", 1)
+    assert ring_of(path).caller(made["key"], 0).name == "bob"
+    assert json.loads(keys("revoke", "bob", "--json").stdout) == {"revoked": "bob", "file": str(path)}
+    assert keys("create", "eve", "--priority-max", "4").returncode == 2
 
 
 @pytest.mark.parametrize("text", ["tomorrow", "5", "5m", "-1d", "2026-13-01", "9999999d", "999999w"])

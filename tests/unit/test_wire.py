@@ -115,6 +115,10 @@ reports = st.builds(
             blocks_moved=u32, blocks_reused=u32, bytes=u64, frames=u32, tokens_recomputed=u32, first_frame_ms=u32,
             last_chunk_start_ms=u32, committed_ms=u32, tokens_cached=u32, first_step_ms=number, rounds=u32,
             precopy_ms=u32, fence_ms=u32,
+            first=st.none()
+            | st.builds(
+                m.FirstTokenTimes, queue_ms=number, prefill_ms=number, steps=u32, heard_s=st.just(0.0), hold_ms=number
+            ),
         )
     ),
     blocks=st.none()
