@@ -24,6 +24,7 @@ from router.move import MoveRecord
 from router.request import ENDED, RequestSnapshot, WorkerSnapshot
 from tandem.errors import TandemError, UnknownRequest
 from tandem.messages import BlockCounts
+from tandem.request import RequestId
 from tandem.v1 import admin_pb2 as pb
 from tandem.v1 import admin_pb2_grpc
 
@@ -161,13 +162,11 @@ class Admin(admin_pb2_grpc.AdminServicer):
 
     def _record(self, request_id: str) -> pb.FlightRecord:
         """Of a request of this router, the newest of its name. Raises UnknownRequest."""
-        snapshot = self._driver.status()
-        for request in reversed(snapshot.requests):
-            if request.request_id == request_id:
-                moves = [move_status(each, snapshot.now_ms) for each in snapshot.moves if each.request_id == request_id]
-                first = self._driver.first_token(request.request_id)
-                return flight_record(request, request_status(request, self._peers.me), first, moves)
-        raise UnknownRequest(f"no request of id {request_id!r} is remembered")
+        flight = self._driver.flight(RequestId(request_id))
+        if flight is None:
+            raise UnknownRequest(f"no request of id {request_id!r} is remembered")
+        moves = [move_status(each, flight.now_ms) for each in flight.moves]
+        return flight_record(flight, request_status(flight.request, self._peers.me), moves)
 
     async def _found(self, name: str) -> pb.RequestStatus:
         """The request that is named so, at whichever router. Raises as find_request, or Unavailable."""

@@ -104,6 +104,12 @@ class ClusterConfig(BaseModel):
     allow_faults: bool = Field(False, description="workers take faults over gRPC, for `tandem chaos`: never in earnest")
     fake_step_ms: int = Field(0, ge=0, le=10_000, description="time of one step of the model `fake`")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="level of the log files")
+    otlp_endpoint: str = Field(
+        "",
+        pattern=r"^(https?://[^/\s]+(:\d+)?)?$",
+        description="OpenTelemetry collector that spans go to over HTTP, e.g. http://127.0.0.1:4318; empty: nowhere",
+    )
+    trace_share: float = Field(1.0, ge=0, le=1, description="share of the requests without a trace that get one")
     log_format: Literal["text", "json"] = Field("text", description="lines of the log files")
     run_dir: Path = Field(
         default_factory=lambda: default_run_dir(os.environ), description="folder of run files and logs"

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from router.flight import Flight
 from router.placement import Candidate, Part, Placement
-from router.request import PlacementRecord, RequestSnapshot
-from router.stages import FirstToken
+from router.request import PlacementRecord
 from tandem.messages import AssignMode
 from tandem.v1 import admin_pb2 as pb
 
 
-def flight_record(
-    request: RequestSnapshot, status: pb.RequestStatus, first: FirstToken | None, moves: Sequence[pb.MoveStatus]
-) -> pb.FlightRecord:
+def flight_record(flight: Flight, status: pb.RequestStatus, moves: Sequence[pb.MoveStatus]) -> pb.FlightRecord:
     """`status` and `moves`: of the same request."""
+    request, first = flight.request, flight.first
     record = pb.FlightRecord(
         request=status,
         placements=[_placement(each) for each in request.placements],

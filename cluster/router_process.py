@@ -44,6 +44,7 @@ from cluster.router_settings import RouterSettings
 from cluster.run_file import reachable
 from cluster.served_model import describe
 from cluster.state import RedisStore, identity_of
+from cluster.tracing import NoTracing, Tracing
 from router.api_keys import KeyRing
 from router.config import RouterConfig
 from router.door import Door
@@ -182,7 +183,18 @@ class RouterProcess:
             door=self.door,
         )
         self._wire_metrics()
+        self.tracing = self._start_tracing()
         self.addresses = Addresses(model=self.model.id, http="", grpc="", store=without_password(config.redis))
+
+    def _start_tracing(self) -> Tracing | None:
+        config = self.config
+        if not config.otlp_endpoint:
+            return None
+        tracing = Tracing(
+            config.otlp_endpoint, router=self.settings.router_id, model=self.model.id, share=config.trace_share
+        )
+        self.service.tracer = tracing
+        return tracing
 
     def _wire_metrics(self) -> None:
         """What is counted elsewhere is asked for at each scrape."""
@@ -261,6 +273,8 @@ class RouterProcess:
                 await self.driver.stop()
                 await self._hand_over()
                 await asyncio.gather(http.stop(), public.stop(GRACE_S), internal.stop(GRACE_S), self.peers.close())
+                if self.tracing is not None:
+                    await asyncio.to_thread(self.tracing.close)
 
     async def _listen(self, http: HttpServer, public: GrpcServer, internal: GrpcServer) -> None:
         """Binds both gRPC ports. Raises OSError with the flag that changes them."""
@@ -388,7 +402,7 @@ def main() -> int:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(settings))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, NoTracing) as error:
         log.error("the router ends: %s", error, exc_info=True)
         Supervisor().say("failed", message=str(error))
         return 1

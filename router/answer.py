@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from router.detokenizer import StopStrings, text_stream
 from router.events import NewRequest, Usage
 from router.metrics import Api
+from router.trace_context import TRACE
 from tandem.errors import Cancelled, RequestLost, TandemError
 from tandem.request import FinishReason, RequestId, Sampling, Token
 
@@ -84,6 +85,7 @@ class Answer:
         self._started_s = self._first_s = self._last_s = service.clock()
         self._ttft_s: float | None = None  # since it came to the edge
         self._slo = request.slo
+        self._trace = TRACE.get()
         self._stream = stream
         self._unwritten = False  # the first token was given to who writes it, and is not known to be written
 
@@ -150,6 +152,7 @@ class Answer:
         if not self._skip and outcome != Cancelled.code:
             ttft_s = self._first_s - self._started_s if self._ttft_s is None else self._ttft_s
             metrics.judged(self._slo, ttft_s=ttft_s, tpot_s=tpot_s or 0.0, whole=whole)
+        self._service.trace(self.request_id, self._trace)
 
     def _written(self) -> None:
         """Whoever asks for more, or for no more, has handed on what there was."""

@@ -47,12 +47,13 @@ from router.events import (
 from router.fleet import Fleet, Worker, WorkerState
 from router.in_flight import InFlight
 from router.line import Line
+from router.move import MoveRecord
 from router.moves import Moves
 from router.outbox import Outbox
 from router.owners import Owners
 from router.placement import NoPlacement, Placer
 from router.prefix_index import PrefixIndex
-from router.request import Request, RequestState, StatusSnapshot
+from router.request import Request, RequestSnapshot, RequestState, StatusSnapshot
 from router.store import EmbeddedOwners, OwnerStore
 from tandem.errors import (
     ERRORS,
@@ -377,7 +378,7 @@ class RouterCore:
             self._moves.committed(request)
             self._look_again = True  # there is room at its source
         elif request.first_token_ms is not None and request.new.canary is None:
-            after_ms = self._now_ms - request.first_token_ms
+            request.handoff_ms = after_ms = self._now_ms - request.first_token_ms
             self._outbox.add(HandedOver(request_id=request.request_id, after_ms=after_ms))
         request.state = RequestState.DECODING
         request.stage_deadline_ms = self._now_ms + self._config.decode_stall_ms
@@ -532,6 +533,11 @@ class RouterCore:
     def status(self, now_ms: int) -> StatusSnapshot:
         """What operators see."""
         return self._flight.status(now_ms, self._index, self._moves)
+
+    def explain(self, now_ms: int, request_id: RequestId) -> tuple[RequestSnapshot, tuple[MoveRecord, ...]] | None:
+        """A request that runs or is remembered, and its moves; None: it is not known."""
+        found = self._flight.find(now_ms, request_id)
+        return None if found is None else (found, self._moves.records_of(request_id))
 
 
 _Row = Callable[[RouterCore, Request, Worker | None, RequestEvent], None]

@@ -46,6 +46,7 @@ from router.events import (
     WorkerSuspected,
 )
 from router.fleet import Fleet
+from router.flight import Flight
 from router.move import EPOCHS_PER_FENCE, MoveReason, MoveRecord
 from router.ports import Account, Link, MakeLink, Watcher
 from router.request import StatusSnapshot
@@ -290,9 +291,17 @@ class Driver:
         """The request's first token was handed to its client; how long that took, the first time."""
         return self._stages.written(request_id, self._clock_s())
 
-    def first_token(self, request_id: RequestId) -> FirstToken | None:
-        """How long its client waited for the first token, and for what; None: that is not known, or not yet."""
-        return self._stages.find(request_id)
+    def flight(self, request_id: RequestId) -> Flight | None:
+        """All that is known of a request that runs here or ended lately; None: there is no such request."""
+        now_ms = self._now_ms()
+        found = self._core.explain(now_ms, request_id)
+        if found is None:
+            return None
+        request, moves = found
+        arrived_s = self._stages.arrived_s(request_id)
+        ago_ms = float(request.age_ms) if arrived_s is None else 1000 * (self._clock_s() - arrived_s)
+        first = self._stages.find(request_id)
+        return Flight(request=request, moves=moves, first=first, now_ms=now_ms, arrived_ms_ago=ago_ms)
 
     def cancel(self, request_id: RequestId, reason: str) -> bool:
         """Ends a request everywhere; its stream raises Cancelled. False when it is not known."""

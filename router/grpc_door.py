@@ -13,6 +13,7 @@ from router.api_keys import ANYBODY, CALLER
 from router.door import Door
 from router.metrics import Api
 from router.stages import ARRIVED
+from router.trace_context import HEADER, TRACE, trace_of
 from tandem.cluster_access import MembersOnly, refusing
 from tandem.errors import PermissionDenied, TandemError, Unauthenticated
 
@@ -51,6 +52,7 @@ class GrpcDoor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is n
             return await continuation(handler_call_details)
         ARRIVED.set(time.monotonic())
         metadata = handler_call_details.invocation_metadata or ()
+        TRACE.set(trace_of([str(value) for name, value in metadata if name == HEADER]))
         if self._members is not None and (method.startswith(REGISTRY) or self._members.shows_token(metadata)):
             CALLER.set(ANYBODY)
             return await self._members.intercept_service(continuation, handler_call_details)

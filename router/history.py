@@ -31,6 +31,11 @@ class History:
         entry = self._ended.get(request_id)
         return "" if entry is None else entry[1].state.value
 
+    def find(self, request_id: RequestId) -> RequestSnapshot | None:
+        """How it ended, if that is remembered."""
+        entry = self._ended.get(request_id)
+        return None if entry is None else entry[1]
+
     def expire(self, now_ms: int) -> None:
         """Forgets what ended too long ago."""
         while self._ended:

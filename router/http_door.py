@@ -12,6 +12,7 @@ from router.door import Door
 from router.metrics import Api
 from router.openai_stream import error_body
 from router.stages import ARRIVED
+from router.trace_context import HEADER, TRACE, trace_of
 from tandem.errors import TandemError, Unauthenticated
 
 HEALTH_PAGES = ("/live", "/livez", "/liveness", "/ready", "/readyz", "/readiness", "/health", "/healthz")
@@ -34,6 +35,8 @@ class HttpDoor:
             await self._app(scope, receive, send)
             return
         ARRIVED.set(time.monotonic())
+        named = HEADER.encode()
+        TRACE.set(trace_of([value.decode("latin-1") for name, value in scope["headers"] if name == named]))
         shown = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
         try:
             caller = self._door.enter(shown)

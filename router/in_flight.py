@@ -12,7 +12,7 @@ from router.line import Line
 from router.moves import Moves
 from router.outbox import Outbox
 from router.prefix_index import PrefixIndex
-from router.request import Request, RequestState, StatusSnapshot, snapshot, worker_snapshot
+from router.request import Request, RequestSnapshot, RequestState, StatusSnapshot, snapshot, worker_snapshot
 from tandem.errors import Cancelled, TandemError
 from tandem.messages import TransferStats
 from tandem.request import FinishReason, RequestId
@@ -92,6 +92,13 @@ class InFlight:
         self._line.tidy(len(self.requests))
         if request.new.canary is None:
             self.history.add(now_ms, ended)
+
+    def find(self, now_ms: int, request_id: RequestId) -> RequestSnapshot | None:
+        """The request as it is, or as it ended."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return self.history.find(request_id)
+        return snapshot(request, now_ms, waits_for="" if self._line.blocked is None else self._line.blocked.reason)
 
     # ---- status ----------------------------------------------------------------------------------------------------
 

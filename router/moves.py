@@ -18,7 +18,7 @@ from router.placement import Ask, Placer
 from router.request import Request, RequestState
 from tandem.errors import InvalidRequest, MoveImpossible, TandemError, UnknownRequest
 from tandem.messages import AssignMode, CancelAssigned, Migrate, Role, StopMove, TransferStats, WorkerInfo
-from tandem.request import TransferId, WorkerId
+from tandem.request import RequestId, TransferId, WorkerId
 
 DECODES = (Role.DECODE, Role.MIXED)  # roles that a request may be moved to
 NO_DWELL = (MoveReason.OPERATOR, MoveReason.DRAIN)
@@ -240,6 +240,10 @@ class Moves:
     def expire(self, now_ms: int) -> None:
         """Forgets the moves that ended too long ago."""
         self._history.expire(now_ms)
+
+    def records_of(self, request_id: RequestId) -> tuple[MoveRecord, ...]:
+        """The moves of one request that are remembered, oldest first."""
+        return tuple(each for each in self._history.records() if each.request_id == request_id)
 
     def records(self) -> tuple[MoveRecord, ...]:
         """Moves under way and ended, in the order in which they began."""

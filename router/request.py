@@ -112,6 +112,7 @@ class Request:
     num_moves: int = 0  # committed
     num_moves_begun: int = 0
     move_ended_ms: int | None = None
+    handoff_ms: int | None = None  # from the first token until a decode worker owned it
     first_token_ms: int | None = None
     last_token_ms: int = 0
     attempt_has_token: bool = False
@@ -204,6 +205,7 @@ class RequestSnapshot:
     error: str
     reason: str
     placements: tuple[PlacementRecord, ...]
+    handoff_ms: int | None = None
     story: tuple[tuple[int, str], ...]
 
 
@@ -268,6 +270,7 @@ def snapshot(request: Request, now_ms: int, *, error: str = "", waits_for: str =
         error=error or request.last_failure,
         reason=waits_for if waiting else "" if placement is None else placement.reason,
         placements=tuple(request.placements),
+        handoff_ms=request.handoff_ms,
         story=tuple(request.story),
     )
 

@@ -16,11 +16,14 @@ from router.answer import Answer, Answers, TokenStream
 from router.api_keys import ANYBODY, CALLER, KEY_SHARE, Caller
 from router.door import Door
 from router.events import NewRequest
+from router.flight import Flight
 from router.journal import Journal
 from router.metrics import Api, EdgeMetrics
+from router.request import ENDED
 from router.stages import ARRIVED, FirstToken
 from router.token_stream import replay_of
 from router.tokenizer import Tokenizer
+from router.trace_context import TraceContext
 from router.transcripts import Keep, Kept, Transcripts
 from router.validation import (
     ANSWER_MARK,
@@ -85,12 +88,24 @@ class Driver(Protocol):
         """The reader of this stream is gone."""
         ...
 
+    def flight(self, request_id: RequestId) -> Flight | None:
+        """All that is known of a request; None: there is no such request."""
+        ...
+
     def cancel(self, request_id: RequestId, reason: str) -> bool:
         """Ends a request everywhere; False when it is not known."""
         ...
 
     def stop_at(self, request_id: RequestId, index: int) -> None:
         """The answer ends at token `index`, which is kept: a stop string was found."""
+        ...
+
+
+class Tracer(Protocol):
+    """Who records requests that are over for their clients."""
+
+    def ended(self, flight: Flight, trace: TraceContext | None) -> None:
+        """`trace`: what the client's request was part of."""
         ...
 
 
@@ -176,6 +191,7 @@ class Service:
         self.metrics = metrics
         self.journal = journal
         self.door = Door() if door is None else door
+        self.tracer: Tracer | None = None
         self.not_ready = not_ready
         self.clock = clock
         self.limits = Limits(
@@ -414,6 +430,12 @@ class Service:
             return self.driver.cancel(RequestId(request_id), reason)
         found = [self.driver.cancel(answer.request_id, reason) for answer in group.answers if not answer.done]
         return any(found)
+
+    def trace(self, request_id: RequestId, trace: TraceContext | None) -> None:
+        """A client has its answer, or is gone: if its request is over, that is recorded."""
+        flight = None if self.tracer is None else self.driver.flight(request_id)
+        if self.tracer is not None and flight is not None and flight.request.state in ENDED:
+            self.tracer.ended(flight, trace)
 
     def owner_of(self, request_id: str) -> str | None:
         """Whose a request here, or one of its answers, is: the name of its API key. None: no such request."""

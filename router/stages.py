@@ -89,6 +89,11 @@ class StageBook:
         timing.done = _summed(timing, at_s)
         return timing.done
 
+    def arrived_s(self, request_id: RequestId) -> float | None:
+        """When it came to the edge; None: that is not known."""
+        timing = self._book.get(request_id)
+        return None if timing is None else timing.arrived_s
+
     def find(self, request_id: RequestId) -> FirstToken | None:
         """The sum, if there is one."""
         timing = self._book.get(request_id)

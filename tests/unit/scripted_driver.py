@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from router.answer import TokenStream
 from router.events import NewRequest, Usage
+from router.flight import Flight
 from router.stages import FirstToken, StageBook
 from router.transcripts import Keep, Kept, Transcripts
 from tandem.errors import Cancelled, DuplicateRequest, TandemError, UnknownRequest
@@ -98,6 +99,10 @@ class ScriptedDriver:
     def written(self, request_id: RequestId) -> FirstToken | None:
         """As router.driver.Driver.written."""
         return self._stages.written(request_id, time.monotonic())
+
+    def flight(self, request_id: RequestId) -> Flight | None:
+        """As router.driver.Driver.flight; a script remembers nothing."""
+        return None
 
     def cancel(self, request_id: RequestId, reason: str) -> bool:
         """As router.driver.Driver.cancel."""

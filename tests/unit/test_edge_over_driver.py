@@ -12,19 +12,32 @@ from test_router_driver import INCARNATION, CountingWorker, token_at
 
 from router.config import RouterConfig
 from router.driver import Driver
+from router.flight import Flight
 from router.grpc_api import build_grpc_server
 from router.metrics import EdgeMetrics
 from router.service import ServedModel, Service
+from router.trace_context import TraceContext, trace_of
 from tandem.client import AsyncClient
 from tandem.errors import Cancelled, DuplicateRequest
 from tandem.messages import CancelAssigned
 
 DEADLINE_S = 20
 PROMPT = (11, 12, 13)
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 Case = Callable[[Driver, CountingWorker, httpx.AsyncClient, AsyncClient], Awaitable[None]]
 
 
-def run(case: Case) -> None:
+class Traced:
+    """Keeps what a tracer is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Flight, TraceContext | None]] = []
+
+    def ended(self, flight: Flight, trace: TraceContext | None) -> None:
+        self.told.append((flight, trace))
+
+
+def run(case: Case, tracer: Traced | None = None) -> None:
     """A router with both APIs, its driver, and one worker."""
 
     async def main() -> None:
@@ -33,6 +46,7 @@ def run(case: Case) -> None:
         async with Driver(RouterConfig(redial_ms=10, tick_ms=10)) as driver:
             model = ServedModel(id=MODEL, context_tokens=512, created_s=1)
             service = Service(driver=driver, tokenizer=smol(), model=model, metrics=EdgeMetrics())
+            service.tracer = tracer
             grpc_server = build_grpc_server(service)
             port = await grpc_server.start("127.0.0.1", 0)
             driver.worker_joined(worker.info(), INCARNATION)
@@ -75,6 +89,34 @@ def test_whole_answer_over_both_apis() -> None:
         assert {each.state for each in driver.status().requests} == {"finished"}
 
     run(case)
+
+
+def test_a_request_is_traced_once_it_is_over_under_its_clients_span() -> None:
+    tracer = Traced()
+
+    async def case(driver: Driver, worker: CountingWorker, http: httpx.AsyncClient, client: AsyncClient) -> None:
+        body = {"prompt": PROMPT, "max_tokens": 4, "ignore_eos": True}
+        await http.post("/v1/completions", json=body, headers={"x-request-id": "h", "traceparent": TRACE})
+        await client.generate(PROMPT, request_id="g", max_tokens=4, ignore_eos=True)
+        worker.num_tokens_max = 2
+        stream = client.stream(PROMPT, request_id="c", max_tokens=400, ignore_eos=True)
+        await anext(stream)
+        assert len(tracer.told) == 2, "one that runs is not told of"
+        await client.cancel("c")
+        with pytest.raises(Cancelled):
+            async for _ in stream:
+                pass
+        await until(lambda: len(tracer.told) == 3)
+        states = {flight.request.request_id: flight.request.state for flight, _ in tracer.told}
+        assert states == {"h": "finished", "g": "finished", "c": "cancelled"}
+        contexts = {str(flight.request.request_id): trace for flight, trace in tracer.told}
+        assert contexts["h"] == trace_of([TRACE])
+        assert contexts["g"] is None
+        for flight, _ in tracer.told:
+            assert flight.first is not None
+            assert 0 < flight.first.ttft_ms <= flight.arrived_ms_ago
+
+    run(case, tracer)
 
 
 def test_stop_string_ends_the_request_at_the_worker() -> None:

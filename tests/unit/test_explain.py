@@ -12,6 +12,7 @@ from cli.explain import show, to_document
 from cluster.admin import request_status
 from cluster.flight_record import flight_record
 from router.events import Submitted
+from router.flight import Flight
 from router.stages import FirstToken, Stage
 from tandem.messages import Role
 from tandem.v1 import admin_pb2 as pb
@@ -30,7 +31,8 @@ def record() -> pb.FlightRecord:
         bytes=7_000_000, precopy_ms=40, pause_ms=12,
     )  # fmt: skip
     setattr(move, "from", "d0")
-    return flight_record(snapshot, request_status(snapshot, "router-0"), first, [move])
+    flight = Flight(request=snapshot, moves=(), first=first, now_ms=0, arrived_ms_ago=0.0)
+    return flight_record(flight, request_status(snapshot, "router-0"), [move])
 
 
 def test_json_has_what_was_decided_and_why() -> None:
