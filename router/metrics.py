@@ -156,9 +156,7 @@ class EdgeMetrics:
         self._migrations.labels(record.reason.value, record.outcome.value).inc()
         self._migration_bytes.labels(record.reason.value).inc(record.bytes_moved)
         if record.outcome is MoveOutcome.MOVED:
-            phases = (("precopy", record.precopy_ms), ("fence", record.fence_ms), ("pause", record.pause_ms))
-            for phase, phase_ms in phases:
-                self._migration.labels(phase).observe(phase_ms / 1000)
+            self._migration.labels("pause").observe(record.pause_ms / 1000)
 
     def transferred(self, stats: TransferStats) -> None:
         """A worker told what a transfer did."""
@@ -166,6 +164,9 @@ class EdgeMetrics:
         self._transferred_blocks.labels("moved").inc(stats.blocks_moved)
         self._transferred_blocks.labels("reused").inc(stats.blocks_reused)
         self._recomputed.inc(stats.tokens_recomputed)
+        if stats.rounds or stats.precopy_ms or stats.fence_ms:  # a move that came about, by its source, perhaps late
+            self._migration.labels("precopy").observe(stats.precopy_ms / 1000)
+            self._migration.labels("fence").observe(stats.fence_ms / 1000)
 
     def follow_line(self, waiting: Callable[[], float], queued_tokens: Callable[[], float]) -> None:
         """What is asked at each scrape: requests in line, and prompt tokens whose answer has not begun."""

@@ -89,6 +89,10 @@ def test_a_move_is_counted_by_reason_and_result_and_timed_only_when_it_came_abou
     )  # fmt: skip
     metrics.moved(moved)
     metrics.moved(failed)
+    of_the_source = TransferStats(
+        request_id=R, transfer_id=TransferId("r.1.m1"), rounds=2, precopy_ms=40, fence_ms=5
+    )  # fmt: skip
+    metrics.transferred(of_the_source)
     found = samples(metrics.page())
     assert found["tandem_router_migrations_total", ("drain", "moved")] == 1
     assert found["tandem_router_migrations_total", ("balance", "failed")] == 1
