@@ -19,6 +19,7 @@ from cli.explain import explain
 from cli.keys import keys
 from cli.logs import logs
 from cli.migrate import Refused, migrate
+from cli.scale import scale
 from cli.serve import serve
 from cli.settings import with_settings
 from cli.status import status
@@ -41,6 +42,7 @@ app.command("status")(status)
 app.command("explain")(explain)
 app.command("migrate")(migrate)
 app.command("drain")(drain)
+app.command("scale")(scale)
 app.command("logs")(logs)
 app.command("down")(down)
 app.command("bench")(bench)

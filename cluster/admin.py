@@ -14,6 +14,7 @@ import grpc.aio
 
 from cluster.canary import Canaries
 from cluster.draining import Drain, DrainState
+from cluster.elastic import Elastic
 from cluster.flight_record import flight_record
 from cluster.membership import Member, Membership, MemberState
 from cluster.operations import Operations, find_request
@@ -62,6 +63,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         membership: Membership,
         driver: Driver,
         operations: Operations,
+        elastic: Elastic,
         canaries: Canaries,
         peers: Peers,
         addresses: Callable[[], Addresses],
@@ -72,6 +74,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         self._membership = membership
         self._driver = driver
         self._operations = operations
+        self._elastic = elastic
         self._canaries = canaries
         self._peers = peers
         self._addresses = addresses
@@ -198,6 +201,24 @@ class Admin(admin_pb2_grpc.AdminServicer):
                     if progress != told and drain.state is not DrainState.FAILED:
                         told = progress
                         yield drain_progress(drain, elapsed_ms=drain.elapsed_ms(time.monotonic_ns() // 1_000_000))
+        except TandemError as error:
+            await _abort(context, error)
+
+    async def Scale(self, request: pb.ScaleRequest, context: _Context) -> AsyncIterator[pb.ScaleProgress]:
+        """Brings the pools to the wanted sizes, and tells of each worker that comes or goes."""
+        began_s = time.monotonic()
+        wanted = {each.role: each.num for each in request.pools}
+        try:
+            async with aclosing(self._elastic.scale(wanted, deadline_ms=request.deadline_ms)) as steps:
+                async for progress in steps:
+                    yield pb.ScaleProgress(
+                        worker=progress.worker_id,
+                        role=progress.role.value,
+                        state=progress.state,
+                        requests=progress.num_requests,
+                        blocks=progress.num_blocks,
+                        elapsed_ms=round(1000 * (time.monotonic() - began_s)),
+                    )
         except TandemError as error:
             await _abort(context, error)
 

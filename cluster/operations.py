@@ -187,6 +187,11 @@ class Operations:
             async with self._progress:
                 await self._progress.wait()  # each period at the latest
 
+    @property
+    def draining(self) -> list[WorkerId]:
+        """Workers whose drain is not over, also those that another router drains."""
+        return [name for name, drain in self._drains.items() if drain.state not in OVER] + list(self._helped)
+
     # ---- what happens ------------------------------------------------------------------------------------------------
 
     def ended(self, worker_id: WorkerId, incarnation: int, reason: str) -> None:

@@ -17,7 +17,7 @@ import ray.exceptions
 
 from cluster.actors import START_FAILED, STARTED, WorkerActor
 from cluster.pool_events import WorkerDown, WorkerUp, WorkerWaits
-from cluster.ray_session import RaySession
+from cluster.ray_session import SLOT, RaySession
 from cluster.worker_settings import WorkerSettings, worker_environment
 from tandem.request import WorkerId
 
@@ -57,8 +57,11 @@ class Pools:
 
     def start(self, settings: WorkerSettings) -> None:
         """Creates a worker; WorkerUp follows, or WorkerDown, and after WorkerUp some day WorkerDown."""
-        options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_concurrency": 4}
-        if not self._session.is_local:
+        options: dict[str, Any] = {"max_restarts": 0, "max_concurrency": 4}
+        if self._session.is_local:
+            options |= {"num_cpus": 0, "resources": {SLOT: 1}}
+        else:
+            options["num_cpus"] = 1
             options["runtime_env"] = {"env_vars": worker_environment(self._threads)}
             options["scheduling_strategy"] = "SPREAD"
         actor = self._actor.options(**options).remote(settings.to_json())

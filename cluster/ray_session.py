@@ -23,6 +23,8 @@ from cluster.worker_settings import worker_environment
 
 log = logging.getLogger(__name__)
 
+SLOT = "tandem_worker"  # a resource of a local Ray: as many as there may be workers, whatever the machine has
+WORKERS_MAX = 3 * 64
 OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes: nothing of ours goes through it
 TEMP_ROOT = Path("/tmp")  # Ray's sockets lie below it: their paths must be short
 TEMP_PREFIX = "tandem-ray-"
@@ -98,7 +100,9 @@ class RaySession:
         os.environ["RAY_gcs_storage_path"] = str(storage)
         ray.init(
             address="local",
-            num_cpus=self._config.num_workers,  # logical: a laptop's two cores hold three workers
+            # Logical, and what Ray starts processes for in advance; a worker takes a slot, and pools may grow.
+            num_cpus=self._config.num_workers,
+            resources={SLOT: WORKERS_MAX},
             num_gpus=0,
             include_dashboard=False,
             log_to_driver=False,

@@ -54,6 +54,25 @@ class Roster:
         """Whether all were given up; workers of any role serve alone if they must."""
         return not self.wanted
 
+    def grow(self, role: Role, num: int) -> list[WorkerId]:
+        """The role shall have so many workers that stay: those that are new, by the lowest numbers that are free."""
+        staying = [
+            each
+            for each in self.wanted
+            if self.roles[each] is role and (each not in self.leaving or self.leaving[each].restart)
+        ]
+        added: list[WorkerId] = []
+        number = 0
+        while len(staying) + len(added) < num:
+            name = WorkerId(f"{role.value}-{number}")
+            number += 1
+            if name in self.roles:
+                continue
+            self.roles[name] = role
+            self.starts.setdefault(name, 0)  # one of that name may have been here before: its incarnations go on
+            added.append(name)
+        return added
+
     def start(self, worker_id: WorkerId) -> int:
         """The worker is started, once more; the incarnation that it gets."""
         self.starts[worker_id] += 1

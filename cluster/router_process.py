@@ -32,6 +32,7 @@ from cluster.admin import Addresses, Admin
 from cluster.canary import Canaries
 from cluster.config import ClusterConfig, without_password
 from cluster.drain_relay import DrainWord
+from cluster.elastic import Elastic
 from cluster.key_file import KeyFile
 from cluster.member_access import member_access
 from cluster.membership import Membership, StateChanged
@@ -310,6 +311,13 @@ class RouterProcess:
             membership=self.membership,
             driver=self.driver,
             operations=self.operations,
+            elastic=Elastic(
+                driver=self.driver,
+                registry=self.registry,
+                operations=self.operations,
+                config=self.config,
+                say=self.supervisor.say,
+            ),
             canaries=self.canaries,
             peers=self.peers,
             addresses=lambda: self.addresses,

@@ -37,6 +37,7 @@ from cluster.start_check import StartFailed, check
 from cluster.verdicts import KillWorker, RestartRouter, Verdicts
 from cluster.worker_settings import WorkerSettings, workers_of
 from kernels import build
+from tandem.messages import Role
 from tandem.request import WorkerId
 
 RAY = "ray"
@@ -259,6 +260,10 @@ class Supervisor:
                 self._router_failed(name, str(said.fields["message"]))
             case "worker":
                 self._worker_changed(name, said.fields)
+            case "scale":
+                for worker_id in self._workers.grow(Role(str(said.fields["role"])), int(str(said.fields["num"]))):
+                    self._say(f"{worker_id} is started{self._of(name)}")
+                    self._start_worker(worker_id)
             case "readiness":
                 self._not_ready[name] = str(said.fields["not_ready"])
                 self._announce_once()

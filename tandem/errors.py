@@ -9,6 +9,7 @@ TandemError
   +-- DuplicateRequest    the id is in use                                           409  ALREADY_EXISTS
   +-- TakenOver           another router has the request: its stream goes on there    409  ABORTED
   +-- MoveImpossible      a running request cannot be moved (so, now); says why        409  FAILED_PRECONDITION
+  +-- ScaleRefused        pools cannot have these sizes (now); says why              409  FAILED_PRECONDITION
   +-- DrainRefused        a worker cannot be drained (so, now); says why             409  FAILED_PRECONDITION
   +-- Overloaded          over capacity; says when to come again                     429  RESOURCE_EXHAUSTED
   |     +-- RateLimited   over a limit of its API key; says when to come again       429  RESOURCE_EXHAUSTED
@@ -114,6 +115,15 @@ class MoveImpossible(TandemError):
     openai_type = "invalid_request_error"
 
 
+class ScaleRefused(TandemError):
+    """The pools cannot have these sizes now; the message says why."""
+
+    code = "scale_refused"
+    http_status = 409
+    grpc_status = "FAILED_PRECONDITION"
+    openai_type = "invalid_request_error"
+
+
 class DrainRefused(TandemError):
     """The worker cannot be drained, or was not in time. It works on, unless the message says otherwise."""
 
@@ -211,6 +221,7 @@ ERRORS: dict[str, type[TandemError]] = {
         TakenOver,
         MoveImpossible,
         DrainRefused,
+        ScaleRefused,
         Overloaded,
         RateLimited,
         Unavailable,

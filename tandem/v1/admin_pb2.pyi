@@ -323,6 +323,38 @@ class Moment(_message.Message):
     what: str
     def __init__(self, at_ms: _Optional[int] = ..., what: _Optional[str] = ...) -> None: ...
 
+class ScaleRequest(_message.Message):
+    __slots__ = ("pools", "deadline_ms")
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    pools: _containers.RepeatedCompositeFieldContainer[PoolSize]
+    deadline_ms: int
+    def __init__(self, pools: _Optional[_Iterable[_Union[PoolSize, _Mapping]]] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+
+class PoolSize(_message.Message):
+    __slots__ = ("role", "num")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    NUM_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    num: int
+    def __init__(self, role: _Optional[str] = ..., num: _Optional[int] = ...) -> None: ...
+
+class ScaleProgress(_message.Message):
+    __slots__ = ("worker", "role", "state", "requests", "blocks", "elapsed_ms")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_MS_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    role: str
+    state: str
+    requests: int
+    blocks: int
+    elapsed_ms: int
+    def __init__(self, worker: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., requests: _Optional[int] = ..., blocks: _Optional[int] = ..., elapsed_ms: _Optional[int] = ...) -> None: ...
+
 class DrainRequest(_message.Message):
     __slots__ = ("worker", "deadline_ms", "restart")
     WORKER_FIELD_NUMBER: _ClassVar[int]

@@ -64,6 +64,11 @@ class AdminStub:
                 request_serializer=tandem_dot_v1_dot_admin__pb2.MetricsHereRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_admin__pb2.MetricsHereResponse.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_stream(
+                '/tandem.v1.Admin/Scale',
+                request_serializer=tandem_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_admin__pb2.ScaleProgress.FromString,
+                _registered_method=True)
         self.Explain = channel.unary_unary(
                 '/tandem.v1.Admin/Explain',
                 request_serializer=tandem_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
@@ -115,6 +120,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """Gives pools other sizes, and tells of each worker that comes or goes. It goes on when the caller goes away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Explain(self, request, context):
         """Why a request went where it did, and what that took.
         """
@@ -154,6 +166,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.MetricsHere,
                     request_deserializer=tandem_dot_v1_dot_admin__pb2.MetricsHereRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_admin__pb2.MetricsHereResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_stream_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=tandem_dot_v1_dot_admin__pb2.ScaleRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_admin__pb2.ScaleProgress.SerializeToString,
             ),
             'Explain': grpc.unary_unary_rpc_method_handler(
                     servicer.Explain,
@@ -323,6 +340,33 @@ class Admin:
             '/tandem.v1.Admin/MetricsHere',
             tandem_dot_v1_dot_admin__pb2.MetricsHereRequest.SerializeToString,
             tandem_dot_v1_dot_admin__pb2.MetricsHereResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.v1.Admin/Scale',
+            tandem_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
+            tandem_dot_v1_dot_admin__pb2.ScaleProgress.FromString,
             options,
             channel_credentials,
             insecure,

@@ -15,6 +15,7 @@ from router_rig import D, Rig, request
 from cluster.admin import Addresses, Admin, request_status
 from cluster.canary import Canaries
 from cluster.config import load
+from cluster.elastic import Elastic
 from cluster.membership import Heartbeat, Membership, MemberState, StateChanged
 from cluster.operations import Operations
 from cluster.peers import Peers
@@ -97,6 +98,7 @@ async def place(me: str = "router-0", internal: Mapping[str, str] = ALONE) -> As
             membership=membership,
             driver=driver,
             operations=operations,
+            elastic=Elastic(driver=driver, registry=registry, operations=operations, config=config, say=say),
             canaries=Canaries(driver=driver, vocab_size=256),
             peers=peers,
             addresses=lambda: Addresses(model="m", http="h", grpc="g", store="redis://h"),

@@ -31,7 +31,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_every_verb_has_help() -> None:
-    for verb in ("serve", "status", "explain", "migrate", "drain", "logs", "doctor", "down", "config"):
+    for verb in ("serve", "status", "explain", "migrate", "drain", "scale", "logs", "doctor", "down", "config"):
         done = RUNNER.invoke(app, [verb, "--help"])
         assert done.exit_code == 0, done.output
         assert "Usage" in done.output

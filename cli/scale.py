@@ -1,0 +1,74 @@
+"""`tandem scale`: gives the pools of a running cluster other sizes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from google.protobuf.json_format import MessageToDict
+
+from cli.down import run_dir_of
+from cli.reach import admin
+from cluster.config import ConfigError
+from cluster.draining import DEADLINE_MS, DEADLINE_MS_MAX
+from cluster.run_file import find
+from tandem.v1 import admin_pb2 as pb
+
+_POOL = re.compile(r"([a-z]+)=(\d{1,6})")
+
+
+def scale(
+    pools: Annotated[list[str], typer.Argument(help="such as prefill=2 decode=4", show_default=False)],
+    deadline: Annotated[
+        float, typer.Option(help="seconds until workers that go must be empty", min=0.001, max=DEADLINE_MS_MAX / 1000)
+    ] = DEADLINE_MS / 1000,
+    port: Annotated[int | None, typer.Option(help="HTTP port of the cluster; needed when several run")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print a line of JSON for each change")] = False,
+    run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
+) -> None:
+    """Start workers, or drain some and end them, until the pools have these sizes. No stream is lost.
+
+    What has begun goes on when this command is stopped.
+    """
+    asked = pb.ScaleRequest(pools=sizes(pools), deadline_ms=max(1, round(deadline * 1000)))
+    run = find(run_dir_of(run_dir), port)
+    with admin(run) as stub:
+        for progress in stub.Scale(asked):  # the router bounds each step
+            print(json.dumps(document(progress)) if as_json else sentence(progress), flush=True)
+
+
+def sizes(pools: list[str]) -> list[pb.PoolSize]:
+    """What the words mean. Raises ConfigError for what is no size of a pool, or said twice."""
+    found: dict[str, int] = {}
+    for word in pools:
+        match = _POOL.fullmatch(word)
+        if match is None:
+            raise ConfigError(f"pools: {word!r} is not like decode=4")
+        if match[1] in found:
+            raise ConfigError(f"pools: {match[1]} is given twice")
+        found[match[1]] = int(match[2])
+    return [pb.PoolSize(role=role, num=num) for role, num in found.items()]
+
+
+def document(progress: pb.ScaleProgress) -> dict[str, object]:
+    """The progress as JSON's types."""
+    shown: dict[str, object] = MessageToDict(
+        progress, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return shown
+
+
+def sentence(progress: pb.ScaleProgress) -> str:
+    """The progress, for people."""
+    what = {
+        "joining": "has started and joins",
+        "ready": "is ready",
+        "emptying": f"drains: {progress.requests} requests and {progress.blocks} blocks left",
+        "leaving": "is empty and ends",
+        "done": "is gone",
+    }
+    told = what.get(progress.state, f"is {progress.state}")
+    return f"{progress.elapsed_ms / 1000:7.1f} s  {progress.worker} {told}"
