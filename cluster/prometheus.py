@@ -9,7 +9,7 @@ import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from cluster.membership import Member, Membership
+from cluster.membership import OVER, Member, Membership
 from router.request import WorkerSnapshot
 from tandem import metrics as table
 from tandem.metrics import Metric, MetricKind
@@ -35,7 +35,7 @@ class ClusterMetrics(Collector):
         self._ready_pairs = ready_pairs
 
     def collect(self) -> Iterator[prometheus_client.Metric]:
-        """Each metric once, with a sample for each worker that has said something."""
+        """Each metric once, with a sample for each worker that is here and has said something."""
         page = _Page()
         states = Counter[tuple[str, str]]()
         seen = self._workers()
@@ -43,7 +43,7 @@ class ClusterMetrics(Collector):
             info = member.info
             states[info.role.value, member.state.value] += 1
             worker = seen.get((info.worker_id, member.incarnation))
-            if worker is not None and worker.load is not None:
+            if member.state not in OVER and worker is not None and worker.load is not None:
                 page.worker(member, worker)
         page.add(table.READY_PAIRS, (), self._ready_pairs())
         for labels, num in states.items():
