@@ -32,6 +32,7 @@ from tandem.log_lines import formatter
 logger = logging.getLogger(__name__)
 
 EVENT_TIMEOUT_S = 60.0  # a worker that takes no event for so long is stuck
+LINGER_S = 60.0  # of a link that leads nowhere; far longer than a frame may take
 PR_SET_PDEATHSIG = 1
 
 
@@ -43,6 +44,7 @@ class Agent:
         self._control = control
         self._links: dict[Endpoint, OutgoingLink] = {}
         self._incoming: list[IncomingLink] = []
+        self._looked_s = 0.0
         settings = context.settings
         self._tcp = socket.create_server((settings.bind_host, 0), family=address_family(settings.bind_host), backlog=64)
         self._local_name = f"tandem-agent-{context.incarnation:016x}"
@@ -69,7 +71,8 @@ class Agent:
             threading.Thread(target=self._context.pool.load_far, name="torch", daemon=True).start()
         self._control.send(AgentReady(endpoint=format_endpoint(self.endpoint), pid=os.getpid()))
         while True:
-            command = self._control.receive(timeout_s=3600)
+            command = self._control.receive(timeout_s=LINGER_S)
+            self.let_go(time.monotonic())
             if isinstance(command, SendFrame):
                 self._send_frame(command)
             elif isinstance(command, ExpectFrames):
@@ -109,6 +112,18 @@ class Agent:
             self._context.link_failed({(command.transfer_id, command.epoch)}, str(error))
             return
         self._context.expect(command, source)
+
+    def let_go(self, now_s: float) -> None:
+        """Ends links that have no connection and had nothing to send for long: to agents that are gone, mostly.
+
+        A peer that is started again is another endpoint. Looks once in LINGER_S.
+        """
+        if now_s < self._looked_s + LINGER_S:
+            return
+        self._looked_s = now_s
+        for peer, link in list(self._links.items()):
+            if link.is_idle and not link.is_connected and now_s > link.used_s + LINGER_S:
+                self._links.pop(peer).close()
 
     def _make_room(self) -> bool:
         """Closes the link that was idle for longest when there are too many. False: all are in use."""

@@ -86,6 +86,11 @@ class OutgoingLink(threading.Thread):
             os.eventfd_write(self._wake, 1)
 
     @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection, as far as is known."""
+        return self._connection is not None
+
+    @property
     def is_idle(self) -> bool:
         """Nothing is queued or under way."""
         return not self._queue and not self._announced

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,9 +62,12 @@ class Mishaps(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
         self.errors: list[BaseException | str] = []
+        self._thread = threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keeps the exception itself where there is one."""
+        """Keeps the exception itself where there is one. Other threads are other tests'."""
+        if record.thread != self._thread:
+            return
         error = record.exc_info[1] if record.exc_info else None
         self.errors.append(error or record.getMessage())
 
