@@ -9,13 +9,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
+import os
 import random
+import socket
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
 
 from benchmarks import fat_kv_model, report
 from benchmarks.chaos import SMALL, running
@@ -30,6 +36,7 @@ SHORTEST_S = 1200.0  # of a run that can tell a slope from a warm-up
 WARM_UP_S = 120.0  # of a process: it imports, fills its caches, remembers its first requests
 WARM_UP_LONG_S = {"router": 420.0, "supervisor": 120.0, "Ray": 300.0}  # a router remembers requests for five minutes
 GROWTH_SHARE_MAX = 0.02  # of the memory there is, in an hour: less is no growth, whatever the noise
+KINDS_S = 60.0
 MB = 1 << 20
 
 
@@ -52,20 +59,71 @@ class Slope:
 
 @dataclass(slots=True)
 class Sampler:
-    """Looks at every process each SAMPLE_S, on a thread of its own."""
+    """Looks at every process each SAMPLE_S, on a thread of its own; once in KINDS_S at what their open files are."""
 
     supervisor_pid: int
     samples: list[Taken] = field(default_factory=list)
+    kinds: dict[str, list[tuple[float, dict[str, int]]]] = field(default_factory=lambda: defaultdict(list))
+    _kinds_s: float = 0.0
     _over: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
         """Until `stop`."""
         while not self._over.wait(SAMPLE_S):
-            self.samples += taken(self.supervisor_pid)
+            newest = taken(self.supervisor_pid)
+            self.samples += newest
+            if time.monotonic() > self._kinds_s + KINDS_S:
+                self._kinds_s = time.monotonic()
+                for each in newest:
+                    if each.age_s > WARM_UP_LONG_S.get(each.name, WARM_UP_S):
+                        self.kinds[each.name].append((each.age_s, file_kinds(each.pid)))
 
     def stop(self) -> None:
         """Ends `run`."""
         self._over.set()
+
+
+def file_kinds(pid: int) -> dict[str, int]:
+    """How many open files a process has of each kind; connections by whose port they came to, or go to."""
+    try:
+        connections = psutil.Process(pid).net_connections("all")
+        paths = list(Path(f"/proc/{pid}/fd").iterdir())
+    except (psutil.Error, OSError):
+        return {}
+    links = []
+    for path in paths:
+        with suppress(OSError):  # closed meanwhile
+            links.append(os.readlink(path))
+    kinds = Counter(_kind(link) for link in links if not link.startswith("socket:"))
+    listening = {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
+    for each in connections:
+        if each.family == socket.AF_UNIX:
+            kinds["unix socket"] += 1
+        elif each.status == psutil.CONN_LISTEN:
+            kinds["listening"] += 1
+        elif each.laddr and each.laddr.port in listening:
+            kinds[f"came to port {each.laddr.port}"] += 1
+        else:
+            kinds[f"goes to port {each.raddr.port}" if each.raddr else "goes nowhere"] += 1
+    return dict(kinds)
+
+
+def _kind(link: str) -> str:
+    if link.startswith("anon_inode:"):
+        return link.removeprefix("anon_inode:").strip("[]")
+    return "memory" if "memfd:" in link else link.partition(":")[0] if ":" in link else "file"
+
+
+def kinds_table(kinds: dict[str, list[tuple[float, dict[str, int]]]]) -> str:
+    """What was open at the first look and at the last one, of the oldest process of each name, where that differs."""
+    rows = []
+    for name, looks in sorted(kinds.items()):
+        (_, first), (_, last) = min(looks, key=lambda each: each[0]), max(looks, key=lambda each: each[0])
+        changed = [kind for kind in sorted({*first, *last}) if first.get(kind, 0) != last.get(kind, 0)]
+        rows += [(name, kind, first.get(kind, 0), last.get(kind, 0)) for kind in changed]
+    return (
+        report.table(("process", "open files", "young", "old"), rows) if rows else "The same kinds of files are open."
+    )
 
 
 def slope(name: str, points: Sequence[tuple[int, float, float]]) -> Slope | None:
@@ -114,7 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--redis", action="store_true", help="the cluster keeps its state in a Redis of its own")
     parser.add_argument("--no-write", action="store_true", help="print only, and leave benchmarks/results as it is")
     flags = parser.parse_args(arguments)
-    tally, samples = _soak(flags)
+    tally, sampler = _soak(flags)
+    samples = sampler.samples
     memory, files = slopes(samples, "heap_bytes"), slopes(samples, "num_files")
     broken = []
     if flags.duration >= SHORTEST_S:
@@ -142,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ("process", "open files", "slope /h", "noise /h", "grows"),
                 [(s.name, s.mean, s.per_hour, s.noise_per_hour, s.grows) for s in files],
             ),
+            kinds_table(sampler.kinds),
             markdown(tally),
             summary(tally),
             "Nothing grows, and every promise was kept." if not broken else "\n".join(f"- {each}" for each in broken),
@@ -154,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if broken else 0
 
 
-def _soak(flags: argparse.Namespace) -> tuple[Tally, list[Taken]]:
+def _soak(flags: argparse.Namespace) -> tuple[Tally, Sampler]:
     with running(flags.model, redis=flags.redis) as cluster:
         sampler = Sampler(cluster.pid)
         thread = threading.Thread(target=sampler.run, name="sampler", daemon=True)
@@ -178,7 +238,7 @@ def _soak(flags: argparse.Namespace) -> tuple[Tally, list[Taken]]:
         sampler.stop()
         thread.join()
         print(f"{len(sampler.samples)} samples in {time.monotonic() - began_s:.0f} s", file=sys.stderr)
-        return tally, sampler.samples
+        return tally, sampler
 
 
 if __name__ == "__main__":
