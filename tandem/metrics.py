@@ -258,7 +258,7 @@ READY_PAIRS = Metric(
     name="tandem_router_ready_pairs",
     kind=MetricKind.GAUGE,
     unit=Unit.PAIRS,
-    help="Pairs of workers through which a request or a canary has gone lately.",
+    help="Pairs of workers that have served lately.",
 )
 WORKERS = Metric(
     name="tandem_workers",
