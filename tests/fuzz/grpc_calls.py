@@ -13,6 +13,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ import grpc
 import grpc.aio
 from draws import Draws
 from google.protobuf.message import Message
+from grpc._cython.cygrpc import ExecuteBatchError
 from grpc_health.v1 import health_pb2
 from random_messages import Known, damage, fill
 
@@ -202,7 +204,8 @@ class Caller:
                     break  # it has ended: how, is seen below
             else:
                 if not cut:
-                    await call.done_writing()
+                    with suppress(ExecuteBatchError):  # it ended just now, which grpc.aio has no name for
+                        await call.done_writing()
         elif method.answers:
             call = channel.unary_stream(method.path)(messages[0], metadata=metadata, timeout=deadline_s)
         else:
