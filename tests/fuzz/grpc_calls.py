@@ -21,7 +21,7 @@ import grpc
 import grpc.aio
 from draws import Draws
 from google.protobuf.message import Message
-from grpc._cython.cygrpc import ExecuteBatchError
+from grpc._cython.cygrpc import ExecuteBatchError  # type: ignore[import-not-found]
 from grpc_health.v1 import health_pb2
 from random_messages import Known, damage, fill
 

@@ -126,6 +126,6 @@ def test_links_to_agents_that_are_gone_end_after_a_while_and_leave_no_file() -> 
             assert not each.is_alive()
         assert eventfds() == num_events
     finally:
-        for each in (agent._tcp, agent._local, far, near):
-            each.close()
+        for end in (agent._tcp, agent._local, far, near):
+            end.close()
         os.close(fd)
