@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from cli.down import run_dir_of
 from cli.migrate import Refused
+from cli.shown import console
 from cluster.chaos import ChaosRun, NotReady, Place
 from cluster.chaos_load import Load
 from cluster.chaos_plan import FaultKind, check_duration, deck, parse_kinds, parse_states, parse_victims, plan
@@ -93,10 +93,7 @@ def run(
     if as_json:
         print(json.dumps(to_document(tally, num_planned=len(planned), seed=seed, broken=broken), indent=2))
     else:
-        console = Console()
-        if not console.is_terminal:
-            console.width = WIDTH
-        console.print(to_table(tally))
+        console(WIDTH).print(to_table(tally))
         print(summary(tally))
         print(states_line(tally))
     if broken:

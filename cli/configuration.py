@@ -17,18 +17,16 @@ def show_config(
     effective: Effective, *, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
 ) -> None:
     """Print the effective settings with their origins: flags, TANDEM_* variables, --config file, defaults."""
+    values = effective.config.model_dump(mode="json")
+    values["redis"] = without_password(effective.config.redis)
     if as_json:
-        values = effective.config.model_dump(mode="json")
-        values["redis"] = without_password(effective.config.redis)
         print(
             json.dumps({key: {"value": each, "from": effective.origins[key]} for key, each in values.items()}, indent=2)
         )
         return
     table = Table("setting", "value", "from", box=None, pad_edge=False)
-    for key, value in effective.config.model_dump(mode="json").items():
+    for key, value in values.items():
         shown = "" if value is None else str(value)
-        if key == "redis":
-            shown = without_password(shown)
         if key in ("kv_memory", "swap_memory"):
             config = effective.config
             shown = ByteSize(config.swap_bytes if key == "swap_memory" else config.kv_memory).human_readable()

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import grpc
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from cli.reach import admin
+from cli.shown import console
 from cluster.config import ClusterConfig, Effective
 from cluster.doctor import Facts, Finding, Verdict, judge
 from cluster.run_file import NoCluster, find
@@ -37,10 +37,7 @@ def doctor(
     if as_json:
         print(json.dumps([asdict(each) for each in findings], indent=2))
     else:
-        console = Console()
-        if not console.is_terminal:
-            console.width = WIDTH
-        console.print(to_table(findings))
+        console(WIDTH).print(to_table(findings))
     if any(each.verdict is Verdict.BAD for each in findings):
         raise typer.Exit(1)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from google.protobuf.json_format import MessageToDict
 
 from cli.down import run_dir_of
 from cli.reach import admin
+from cli.shown import plain
 from cluster.draining import DEADLINE_MS, DEADLINE_MS_MAX
 from cluster.run_file import find
 from tandem.v1 import admin_pb2 as pb
@@ -36,10 +36,7 @@ def drain(
 
 def document(progress: pb.DrainProgress) -> dict[str, object]:
     """The progress as JSON's types, whole numbers as numbers."""
-    shown: dict[str, object] = MessageToDict(
-        progress, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    return {**shown, "incarnation": progress.incarnation}  # 64 bits are text in JSON
+    return {**plain(progress), "incarnation": progress.incarnation}  # 64 bits are text in JSON
 
 
 def sentence(progress: pb.DrainProgress) -> str:

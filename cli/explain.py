@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.table import Table
 
 from cli.down import run_dir_of
 from cli.migrate import sentence
 from cli.reach import admin
+from cli.shown import console, plain
 from cli.status import move_document
 from cluster.run_file import find
 from tandem.v1 import admin_pb2 as pb
@@ -36,10 +36,7 @@ def explain(
     if as_json:
         print(json.dumps(to_document(record), indent=2))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
-    show(record, console)
+    show(record, console(WIDTH, highlight=False))
 
 
 def to_document(record: pb.FlightRecord) -> dict[str, object]:
@@ -61,9 +58,6 @@ def to_document(record: pb.FlightRecord) -> dict[str, object]:
 
 
 def _placement_document(placement: pb.PlacementStatus) -> dict[str, object]:
-    document: dict[str, object] = MessageToDict(
-        placement, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
     candidates = [
         {
             "worker": each.worker,
@@ -74,32 +68,32 @@ def _placement_document(placement: pb.PlacementStatus) -> dict[str, object]:
         }
         for each in placement.candidates
     ]
-    return {**document, "epoch": placement.epoch, "candidates": candidates}
+    return {**plain(placement), "epoch": placement.epoch, "candidates": candidates}
 
 
-def show(record: pb.FlightRecord, console: Console) -> None:
+def show(record: pb.FlightRecord, out: Console) -> None:
     """The record, for people."""
     request = record.request
     size = f"{request.prompt_tokens} prompt tokens, {request.tokens} answered"
-    console.print(f"{request.id} is {request.state} at {request.router}: {size}", markup=False)
+    out.print(f"{request.id} is {request.state} at {request.router}: {size}", markup=False)
     if request.error:
-        console.print(request.error, markup=False)
+        out.print(request.error, markup=False)
     if record.HasField("ttft_ms"):
-        console.print(f"\nTTFT {record.ttft_ms:.1f} ms")
-        console.print(_stages(record))
+        out.print(f"\nTTFT {record.ttft_ms:.1f} ms")
+        out.print(_stages(record))
     for placement in record.placements:
         way = placement.prefill_worker
         if placement.decode_worker != way:
             way += f" -> {placement.decode_worker}"
-        console.print(f"\nplaced after {placement.at_ms} ms on {way}: {placement.reason}", markup=False)
-        console.print(_candidates(placement))
+        out.print(f"\nplaced after {placement.at_ms} ms on {way}: {placement.reason}", markup=False)
+        out.print(_candidates(placement))
     if record.moves:
-        console.print()
+        out.print()
     for move in record.moves:
-        console.print(f"{sentence(move)}; {move.reason}: {move.why}", markup=False)
-    console.print()
+        out.print(f"{sentence(move)}; {move.reason}: {move.why}", markup=False)
+    out.print()
     for moment in record.story:
-        console.print(f"{moment.at_ms:8d} ms  {moment.what}", markup=False)
+        out.print(f"{moment.at_ms:8d} ms  {moment.what}", markup=False)
 
 
 def _stages(record: pb.FlightRecord) -> Table:

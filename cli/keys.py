@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 import yaml
 from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 
+from cli.shown import console
 from cluster.config import ConfigError
 from cluster.key_file import KeySpec, changing, read_keys
 from cluster.secret_files import fresh_secret
@@ -93,10 +93,7 @@ def listing(
         limits = (spec.requests_per_minute, spec.tokens_per_minute, spec.concurrent, spec.priority_max)
         shown = ("" if limit is None else str(limit) for limit in limits)
         table.add_row(spec.name, spec.tenant, "yes" if spec.operator else "", state(spec), *shown)
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
-    console.print(table)
+    console(WIDTH).print(table)
 
 
 @keys.command("revoke")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from google.protobuf.json_format import MessageToDict
 
 from cli.down import run_dir_of
 from cli.reach import admin
+from cli.shown import plain
 from cluster.config import ConfigError
 from cluster.draining import DEADLINE_MS, DEADLINE_MS_MAX
 from cluster.run_file import find
@@ -37,7 +37,7 @@ def scale(
     run = find(run_dir_of(run_dir), port)
     with admin(run) as stub:
         for progress in stub.Scale(asked):  # the router bounds each step
-            print(json.dumps(document(progress)) if as_json else sentence(progress), flush=True)
+            print(json.dumps(plain(progress)) if as_json else sentence(progress), flush=True)
 
 
 def sizes(pools: list[str]) -> list[pb.PoolSize]:
@@ -51,14 +51,6 @@ def sizes(pools: list[str]) -> list[pb.PoolSize]:
             raise ConfigError(f"pools: {match[1]} is given twice")
         found[match[1]] = int(match[2])
     return [pb.PoolSize(role=role, num=num) for role, num in found.items()]
-
-
-def document(progress: pb.ScaleProgress) -> dict[str, object]:
-    """The progress as JSON's types."""
-    shown: dict[str, object] = MessageToDict(
-        progress, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    return shown
 
 
 def sentence(progress: pb.ScaleProgress) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.table import Table
 
 from cli.down import run_dir_of
 from cli.reach import admin
+from cli.shown import plain
 from cluster.run_file import find
 from tandem.v1 import admin_pb2 as pb
 
@@ -54,9 +54,7 @@ def status(
 
 def to_document(answer: pb.StatusResponse) -> dict[str, object]:
     """The answer as JSON's types: every field by its name in the protocol, whole numbers as numbers."""
-    document: dict[str, object] = MessageToDict(
-        answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
+    document = plain(answer)
     for status_of, message in zip(document["workers"], answer.workers, strict=True):  # type: ignore[call-overload]
         status_of["incarnation"], status_of["steps"] = message.incarnation, message.steps  # 64 bits are text in JSON
     document["moves"] = [move_document(move) for move in answer.moves]
@@ -65,10 +63,7 @@ def to_document(answer: pb.StatusResponse) -> dict[str, object]:
 
 def move_document(move: pb.MoveStatus) -> dict[str, object]:
     """A move as JSON's types, whole numbers as numbers."""
-    document: dict[str, object] = MessageToDict(
-        move, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    return {**document, "bytes": move.bytes, "at_ms": move.at_ms}
+    return {**plain(move), "bytes": move.bytes, "at_ms": move.at_ms}
 
 
 def router_table(answer: pb.StatusResponse) -> Table:
