@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from cluster.membership import OVER, Member, Membership
-from router.request import WorkerSnapshot
+from router.fleet import Fleet
 from tandem import metrics as table
+from tandem.messages import WorkerLoad
 from tandem.metrics import Metric, MetricKind
-from tandem.request import Incarnation
 
 BLOCK_STATES = ("free", "cached", "owned", "exported", "granted", "quarantined")
 PREEMPTED = ("swapped_out", "brought_back", "recomputed")
@@ -22,29 +22,23 @@ _Family = CounterMetricFamily | GaugeMetricFamily
 
 
 class ClusterMetrics(Collector):
-    """Looks at each scrape. `workers` are the router's own views, by incarnation; `ready_pairs` how many serve."""
+    """Looks at each scrape. `fleet` is the router's own view of the workers; `ready_pairs` how many pairs serve."""
 
-    def __init__(
-        self,
-        membership: Membership,
-        workers: Callable[[], Mapping[Incarnation, WorkerSnapshot]],
-        ready_pairs: Callable[[], int],
-    ) -> None:
+    def __init__(self, membership: Membership, fleet: Fleet, ready_pairs: Callable[[], int]) -> None:
         self._membership = membership
-        self._workers = workers
+        self._fleet = fleet
         self._ready_pairs = ready_pairs
 
     def collect(self) -> Iterator[prometheus_client.Metric]:
         """Each metric once, with a sample for each worker that is here and has said something."""
         page = _Page()
         states = Counter[tuple[str, str]]()
-        seen = self._workers()
         for member in self._membership.members.values():
             info = member.info
             states[info.role.value, member.state.value] += 1
-            worker = seen.get((info.worker_id, member.incarnation))
+            worker = self._fleet.get(info.worker_id, member.incarnation)
             if member.state not in OVER and worker is not None and worker.load is not None:
-                page.worker(member, worker)
+                page.worker(member, worker.load)
         page.add(table.READY_PAIRS, (), self._ready_pairs())
         for labels, num in states.items():
             page.add(table.WORKERS, labels, num)
@@ -64,10 +58,8 @@ class _Page:
             family = self.families[metric.name] = kind(metric.name, metric.help, labels=metric.labels)
         family.add_metric(labels, value)
 
-    def worker(self, member: Member, worker: WorkerSnapshot) -> None:
-        load, swap = worker.load, worker.load.swap if worker.load is not None else None
-        assert load is not None, "checked"
-        assert swap is not None, "with the load"
+    def worker(self, member: Member, load: WorkerLoad) -> None:
+        swap = load.swap
         who = (str(member.info.worker_id), member.info.role.value)
         for state in BLOCK_STATES:
             self.add(table.WORKER_BLOCKS, (*who, state), getattr(load.blocks, state))

@@ -203,7 +203,7 @@ class RouterProcess:
         metrics.follow_line(lambda: driver.num_waiting, lambda: driver.queued_tokens)
         metrics.cluster = ClusterMetrics(
             self.membership,
-            workers=lambda: {(each.worker_id, each.incarnation): each for each in driver.status().workers},
+            driver.fleet,
             ready_pairs=lambda: sum(each.served_ms is not None and not each.error for each in self.canaries.status()),
         )
 

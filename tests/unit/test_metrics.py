@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from router_rig import Rig, request
+from router_rig import Rig, info, request
 
 from cluster.membership import Membership, Registered
 from cluster.prometheus import ClusterMetrics
@@ -15,7 +15,7 @@ from router.events import Cause, HandedOver, Note, Placed, Recovering, Submitted
 from router.metrics import EdgeMetrics
 from router.move import MoveOutcome, MoveReason, MoveRecord
 from router.stages import FirstToken, Stage
-from tandem.messages import AssignMode, BlockCounts, Role, SwapCounts, TransferStats, WorkerInfo, WorkerLoad
+from tandem.messages import AssignMode, BlockCounts, Role, SwapCounts, TransferStats, WorkerLoad
 from tandem.metrics import CLUSTER_METRICS, LABEL_VALUES, METRICS, ROUTER_METRICS, MetricKind
 from tandem.request import RequestId, Slo, SloClass, TransferId, WorkerId
 
@@ -151,19 +151,11 @@ def test_a_lost_worker_and_a_new_place_are_told_for_the_record() -> None:
     assert notes[0] == Recovering(request_id=R, cause=Cause.WORKER_GONE)
 
 
-def worker(name: str, role: Role) -> WorkerInfo:
-    return WorkerInfo(
-        worker_id=WorkerId(name), role=role, control="c", endpoint="e", pid=1, agent_pid=2, model="m", namespace="n",
-        fingerprint="f", exact=True, dtype="float32", block_size=16, total_blocks=100, context_tokens=128,
-        block_bytes=64,
-    )  # fmt: skip
-
-
 def test_each_worker_is_told_once_with_blocks_that_sum_to_its_pool() -> None:
     rig = Rig()
     membership = Membership(heartbeat_ms=1000)
     for name, role in (("p0", Role.PREFILL), ("d0", Role.DECODE)):
-        membership.handle(0, Registered(info=worker(name, role), incarnation=1))
+        membership.handle(0, Registered(info=info(name, role), incarnation=1))
         rig.up(name, role)
     load = WorkerLoad(
         running=3, waiting=2, prefill_backlog_tokens=77, steps=9, last_step_ms=12.5, audit=("a block is nobody's",),
@@ -173,7 +165,7 @@ def test_each_worker_is_told_once_with_blocks_that_sum_to_its_pool() -> None:
     rig.report(WorkerId("d0"), load=load)
     cluster = ClusterMetrics(
         membership,
-        workers=lambda: {(each.worker_id, each.incarnation): each for each in rig.core.status(0).workers},
+        rig.core.fleet,
         ready_pairs=lambda: 1,
     )
     found = samples(generate_latest(cluster))

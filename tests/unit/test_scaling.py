@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_metrics import worker
+from router_rig import info
 
 from cli.scale import sizes
 from cluster.config import ConfigError
@@ -23,7 +23,7 @@ def membership(*names: str, joining: tuple[str, ...] = ()) -> Membership:
     """With workers that are ready, and some that have only registered."""
     members = Membership(heartbeat_ms=60_000)
     for name in (*names, *joining):
-        members.handle(0, Registered(info=worker(name, Role(name.split("-")[0])), incarnation=1))
+        members.handle(0, Registered(info=info(name, Role(name.split("-")[0])), incarnation=1))
         if name not in joining:
             beat = Heartbeat(worker_id=WorkerId(name), incarnation=1, steps=0, runnable=False, agent_pid=2)
             members.handle(0, beat)
