@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from checked_streams import CheckedStreams
 from cluster_under_test import ClusterUnderTest
-
-from engine.fake_runner import expected_tokens
-from tandem.client import Client
-from tandem.request import Sampling
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
 SERVES_S = 10.0
-GREEDY = Sampling(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -26,41 +21,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterUnderTe
     arguments = ("--prefill", "1", "--decode", "1", "--kv-memory", "1MiB", "--fake-step-ms", "4")
     with ClusterUnderTest(*arguments, run_dir=tmp_path_factory.mktemp("run")) as served:
         yield served
-
-
-class Asking:
-    """Streams one after the other, of several clients, until `end`; each is compared with what it must be."""
-
-    def __init__(self, cluster: ClusterUnderTest, num_clients: int = 4) -> None:
-        self._address = cluster.grpc_address
-        self._over = threading.Event()
-        self.num_whole = 0
-        self.wrong: list[str] = []
-        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(num_clients)]
-        for each in self._threads:
-            each.start()
-
-    def _ask(self, number: int) -> None:
-        with Client(self._address, timeout_s=120) as client:
-            turn = 0
-            while not self._over.is_set():
-                turn += 1
-                prompt = [(number + turn * 7 + each * 3) % 256 for each in range(100 + 20 * number)]
-                try:
-                    ids = list(client.generate(prompt, temperature=0.0, max_tokens=150).token_ids)
-                except Exception as error:
-                    self.wrong.append(f"{type(error).__name__}: {error}")
-                    return
-                if ids != expected_tokens(prompt, GREEDY, 150, 256):
-                    self.wrong.append(f"client {number}, turn {turn}")
-                self.num_whole += 1
-
-    def end(self) -> None:
-        self._over.set()
-        for each in self._threads:
-            each.join(120)
-        assert self.wrong == []
-        assert self.num_whole > len(self._threads)
 
 
 def pools(cluster: ClusterUnderTest) -> dict[str, list[str]]:
@@ -79,8 +39,7 @@ def scale(cluster: ClusterUnderTest, *words: str) -> list[dict[str, Any]]:
 
 
 def test_pools_grow_and_shrink_under_load_and_no_stream_notices(cluster: ClusterUnderTest) -> None:
-    asking = Asking(cluster)
-    try:
+    with CheckedStreams(cluster.grpc_address) as streams:
         began_s = time.monotonic()
         told = scale(cluster, "decode=3")
         took_s = time.monotonic() - began_s
@@ -94,8 +53,8 @@ def test_pools_grow_and_shrink_under_load_and_no_stream_notices(cluster: Cluster
         assert (len(found["decode"]), found["prefill"]) == (1, ["prefill-0", "prefill-1"])
         scale(cluster, "decode=2", "prefill=1")
         assert {role: len(names) for role, names in pools(cluster).items()} == {"decode": 2, "prefill": 1}
-    finally:
-        asking.end()
+        streams.wait_for_finished(4, 60)
+    assert streams.wrong == []
     document = cluster.settled(60)
     assert not [each for each in document["requests"] if each["state"] == "failed"]
     assert cluster.mishaps() == []
