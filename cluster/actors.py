@@ -12,7 +12,7 @@ import ray
 
 from cluster.worker_host import StartFailed, WorkerHost
 from cluster.worker_settings import WorkerSettings
-from tandem.log_lines import LogFormat, formatter
+from tandem.log_lines import LogFormat, log_by
 
 START_FAILED = "failed"
 STARTED = "started"
@@ -53,6 +53,4 @@ def _log_to(file: Path, level: str, log_format: LogFormat) -> None:
     """All logging of this process, and what a crash of the interpreter has to say, goes to the worker's own file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     faulthandler.enable(file.open("a"))
-    handler = logging.FileHandler(file)
-    handler.setFormatter(formatter(log_format))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    log_by(logging.FileHandler(file), level, log_format)

@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 
 from cluster.canary import Canaries
-from cluster.draining import Drain, DrainState
+from cluster.draining import Drain
 from cluster.elastic import Elastic
 from cluster.flight_record import flight_record
 from cluster.membership import Member, Membership, MemberState
@@ -124,44 +124,28 @@ class Admin(admin_pb2_grpc.AdminServicer):
 
     async def Migrate(self, request: pb.MigrateRequest, context: _Context) -> pb.MoveStatus:
         """Moves a running request; the answer says how that went. The router that has it bounds the wait."""
-        name = request.request_id
         try:
-            if not request.local:
-                found = await self._found(name)
-                if found.router != self._peers.me:
-                    there = pb.MigrateRequest(request_id=found.id, to=request.to, local=True)
-                    answer: pb.MoveStatus = await self._peers.stub(found.router).Migrate(
-                        there, timeout=MIGRATE_S, metadata=self._peers.metadata
-                    )
-                    return answer
-                name = found.id
+            name, there = await self._where(request)
+            if there is not None:
+                asked = pb.MigrateRequest(request_id=name, to=request.to, local=True)
+                answer: pb.MoveStatus = await there.Migrate(asked, timeout=MIGRATE_S, metadata=self._peers.metadata)
+                return answer
             record = await self._operations.migrate(name, request.to)
-        except TandemError as error:
+        except (TandemError, grpc.aio.AioRpcError) as error:
             await _abort(context, error)
-        except grpc.aio.AioRpcError as error:
-            metadata: Any = error.trailing_metadata() or ()
-            await context.abort(error.code(), error.details() or "", tuple(metadata))
         return move_status(record, self._driver.status().now_ms)
 
     async def Explain(self, request: pb.ExplainRequest, context: _Context) -> pb.FlightRecord:
         """All that is remembered of one request, from whichever router has it."""
-        name = request.request_id
         try:
-            if not request.local:
-                found = await self._found(name)
-                if found.router != self._peers.me:
-                    there = pb.ExplainRequest(request_id=found.id, local=True)
-                    answer: pb.FlightRecord = await self._peers.stub(found.router).Explain(
-                        there, timeout=ANSWER_S, metadata=self._peers.metadata
-                    )
-                    return answer
-                name = found.id
+            name, there = await self._where(request)
+            if there is not None:
+                asked = pb.ExplainRequest(request_id=name, local=True)
+                answer: pb.FlightRecord = await there.Explain(asked, timeout=ANSWER_S, metadata=self._peers.metadata)
+                return answer
             return self._record(name)
-        except TandemError as error:
+        except (TandemError, grpc.aio.AioRpcError) as error:
             await _abort(context, error)
-        except grpc.aio.AioRpcError as error:
-            metadata: Any = error.trailing_metadata() or ()
-            await context.abort(error.code(), error.details() or "", tuple(metadata))
 
     def _record(self, request_id: str) -> pb.FlightRecord:
         """Of a request of this router, the newest of its name. Raises UnknownRequest."""
@@ -170,6 +154,18 @@ class Admin(admin_pb2_grpc.AdminServicer):
             raise UnknownRequest(f"no request of id {request_id!r} is remembered")
         moves = [move_status(each, flight.now_ms) for each in flight.moves]
         return flight_record(flight, request_status(flight.request, self._peers.me), moves)
+
+    async def _where(
+        self, request: pb.MigrateRequest | pb.ExplainRequest
+    ) -> tuple[str, admin_pb2_grpc.AdminStub | None]:
+        """The whole id of the request that is meant, and the other router that has it, if this one has not.
+
+        Raises as `_found`; what is asked of this router alone is taken as it is.
+        """
+        if request.local:
+            return request.request_id, None
+        found = await self._found(request.request_id)
+        return found.id, None if found.router == self._peers.me else self._peers.stub(found.router)
 
     async def _found(self, name: str) -> pb.RequestStatus:
         """The request that is named so, at whichever router. Raises as find_request, or Unavailable."""
@@ -192,15 +188,11 @@ class Admin(admin_pb2_grpc.AdminServicer):
 
     async def Drain(self, request: pb.DrainRequest, context: _Context) -> AsyncIterator[pb.DrainProgress]:
         """Drains a worker, and tells of each change until that is over. It goes on when the caller goes away."""
-        told: pb.DrainProgress | None = None
         try:
             drain = self._operations.drain(request.worker, deadline_ms=request.deadline_ms, restart=request.restart)
             async with aclosing(self._operations.follow(drain)) as steps:
-                async for _ in steps:
-                    progress = drain_progress(drain)
-                    if progress != told and drain.state is not DrainState.FAILED:
-                        told = progress
-                        yield drain_progress(drain, elapsed_ms=drain.elapsed_ms(time.monotonic_ns() // 1_000_000))
+                async for now in steps:
+                    yield drain_progress(now, elapsed_ms=now.elapsed_ms(time.monotonic_ns() // 1_000_000))
         except TandemError as error:
             await _abort(context, error)
 
@@ -375,8 +367,11 @@ def drain_progress(drain: Drain, elapsed_ms: int = 0) -> pb.DrainProgress:
     )
 
 
-async def _abort(context: _Context, error: TandemError) -> NoReturn:
-    """Ends the call with the error's status; its code is in the trailing metadata."""
+async def _abort(context: _Context, error: TandemError | grpc.aio.AioRpcError) -> NoReturn:
+    """Ends the call with the error's status; its code is in the trailing metadata. Another router's as that ended."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        metadata: Any = error.trailing_metadata() or ()
+        await context.abort(error.code(), error.details() or "", tuple(metadata))
     status = getattr(grpc.StatusCode, error.grpc_status)
     await context.abort(status, error.message, (("tandem-code", error.code),))
     raise AssertionError("abort raises")

@@ -136,34 +136,29 @@ class Fault:
 
 def parse_kinds(text: str) -> tuple[FaultKind, ...]:
     """The kinds in a list with commas. Raises ValueError naming the one that there is not."""
-    kinds = []
-    for name in filter(None, (each.strip() for each in text.split(","))):
-        if name not in list(FaultKind):
-            raise ValueError(f"--faults: there is no fault {name!r}; there are {', '.join(FaultKind)}")
-        kinds.append(FaultKind(name))
+    kinds = tuple(map(FaultKind, _listed(text, tuple(FaultKind), "--faults", "fault")))
     if not kinds:
         raise ValueError(f"--faults: is {text!r}, must name some of {', '.join(FaultKind)}")
-    return tuple(dict.fromkeys(kinds))
+    return kinds
 
 
 def parse_states(text: str) -> tuple[str, ...]:
     """The states in a list with commas; "all" and "" mean all and none. Raises ValueError as above."""
-    if text == "all":
-        return STATES
-    states = tuple(dict.fromkeys(filter(None, (each.strip() for each in text.split(",")))))
-    for state in states:
-        if state not in STATES:
-            raise ValueError(f"--states: there is no state {state!r}; there are {', '.join(STATES)}")
-    return states
+    return STATES if text == "all" else _listed(text, STATES, "--states", "state")
 
 
 def parse_victims(text: str) -> tuple[Victim, ...]:
     """The victims in a list with commas; "" means all, as none are named. Raises ValueError as above."""
+    return tuple(map(Victim, _listed(text, tuple(Victim), "--victims", "victim")))
+
+
+def _listed(text: str, known: Sequence[str], option: str, what: str) -> tuple[str, ...]:
+    """The names between commas, each once. Raises ValueError when one is not known."""
     names = tuple(dict.fromkeys(filter(None, (each.strip() for each in text.split(",")))))
     for name in names:
-        if name not in list(Victim):
-            raise ValueError(f"--victims: there is no victim {name!r}; there are {', '.join(Victim)}")
-    return tuple(Victim(name) for name in names)
+        if name not in known:
+            raise ValueError(f"{option}: there is no {what} {name!r}; there are {', '.join(known)}")
+    return names
 
 
 def check_duration(duration_ms: int, every_ms: int) -> None:

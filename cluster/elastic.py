@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from cluster.config import ClusterConfig
-from cluster.draining import Drain, DrainState
+from cluster.draining import Drain
 from cluster.membership import MemberState
 from cluster.operations import Operations, Say
 from cluster.registry import Registry
@@ -97,14 +97,9 @@ class Elastic:
             await asyncio.sleep(LOOK_S)
 
     async def _draining(self, step: Shrink, drain: Drain) -> AsyncGenerator[Progress, None]:
-        told: Progress | None = None
         async with aclosing(self._operations.follow(drain)) as steps:
-            async for _ in steps:
-                left = drain.left
-                progress = Progress(drain.worker_id, step.role, drain.state.value, left.num_requests, left.num_blocks)
-                if progress != told and drain.state is not DrainState.FAILED:
-                    told = progress
-                    yield progress
+            async for now in steps:
+                yield Progress(now.worker_id, step.role, now.state.value, now.left.num_requests, now.left.num_blocks)
 
     def _num_requests(self, worker_id: WorkerId) -> int:
         worker = self._driver.fleet.current(worker_id)

@@ -174,14 +174,19 @@ class Operations:
         return drain
 
     async def follow(self, drain: Drain) -> AsyncGenerator[Drain, None]:
-        """The drain, each time that something of it may have changed; the last time when it is over.
+        """The drain, each time that something of it has changed; the last time when it is over.
 
         Raises DrainRefused when it was given up.
         """
+        told: tuple[object, ...] = ()
         while True:
-            yield drain
             if drain.state is DrainState.FAILED:
                 raise DrainRefused(drain.reason)
+            now = (drain.state, drain.left.num_requests, drain.left.num_blocks, drain.fresh_incarnation)
+            if now != told:
+                told = now
+                yield drain
+                continue  # it may have gone on meanwhile
             if drain.state in OVER:
                 return
             async with self._progress:

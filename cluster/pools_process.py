@@ -36,7 +36,7 @@ from cluster.processes import (
 from cluster.ray_session import RayError, RaySession
 from cluster.reaper import Reaper
 from cluster.worker_settings import WorkerSettings
-from tandem.log_lines import LogFormat, formatter
+from tandem.log_lines import LogFormat, log_by
 from tandem.request import WorkerId
 
 log = logging.getLogger(__name__)
@@ -168,9 +168,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor's affair
     config = ClusterConfig.model_validate_json(flags.config_json)
     say = _speaker(_own_stdout())
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(formatter(LogFormat(config.log_format)))
-    logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
+    log_by(logging.StreamHandler(sys.stderr), config.log_level, LogFormat(config.log_format))
     process = PoolsProcess(config, threads=flags.threads, log_file=flags.log_file, say=say)
     code = process.run(is_again=flags.again)
     if code:

@@ -60,7 +60,7 @@ from router.openai_api import build_app
 from router.service import ServedModel, Service
 from router.transcripts import Transcripts
 from tandem.cluster_access import MembersOnly
-from tandem.log_lines import LogFormat, formatter
+from tandem.log_lines import LogFormat, log_by
 from tandem.request import WorkerId
 from tandem.tls import server_context
 from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -404,9 +404,7 @@ def main() -> int:
     flags = parser.parse_args()
     die_with_parent(flags.parent_pid)
     settings = read_settings()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(formatter(LogFormat(settings.config.log_format)))
-    logging.basicConfig(level=settings.config.log_level.upper(), handlers=[handler])
+    log_by(logging.StreamHandler(sys.stderr), settings.config.log_level, LogFormat(settings.config.log_format))
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(settings))

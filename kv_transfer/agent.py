@@ -27,7 +27,7 @@ from kv_transfer.endpoint import Endpoint, format_endpoint, parse_endpoint
 from kv_transfer.framed_socket import FramedSocket, LinkLost, address_family
 from kv_transfer.messages import EndTransfer, ExpectFrames, SendFrame
 from kv_transfer.seal import SECRET_BYTES
-from tandem.log_lines import formatter
+from tandem.log_lines import log_by
 
 logger = logging.getLogger(__name__)
 
@@ -194,9 +194,7 @@ def main(arguments: list[str]) -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a gloo pair takes five, a link two
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is for the worker; this process goes with it
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(formatter(start.settings.log_format))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    log_by(logging.StreamHandler(sys.stderr), "warning", start.settings.log_format)
     secret = sys.stdin.buffer.read(SECRET_BYTES)  # not a flag: others may read those
     control = FramedSocket(socket.socket(fileno=start.control_fd), send_timeout_s=EVENT_TIMEOUT_S)
     try:

@@ -47,6 +47,12 @@ def formatter(log_format: LogFormat) -> logging.Formatter:
     return JsonLines() if log_format is LogFormat.JSON else logging.Formatter(TEXT)
 
 
+def log_by(handler: logging.Handler, level: str, log_format: LogFormat) -> None:
+    """All logging of this process from that level on goes there, whatever was set before."""
+    handler.setFormatter(formatter(log_format))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogLine:
     """One entry, with the lines that belong to it. `time` sorts; `request` is empty where it is about none."""
