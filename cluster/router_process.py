@@ -22,7 +22,7 @@ import ssl
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -45,7 +45,6 @@ from cluster.router_settings import RouterSettings
 from cluster.run_file import reachable
 from cluster.served_model import describe
 from cluster.state import RedisStore, identity_of
-from cluster.tracing import NoTracing, Tracing
 from router.api_keys import KeyRing
 from router.config import RouterConfig
 from router.door import Door
@@ -64,6 +63,9 @@ from tandem.log_lines import LogFormat, log_by
 from tandem.request import WorkerId
 from tandem.tls import server_context
 from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+if TYPE_CHECKING:
+    from cluster.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +122,10 @@ async def open_store(config: ClusterConfig, name: str) -> Shared | None:
     except StoreDown as error:
         log.warning("the shared store %s does not answer: %s", without_password(config.redis), error)
         return Shared(store=store, born_us=None)
+
+
+class NoTracing(RuntimeError):
+    """Spans are wanted and cannot be sent; the message says what to do."""
 
 
 class RouterProcess:
@@ -191,6 +197,10 @@ class RouterProcess:
         config = self.config
         if not config.otlp_endpoint:
             return None
+        try:
+            from cluster.tracing import Tracing
+        except ImportError as error:
+            raise NoTracing(f"otlp_endpoint: {error.name} is missing: pip install 'tandem-serve[otel]'") from None
         tracing = Tracing(
             config.otlp_endpoint, router=self.settings.router_id, model=self.model.id, share=config.trace_share
         )

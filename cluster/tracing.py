@@ -1,49 +1,42 @@
-"""Sends spans of requests to an OpenTelemetry collector, in the background; what it cannot take is dropped."""
+"""Sends spans of requests to an OpenTelemetry collector, in the background; what it cannot take is dropped.
+
+To be imported only where spans are wanted: the packages that it needs are an extra.
+"""
 
 from __future__ import annotations
 
 import random
 import time
-from typing import TYPE_CHECKING
+
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from cluster.spans import Span, spans_of
 from router.flight import Flight
 from router.trace_context import TraceContext
-
-if TYPE_CHECKING:
-    from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import SpanProcessor
-    from opentelemetry.trace import SpanContext
 
 EXPORT_S = 5.0  # for one batch
 FLUSH_MS = 2_000  # of what is left when the router ends
 PATH = "/v1/traces"
 
 
-class NoTracing(RuntimeError):
-    """Spans are wanted and cannot be sent; the message says what to do."""
-
-
 class Tracing:
     """The spans of one router. Those of a client that samples, and of `share` of the others.
 
-    `endpoint`: where an OTLP collector listens for HTTP, without the path. Raises NoTracing where the packages are not.
+    `endpoint`: where an OTLP collector listens for HTTP, without the path.
     """
 
     def __init__(self, endpoint: str, *, router: str, model: str, share: float) -> None:
-        try:
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.sdk.resources import Resource
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        except ImportError as error:
-            raise NoTracing(f"otlp_endpoint: {error.name} is missing: pip install 'tandem-serve[otel]'") from None
         self._router = router
         self._model = model
         self._share = share
         self._draw = random.SystemRandom()
-        self._resource: Resource = Resource.create({"service.name": "tandem", "service.instance.id": router})
+        self._resource = Resource.create({"service.name": "tandem", "service.instance.id": router})
         exporter = OTLPSpanExporter(endpoint=endpoint.rstrip("/") + PATH, timeout=EXPORT_S)
-        self._processor: SpanProcessor = BatchSpanProcessor(exporter)
+        self._processor = BatchSpanProcessor(exporter)
 
     def ended(self, flight: Flight, trace: TraceContext | None) -> None:
         """The request is over for its client."""
@@ -60,15 +53,12 @@ class Tracing:
     def close(self) -> None:
         """Sends what waits, within a bound."""
         self._processor.force_flush(FLUSH_MS)
-        self._processor.shutdown()
+        self._processor.shutdown()  # type: ignore[no-untyped-call]
 
     def _context(self, trace_id: int) -> SpanContext:
         return _context(trace_id, self._draw.getrandbits(64) or 1, is_remote=False)
 
     def _send(self, span: Span, context: SpanContext, parent: SpanContext | None) -> None:
-        from opentelemetry.sdk.trace import Event, ReadableSpan
-        from opentelemetry.trace import SpanKind, Status, StatusCode
-
         self._processor.on_end(
             ReadableSpan(
                 name=span.name,
@@ -86,6 +76,4 @@ class Tracing:
 
 
 def _context(trace_id: int, span_id: int, *, is_remote: bool) -> SpanContext:
-    from opentelemetry.trace import SpanContext, TraceFlags
-
     return SpanContext(trace_id, span_id, is_remote, TraceFlags(TraceFlags.SAMPLED))

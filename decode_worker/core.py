@@ -40,6 +40,7 @@ from kv_transfer.handoff import (
     TargetAction,
 )
 from kv_transfer.handoff_target import TargetHandoff, TargetState
+from kv_transfer.lateness import next_late_ms
 from kv_transfer.messages import (
     AgentEvent,
     Body,
@@ -136,9 +137,8 @@ class DecodeCore:
     def audit_due_ms(self, after_ms: int) -> int | None:
         """When, later than `after_ms`, the audit first finds something that it does not yet; None: not by itself."""
         machines = [each.machine for each in self._attempts.values() if each.machine is not None]
-        since = [machine.quarantined_since_ms for machine in machines] + self.moves.ended_since_ms()
-        late = [at_ms + self.config.handoff.quarantine_warn_ms + 1 for at_ms in since if at_ms is not None]
-        return min((at_ms for at_ms in late if at_ms > after_ms), default=None)
+        since_ms = [machine.quarantined_since_ms for machine in machines] + self.moves.ended_since_ms()
+        return next_late_ms(since_ms, after_ms, self.config.handoff.quarantine_warn_ms)
 
     def machines(self) -> list[TargetHandoff]:
         """The targets' ends of attempts that are not closed."""

@@ -36,6 +36,7 @@ from kv_transfer.handoff import (
     Stop,
 )
 from kv_transfer.handoff_source import BlocksReady, Start
+from kv_transfer.lateness import not_quiet
 from kv_transfer.messages import AgentEvent, EndTransfer, Offer, TransferMessage
 from kv_transfer.migration_source import Fenced, MigrationState, Preempted, SourceMigration, Starved
 from tandem.messages import Migrate, MoveFailed, OwnerIs, OwnerQuery, StopMove, TransferStats, WorkerAddress
@@ -98,10 +99,8 @@ class MoveSources:
 
     def audit(self, now_ms: int) -> list[str]:
         """Attempts that are over but whose blocks an agent still reads."""
-        warn_ms = self._config.handoff.quarantine_warn_ms
-        since = [(key, each.ended_ms) for key, each in self._moves.items() if each.ended_ms is not None]
-        late = [(key, now_ms - at_ms) for key, at_ms in since if now_ms - at_ms > warn_ms]
-        return [f"transfer {key} is over for {for_ms} ms and its agent is not quiet" for key, for_ms in late]
+        ended_ms = {key: each.ended_ms for key, each in self._moves.items()}
+        return not_quiet(ended_ms, now_ms, self._config.handoff.quarantine_warn_ms)
 
     def ended_since_ms(self) -> list[int | None]:
         """Since when each attempt is over whose blocks may still be read; None: it is not."""

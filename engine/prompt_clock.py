@@ -14,13 +14,11 @@ class PromptClock:
     received_ms: int
     heard_s: float
     began_ms: int | None = None  # when the first step with it began
-    steps: int = 0
 
     def runs(self, now_ms: int) -> None:
         """A step that has a part of it begins."""
         if self.began_ms is None:
             self.began_ms = now_ms
-        self.steps += 1
 
     def times(self, now_ms: int) -> FirstTokenTimes:
         """Its first token is drawn."""
@@ -28,6 +26,5 @@ class PromptClock:
         return FirstTokenTimes(
             queue_ms=float(began_ms - self.received_ms),
             prefill_ms=float(now_ms - began_ms),
-            steps=self.steps,
             heard_s=self.heard_s,
         )

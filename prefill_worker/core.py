@@ -32,6 +32,7 @@ from kv_transfer.handoff import (
     Stop,
 )
 from kv_transfer.handoff_source import BlocksReady, Fence, SourceHandoff, SourceState, Start
+from kv_transfer.lateness import next_late_ms, not_quiet
 from kv_transfer.messages import (
     CommitRequest,
     EndTransfer,
@@ -65,7 +66,6 @@ class _Request:
 
     session: int
     assign: Assign
-    received_ms: int
     clock: PromptClock
     sequence: Sequence
     machine: SourceHandoff
@@ -116,16 +116,13 @@ class PrefillCore:
 
     def audit(self, now_ms: int) -> list[str]:
         """Attempts that are over but whose blocks an agent still reads."""
-        warn_ms = self.config.handoff.quarantine_warn_ms
-        since = [(key, each.ended_ms) for key, each in self._attempts.items() if each.ended_ms is not None]
-        late = [(key, now_ms - at_ms) for key, at_ms in since if now_ms - at_ms > warn_ms]
-        return [f"transfer {key} is over for {for_ms} ms and its agent is not quiet" for key, for_ms in late]
+        ended_ms = {key: each.ended_ms for key, each in self._attempts.items()}
+        return not_quiet(ended_ms, now_ms, self.config.handoff.quarantine_warn_ms)
 
     def audit_due_ms(self, after_ms: int) -> int | None:
         """When, later than `after_ms`, the audit first finds something that it does not yet; None: not by itself."""
-        warn_ms = self.config.handoff.quarantine_warn_ms
-        late = [each.ended_ms + warn_ms + 1 for each in self._attempts.values() if each.ended_ms is not None]
-        return min((at_ms for at_ms in late if at_ms > after_ms), default=None)
+        since_ms = [each.ended_ms for each in self._attempts.values()]
+        return next_late_ms(since_ms, after_ms, self.config.handoff.quarantine_warn_ms)
 
     def machines(self) -> list[SourceHandoff]:
         """The attempts that are not closed."""
@@ -271,7 +268,6 @@ class PrefillCore:
         return _Request(
             session=session,
             assign=assign,
-            received_ms=now_ms,
             clock=PromptClock(received_ms=now_ms, heard_s=heard_s),
             sequence=sequence,
             machine=machine,
@@ -385,7 +381,7 @@ class PrefillCore:
             request_id=sequence.request_id,
             remaining_tokens=self._remaining(sequence),
             total_tokens=len(sequence.tokens),
-            received_ms=self._seen_ms[sequence.request_id] if request is None else request.received_ms,
+            received_ms=self._seen_ms[sequence.request_id] if request is None else request.clock.received_ms,
             started=sequence.started,
             recomputed=sequence.num_preemptions > 0,
         )
@@ -446,8 +442,8 @@ class PrefillCore:
         stats = TransferStats(
             request_id=request.assign.request_id,
             transfer_id=request.assign.transfer_id,
-            first_frame_ms=0 if first_ms is None else first_ms - request.received_ms,
-            last_chunk_start_ms=request.last_chunk_ms - request.received_ms,
+            first_frame_ms=0 if first_ms is None else first_ms - request.clock.received_ms,
+            last_chunk_start_ms=request.last_chunk_ms - request.clock.received_ms,
             tokens_cached=request.sequence.num_cached_tokens,
         )
         return [self._report(request, stats)]

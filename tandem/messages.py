@@ -195,7 +195,6 @@ class FirstTokenTimes:
 
     queue_ms: float  # from the assignment until its first step began
     prefill_ms: float  # from there until the first token was drawn; steps of others in between included
-    steps: int  # that had a part of the prompt
     heard_s: float = 0.0  # when the assignment was read off the stream
     hold_ms: float = 0.0  # from then until the first token was written to the stream
 

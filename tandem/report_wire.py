@@ -149,7 +149,7 @@ def _encode_stats(stats: TransferStats) -> pb.TransferStats:
         precopy_ms=stats.precopy_ms,
         fence_ms=stats.fence_ms,
         first=None if (first := stats.first) is None else pb.FirstTokenTimes(
-            queue_ms=first.queue_ms, prefill_ms=first.prefill_ms, steps=first.steps, hold_ms=first.hold_ms
+            queue_ms=first.queue_ms, prefill_ms=first.prefill_ms, hold_ms=first.hold_ms
         ),
     )  # fmt: skip
 
@@ -179,7 +179,7 @@ def _decode_stats(message: pb.TransferStats) -> TransferStats:
 def _decode_first(message: pb.FirstTokenTimes) -> FirstTokenTimes:
     times = ("queue_ms", "prefill_ms", "hold_ms")
     known = {name: finite(f"transfers.first.{name}", getattr(message, name)) for name in times}
-    return FirstTokenTimes(steps=message.steps, **known)
+    return FirstTokenTimes(**known)
 
 
 def _encode_block_events(events: BlockEvents) -> pb.BlockEvents:

@@ -255,16 +255,14 @@ class MoveFailed(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class FirstTokenTimes(_message.Message):
-    __slots__ = ("queue_ms", "prefill_ms", "steps", "hold_ms")
+    __slots__ = ("queue_ms", "prefill_ms", "hold_ms")
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_MS_FIELD_NUMBER: _ClassVar[int]
-    STEPS_FIELD_NUMBER: _ClassVar[int]
     HOLD_MS_FIELD_NUMBER: _ClassVar[int]
     queue_ms: float
     prefill_ms: float
-    steps: int
     hold_ms: float
-    def __init__(self, queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., steps: _Optional[int] = ..., hold_ms: _Optional[float] = ...) -> None: ...
+    def __init__(self, queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., hold_ms: _Optional[float] = ...) -> None: ...
 
 class TransferStats(_message.Message):
     __slots__ = ("request_id", "transfer_id", "blocks_granted", "blocks_moved", "blocks_reused", "bytes", "frames", "tokens_recomputed", "first_frame_ms", "last_chunk_start_ms", "committed_ms", "tokens_cached", "first_step_ms", "rounds", "precopy_ms", "fence_ms", "first")

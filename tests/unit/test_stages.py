@@ -14,7 +14,7 @@ NAME = RequestId("r")
 
 
 def times(queue_ms: float, prefill_ms: float, hold_ms: float) -> FirstTokenTimes:
-    return FirstTokenTimes(queue_ms=queue_ms, prefill_ms=prefill_ms, steps=1, hold_ms=hold_ms)
+    return FirstTokenTimes(queue_ms=queue_ms, prefill_ms=prefill_ms, hold_ms=hold_ms)
 
 
 def shown(first: FirstToken | None) -> dict[str, float]:

@@ -117,7 +117,7 @@ reports = st.builds(
             precopy_ms=u32, fence_ms=u32,
             first=st.none()
             | st.builds(
-                m.FirstTokenTimes, queue_ms=number, prefill_ms=number, steps=u32, heard_s=st.just(0.0), hold_ms=number
+                m.FirstTokenTimes, queue_ms=number, prefill_ms=number, heard_s=st.just(0.0), hold_ms=number
             ),
         )
     ),
