@@ -18,6 +18,7 @@ from tandem.errors import TandemError, Unauthenticated
 HEALTH_PAGES = ("/live", "/livez", "/liveness", "/ready", "/readyz", "/readiness", "/health", "/healthz")
 OPEN_PAGES = frozenset({*HEALTH_PAGES, "/docs", "/openapi.json"})  # by their exact path; whatever is added is closed
 
+TRACEPARENT = HEADER.encode()
 _APIS = {"/v1/chat/completions": Api.CHAT, "/v1/completions": Api.COMPLETIONS}
 
 
@@ -35,8 +36,7 @@ class HttpDoor:
             await self._app(scope, receive, send)
             return
         ARRIVED.set(time.monotonic())
-        named = HEADER.encode()
-        TRACE.set(trace_of([value.decode("latin-1") for name, value in scope["headers"] if name == named]))
+        TRACE.set(trace_of([value.decode("latin-1") for name, value in scope["headers"] if name == TRACEPARENT]))
         shown = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
         try:
             caller = self._door.enter(shown)
