@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -80,8 +80,15 @@ def ready(cluster: ClusterUnderTest) -> httpx.Response:
     return httpx.get(f"{cluster.url}/ready", timeout=5)
 
 
+def agents_of(worker: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [each for each in worker.children() if "kv_transfer.agent" in each.cmdline()]
+    except psutil.Error:
+        return []
+
+
 def test_ready_says_no_when_workers_answer_and_none_serves(cluster: ClusterUnderTest) -> None:
-    """Both agents of the decode side are stopped: all workers beat, and no block moves."""
+    """All agents are stopped, and each that is started in their place: all workers beat, and no block moves."""
     cluster.settled(60)
     assert ready(cluster).status_code == 200
     document = cluster.document()
@@ -92,20 +99,19 @@ def test_ready_says_no_when_workers_answer_and_none_serves(cluster: ClusterUnder
     assert not [each for each in document["requests"] if "canary" in each["id"]]
     pages = httpx.get(f"{cluster.url}/metrics", timeout=5).text
     assert "canary" not in pages
-    restarted = {each["id"]: each["agent_pid"] for each in document["workers"]}
     stopped_s = time.monotonic()
     stopping = True
 
+    workers = [psutil.Process(each["pid"]) for each in document["workers"]]
+
     def stopped_agents() -> None:
-        """Whoever starts an agent anew gets it stopped again."""
+        """Whoever starts an agent anew gets it stopped again, before it serves."""
         while stopping:
-            for each in cluster.document()["workers"]:
-                if each["agent_pid"]:
-                    try:
-                        psutil.Process(each["agent_pid"]).suspend()
-                    except psutil.Error:
-                        continue
-            time.sleep(0.05)
+            for each in workers:
+                for agent in agents_of(each):
+                    with contextlib.suppress(psutil.Error):
+                        agent.suspend()
+            time.sleep(0.02)
 
     thread = threading.Thread(target=stopped_agents)
     thread.start()
@@ -117,12 +123,9 @@ def test_ready_says_no_when_workers_answer_and_none_serves(cluster: ClusterUnder
     finally:
         stopping = False
         thread.join()
-        for each in cluster.document()["workers"]:
-            if each["agent_pid"]:
-                try:
-                    os.kill(each["agent_pid"], signal.SIGCONT)
-                except ProcessLookupError:
-                    continue
-    assert restarted
+        for each in workers:
+            for agent in agents_of(each):
+                with contextlib.suppress(psutil.Error):
+                    agent.resume()
     wait_until(lambda: ready(cluster).status_code == 200, 60)
     cluster.settled(60)

@@ -106,11 +106,7 @@ def test_next_turn_moves_only_what_is_new() -> None:
     world.check()
     (committed,) = [each for each in world.stats if each.request_id == second.request_id and each.committed_ms]
     assert committed.blocks_reused == (len(PROMPT) + 9) // BLOCK
-    (sent,) = [
-        each
-        for each in world.stats
-        if each.request_id == second.request_id and not each.committed_ms and not each.first_step_ms
-    ]
+    (sent,) = [each for each in world.stats if each.request_id == second.request_id and each.last_chunk_start_ms]
     assert sent.tokens_cached == len(PROMPT) // BLOCK * BLOCK
 
 
@@ -310,7 +306,7 @@ def test_frame_that_always_fails_ends_the_attempt_and_leaves_a_warm_source() -> 
     world.check()
     assert asked.num_attempts == 2
     assert "failed 3 times" in asked.failures[0]
-    sent = [each for each in world.stats if not each.committed_ms and not each.first_step_ms]
+    sent = [each for each in world.stats if each.last_chunk_start_ms]
     assert sent[-1].tokens_cached > 0
 
 
