@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from benchmarks.soak import slope
+from benchmarks.soak import own_files, slope
 from cluster.chaos_audit import (
     FILES_MORE_MAX,
     IDLE_MS,
@@ -19,6 +22,7 @@ from cluster.chaos_audit import (
     missing,
     unbalanced,
 )
+from cluster.chaos_processes import Taken, taken
 from tandem.v1.admin_pb2 import BlockCountsStatus, RequestStatus, StatusResponse, WorkerStatus
 
 
@@ -115,3 +119,25 @@ def test_a_slope_is_that_within_processes_and_noise_is_none() -> None:
     assert abs(still.per_hour) <= still.noise_per_hour
     assert not still.grows
     assert slope("worker", grows[:2]) is None
+
+
+def test_clients_of_a_router_are_not_its_growth() -> None:
+    """They gather where nobody was killed; links that came to an agent are its own, and count."""
+    router = Taken(name="router", pid=1, age_s=1.0, num_files=45, num_came=13, heap_bytes=1, shared_bytes=0)
+    assert own_files(router) == 32
+    assert own_files(replace(router, name="agent")) == 45
+
+
+def test_connections_that_came_are_told_from_those_that_went_out() -> None:
+    me = os.getpid()
+
+    def came() -> tuple[int, int]:
+        (found,) = [each for each in taken(me) if each.pid == me]
+        return found.num_came, found.num_files
+
+    came_before, files_before = came()
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+        inside, _ = server.accept()
+        with inside:
+            assert came() == (came_before + 1, files_before + 3)
+    assert came() == (came_before, files_before)
