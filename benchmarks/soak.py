@@ -27,15 +27,14 @@ from benchmarks import fat_kv_model, report
 from benchmarks.chaos import SMALL, running
 from cluster.chaos import ChaosRun, Place
 from cluster.chaos_plan import FaultKind, deck, parse_kinds, parse_states, plan
-from cluster.chaos_processes import Taken, taken
+from cluster.chaos_processes import Taken, listening_ports, taken
 from cluster.chaos_report import markdown, summary
 from cluster.chaos_tally import Tally
 
 DURATION_S, EVERY_S, SAMPLE_S = 3600.0, 30.0, 5.0
 SHORTEST_S = 1200.0  # of a run that can tell a slope from a warm-up
 WARM_UP_S = 120.0  # of a process: it imports, fills its caches, remembers its first requests
-# A router remembers requests for five minutes, and the times of its last 1,000 first tokens, which takes longer.
-WARM_UP_LONG_S = {"router": 900.0, "supervisor": 120.0, "Ray": 300.0}
+WARM_UP_LONG_S = {"router": 420.0, "supervisor": 120.0, "Ray": 300.0}  # a router remembers requests for five minutes
 GROWTH_SHARE_MAX = 0.02  # of the memory there is, in an hour: less is no growth, whatever the noise
 KINDS_S = 60.0
 MB = 1 << 20
@@ -96,7 +95,7 @@ def file_kinds(pid: int) -> dict[str, int]:
         with suppress(OSError):  # closed meanwhile
             links.append(os.readlink(path))
     kinds = Counter(_kind(link) for link in links if not link.startswith("socket:"))
-    listening = {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
+    listening = listening_ports(connections)
     for each in connections:
         if each.family == socket.AF_UNIX:
             kinds["unix socket"] += 1
@@ -156,7 +155,7 @@ def slope(name: str, points: Sequence[tuple[int, float, float]]) -> Slope | None
 def own_files(taken: Taken) -> int:
     """Open files, without the connections of a router's clients: they gather at whichever router was not killed.
 
-    That none of them outlives its client, the audit sees at each still moment.
+    Audits count them all: many that outlive their clients are found at a still moment.
     """
     return taken.num_files - (taken.num_came if taken.name == "router" else 0)
 

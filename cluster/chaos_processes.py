@@ -6,10 +6,11 @@ import asyncio
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -75,6 +76,11 @@ def send(process: psutil.Process, number: signal.Signals) -> None:
         process.send_signal(number)
 
 
+def listening_ports(connections: Iterable[Any]) -> set[int]:
+    """The ports at which one of these connections, as psutil tells them, listens."""
+    return {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
+
+
 # ---- Redis ---------------------------------------------------------------------------------------------------------
 
 
@@ -83,8 +89,7 @@ def store_process(store: str) -> psutil.Process:
     port = urlsplit(store).port
     for process in psutil.process_iter():
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            listening = (each for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN)
-            if any(each.laddr.port == port for each in listening):
+            if port in listening_ports(process.net_connections("tcp")):
                 return process
     raise LookupError(f"store: nobody on this machine listens at {store}, so it cannot be struck from here")
 
@@ -142,7 +147,7 @@ def taken(supervisor_pid: int) -> list[Taken]:
     with suppress(psutil.NoSuchProcess):
         supervisor = psutil.Process(supervisor_pid)
         found = [_taken("supervisor", supervisor)]
-        found += [_taken(_name(each), each) for each in supervisor.children(recursive=True)]
+        found += [_taken(name_of(each), each) for each in supervisor.children(recursive=True)]
     return [each for each in found if each is not None]
 
 
@@ -157,7 +162,8 @@ def footprints(supervisor_pid: int) -> dict[str, Footprint]:
     return found
 
 
-def _name(process: psutil.Process) -> str:
+def name_of(process: psutil.Process) -> str:
+    """What NAMES calls it; other: nothing there fits, or it has ended."""
     try:
         line = " ".join(process.cmdline())
     except psutil.Error:
@@ -167,7 +173,7 @@ def _name(process: psutil.Process) -> str:
 
 def _num_came(process: psutil.Process) -> int:
     connections = process.net_connections("tcp")
-    ports = {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
+    ports = listening_ports(connections)
     return sum(bool(each.raddr) and each.laddr.port in ports for each in connections)
 
 

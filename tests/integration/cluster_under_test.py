@@ -15,6 +15,7 @@ import psutil
 from served import STOP_S, Served, alive
 
 from cli.status import to_document
+from cluster.chaos_processes import listening_ports
 from tandem.cluster_access import ClusterAccess
 from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2_grpc
 
@@ -70,7 +71,7 @@ class ClusterUnderTest(Served):
     def control_port(self, worker_id: str) -> int:
         """Where the worker's own gRPC server listens: Ray has one in the same process."""
         pid = next(each["pid"] for each in self.document()["workers"] if each["id"] == worker_id)
-        listening = [each.laddr.port for each in psutil.Process(pid).net_connections("tcp") if each.status == "LISTEN"]
+        listening = listening_ports(psutil.Process(pid).net_connections("tcp"))
         return next(port for port in listening if "hello" in _refusal(port, self.access))
 
     def __exit__(

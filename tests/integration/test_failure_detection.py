@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ import pytest
 from checked_streams import Streams
 from cluster_under_test import ClusterUnderTest
 from served import wait_until
+
+from cluster.chaos_processes import name_of, send
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(240)]
 
@@ -80,11 +83,15 @@ def ready(cluster: ClusterUnderTest) -> httpx.Response:
     return httpx.get(f"{cluster.url}/ready", timeout=5)
 
 
-def agents_of(worker: psutil.Process) -> list[psutil.Process]:
-    try:
-        return [each for each in worker.children() if "kv_transfer.agent" in each.cmdline()]
-    except psutil.Error:
-        return []
+def tell_agents(workers: list[psutil.Process], number: signal.Signals) -> int:
+    """Sends a signal to all agents that there are now, and says to how many."""
+    agents = []
+    for each in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            agents += [child for child in each.children() if name_of(child) == "agent"]
+    for agent in agents:
+        send(agent, number)
+    return len(agents)
 
 
 def test_ready_says_no_when_workers_answer_and_none_serves(cluster: ClusterUnderTest) -> None:
@@ -99,19 +106,16 @@ def test_ready_says_no_when_workers_answer_and_none_serves(cluster: ClusterUnder
     assert not [each for each in document["requests"] if "canary" in each["id"]]
     pages = httpx.get(f"{cluster.url}/metrics", timeout=5).text
     assert "canary" not in pages
-    stopped_s = time.monotonic()
-    stopping = True
-
     workers = [psutil.Process(each["pid"]) for each in document["workers"]]
+    stopped_s = time.monotonic()
+    assert tell_agents(workers, signal.SIGSTOP) == len(workers) > 0
+    stopping = True
 
     def stopped_agents() -> None:
         """Whoever starts an agent anew gets it stopped again, before it serves."""
         while stopping:
-            for each in workers:
-                for agent in agents_of(each):
-                    with contextlib.suppress(psutil.Error):
-                        agent.suspend()
-            time.sleep(0.02)
+            tell_agents(workers, signal.SIGSTOP)
+            time.sleep(0.05)
 
     thread = threading.Thread(target=stopped_agents)
     thread.start()
@@ -123,9 +127,6 @@ def test_ready_says_no_when_workers_answer_and_none_serves(cluster: ClusterUnder
     finally:
         stopping = False
         thread.join()
-        for each in workers:
-            for agent in agents_of(each):
-                with contextlib.suppress(psutil.Error):
-                    agent.resume()
+        tell_agents(workers, signal.SIGCONT)
     wait_until(lambda: ready(cluster).status_code == 200, 60)
     cluster.settled(60)
