@@ -26,7 +26,7 @@ from router.transcripts import Behind, Kept, Seen, Verdict, Write
 from tandem.request import RequestId
 
 CALL_TIMEOUT_S = 1.0
-CONNECTIONS_MAX = 8  # as many as calls that waited for a store that was away, and kept from then on
+CONNECTIONS_MAX = 8  # calls open as many while the store is away, and the pool keeps them
 RUNNING_MS = 1_800_000  # a record is forgotten so long after its last write
 ENDED_MS = 300_000
 LEASE_MS = round(3 * LEASE_S * 1000)

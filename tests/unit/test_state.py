@@ -252,7 +252,7 @@ def test_more_calls_than_connections_wait_for_one_another() -> None:
     """A burst of claims is no sign that the store is away: served without one, a key would mean two requests."""
 
     async def case(server: LocalRedis, first: RedisStore, second: RedisStore) -> None:
-        names = [f"r{number}" for number in range(4 * CONNECTIONS_MAX)]
+        names = [f"r{number}" for number in range(16 * CONNECTIONS_MAX)]
         burst = [first.claim(write(5, 0, 0, entry=True, name=name), "") for name in names]
         assert await asyncio.gather(*burst) == [None] * len(names)
         ahead = [asyncio.create_task(first.take_over(RequestId(name), 1)) for name in names]

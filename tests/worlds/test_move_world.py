@@ -62,8 +62,8 @@ def test_move_at_every_token(at: int, local: bool, sampling: Sampling) -> None:
 
 @pytest.mark.parametrize("num_moves", [1, 2, 3, 4, 5])
 def test_moves_forth_and_back(num_moves: int) -> None:
-    moved = 0
-    for seed in range(40):
+    moved, num_worlds = 0, 40
+    for seed in range(num_worlds):
         world = MoveWorld(seed=seed)
         sampling = Sampling(max_tokens=40, temperature=1.0, seed=seed, logprobs=2)
         asked = world.request("r", PROMPT, sampling)
@@ -77,7 +77,7 @@ def test_moves_forth_and_back(num_moves: int) -> None:
         moved += world.moved
         told = [each for each in world.stats if each.fence_ms or each.rounds]
         assert len(told) <= world.moved
-    assert moved >= 0.9 * 40 * num_moves, "moves without faults nearly always come to their end"
+    assert moved >= 0.9 * num_worlds * num_moves, "moves without faults nearly always come to their end"
 
 
 def test_stop_tokens_and_min_tokens_hold_across_a_move() -> None:
