@@ -75,10 +75,12 @@ def test_a_signal_while_it_starts(tmp_path: Path) -> None:
 
 HEAD = """
 import sys, tempfile, ray
-here = ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 << 20,
-                log_to_driver=False, configure_logging=False, _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-print(here.address_info["node_ip_address"], here.address_info["address"], flush=True)
-sys.stdin.read()
+with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    here = ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 << 20,
+                    log_to_driver=False, configure_logging=False, _temp_dir=folder)
+    print(here.address_info["node_ip_address"], here.address_info["address"], flush=True)
+    sys.stdin.read()
+    ray.shutdown()
 """
 
 
