@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,14 +23,18 @@ from cluster.run_file import RunFile, find
 TANDEM = str(Path(sys.executable).parent / "tandem")
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 60.0
+UNLENT_PORTS = (15_000, 30_000)  # below those that Linux gives to connections, from 32768 on
+PORT_TRIES = 100
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A port that nothing listens on now, and that the kernel lends to nobody while a server there is down."""
+    drawn = random.SystemRandom()  # so that two runs at once do not draw the same ones
+    for _ in range(PORT_TRIES):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port := drawn.randint(*UNLENT_PORTS)))
+            return port
+    raise OSError(f"no free port among {PORT_TRIES} of {UNLENT_PORTS[0]} to {UNLENT_PORTS[1]}")
 
 
 class LocalCluster:

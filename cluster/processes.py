@@ -107,19 +107,22 @@ def pick_port(host: str, port: int, flag: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def hold_port(host: str, port: int) -> socket.socket:
-    """Keeps a port for servers that bind it with SO_REUSEPORT, while none of them runs; takes no connection itself.
+def hold_port(host: str, port: int, flag: str) -> socket.socket:
+    """Keeps `port`, a free one for 0, for servers that bind it with SO_REUSEPORT; takes no connection itself.
 
-    Between two of them the kernel would else lend the port to any connection that goes out. Raises OSError.
+    Before the first of them, and between two, the kernel would else lend it to any server or connection. Raises
+    PortInUse or OSError, also when other servers would share it.
     """
+    if port:
+        pick_port(host, port, flag)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     held = socket.socket(family, socket.SOCK_STREAM)
     try:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         held.bind((host, port))
-    except OSError:
+    except OSError as error:
         held.close()
-        raise
+        raise PortInUse(f"port {port} at {host}: {error.strerror}; choose another with {flag}") from None
     return held
 
 

@@ -236,17 +236,14 @@ class RouterProcess:
             self.service,
             extra=(self._add_admin,),
             cancel_elsewhere=self.peers.cancel,
-            shares_port=len(self.settings.internal) > 1,
             connections_max=min(GRPC_CONNECTIONS_MAX, open_files // 4),
         )
-        # Its port is held by the supervisor, also while no router has it.
         members = MembersOnly(self.access, on_refused=self.service.metrics.stranger)
         internal = build_grpc_server(
             self.service,
             extra=(self._add_registry, self._add_admin),
             members=members,
             cancel_elsewhere=self.peers.cancel,
-            shares_port=True,
         )
         with socket.socket(fileno=self.settings.listener) as listener:
             http = await serve_http(

@@ -10,7 +10,7 @@ from pathlib import Path
 from cluster.config import ClusterConfig
 from cluster.drain_relay import Tell
 from cluster.own_secrets import OwnSecrets
-from cluster.processes import hold_port, pick_port
+from cluster.processes import hold_port
 from cluster.router_child import RouterChild, RouterEnded, RouterSaid
 from cluster.router_settings import RouterSettings
 from cluster.run_file import reachable
@@ -32,6 +32,7 @@ class Routers:
         config: ClusterConfig,
         *,
         listener: socket.socket,
+        grpc_held: socket.socket,
         log_dir: Path,
         secrets: OwnSecrets,
         post: Callable[[RouterSaid | RouterEnded], None],
@@ -46,11 +47,9 @@ class Routers:
         self._silence = Silence(look_ms=LOOK_MS)
         self._ready: dict[str, set[WorkerId]] = {}  # of each router that is up: workers that it holds ready
         self.names = [f"router-{number}" for number in range(config.routers)]
-        ports = {name: pick_port(config.host, 0, "--host") for name in self.names}
-        self._held = [hold_port(config.host, port) for port in ports.values()]
-        if config.routers > 1:
-            self._held.append(hold_port(config.host, config.grpc_port))
-        self.internal = {name: f"{reachable(config.host)}:{port}" for name, port in ports.items()}
+        held = {name: hold_port(config.host, 0, "--host") for name in self.names}
+        self._held = [grpc_held, *held.values()]
+        self.internal = {name: f"{reachable(config.host)}:{each.getsockname()[1]}" for name, each in held.items()}
 
     def start(self, name: str) -> None:
         """Starts a router, or starts it again."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cluster.config import FAKE_MODEL, WILDCARDS, ClusterConfig
 from cluster.memory import shortage
 from cluster.own_secrets import check_security
-from cluster.processes import PortInUse, pick_port
+from cluster.processes import PortInUse, hold_port
 from engine.arch import ModelError
 from engine.kv_pool import available_bytes
 from engine.model_files import find_model, read_arch
@@ -23,10 +23,11 @@ class StartFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """A cluster that may be started: its ports are fixed, and the HTTP socket is open."""
+    """A cluster that may be started: its ports are fixed and kept, and the HTTP socket is open."""
 
     config: ClusterConfig
     listener: socket.socket
+    grpc_held: socket.socket  # keeps the gRPC port for the routers
     model: str  # the name that it is served under
 
 
@@ -38,10 +39,11 @@ def check(config: ClusterConfig) -> Checked:
         where = f"port {config.port} at {config.host}"
         raise StartFailed(f"{where}: {error.strerror}; choose another with --port") from None
     try:
-        grpc_port = pick_port(config.host, config.grpc_port, "--grpc-port")
+        grpc_held = hold_port(config.host, config.grpc_port, "--grpc-port")
     except PortInUse as error:
         raise StartFailed(str(error)) from None
-    config = config.model_copy(update={"port": listener.getsockname()[1], "grpc_port": grpc_port})
+    ports = {"port": listener.getsockname()[1], "grpc_port": grpc_held.getsockname()[1]}
+    config = config.model_copy(update=ports)
     check_security(config)
     if config.address and config.host in (*LOOPBACK, *WILDCARDS):
         raise StartFailed(f"host: workers on {config.address} cannot reach {config.host}; give --host an address")
@@ -56,4 +58,4 @@ def check(config: ClusterConfig) -> Checked:
         too_little = None if config.address else shortage(config, arch, available_bytes=available_bytes())
         if too_little is not None:
             raise StartFailed(too_little)
-    return Checked(config=config, listener=listener, model=model)
+    return Checked(config=config, listener=listener, grpc_held=grpc_held, model=model)

@@ -10,7 +10,6 @@ import heapq
 import os
 import queue
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from cluster.roster import Left, Roster
 from cluster.router_child import RouterEnded, RouterSaid
 from cluster.routers import Routers
 from cluster.run_file import RunFile
-from cluster.start_check import StartFailed, check
+from cluster.start_check import Checked, StartFailed, check
 from cluster.verdicts import KillWorker, RestartRouter, Verdicts
 from cluster.worker_settings import WorkerSettings, workers_of
 from kernels import build
@@ -79,7 +78,7 @@ class Supervisor:
         self._is_ready = False
         self._not_ready: dict[str, str] = {}  # why each router cannot serve; empty: it can
         self._num_signals = 0
-        self._listener: socket.socket | None = None
+        self._checked: Checked | None = None
         self._routers: Routers | None = None
         self._verdicts = Verdicts()
         self._drains = DrainRelay()
@@ -101,8 +100,8 @@ class Supervisor:
         adopt_orphans()
         self._catch_signals()
         try:
-            checked = check(self.config)
-            self.config, self._listener, self._model = checked.config, checked.listener, checked.model
+            self._checked = check(self.config)
+            self.config, self._model = self._checked.config, self._checked.model
             self._log_dir = run_file.log_dir_of(self.config.run_dir, self.config.port)
             run_file.fresh_log_dir(self.config.run_dir, self.config.port)
             return self._serve()
@@ -132,11 +131,12 @@ class Supervisor:
     def _start(self) -> None:
         config = self.config
         self._threads = config.threads_per_worker(len(os.sched_getaffinity(0)))
-        assert self._listener is not None
+        assert self._checked is not None
         self._secrets = write_secrets(config)
         self._routers = Routers(
             config,
-            listener=self._listener,
+            listener=self._checked.listener,
+            grpc_held=self._checked.grpc_held,
             log_dir=self._log_dir,
             secrets=self._secrets,
             post=self._events.put,

@@ -253,7 +253,6 @@ def build_grpc_server(
     extra: Sequence[AddService] = (),
     members: MembersOnly | None = None,
     cancel_elsewhere: CancelElsewhere | None = None,
-    shares_port: bool = False,
     keepalive_s: float = _KEEPALIVE_S,
     handshake_timeout_s: float = _HANDSHAKE_TIMEOUT_S,
     connections_max: int = CONNECTIONS_MAX,
@@ -261,7 +260,7 @@ def build_grpc_server(
     """The server, not started yet. `extra` add their services to it and are seen by reflection.
 
     Every call is judged by the service's door; `members` may call as they like, and they alone the registry.
-    `shares_port`: other processes may serve at the same port; without it, that is a mistake and an error.
+    It shares its port: with other routers, and with whoever keeps the port while none of them serves.
     A client is pinged every `keepalive_s` and is gone when it does not answer within as long; a connection that has
     not said within `handshake_timeout_s` that it speaks HTTP/2 is closed; so is one that is one too many.
     """
@@ -272,7 +271,7 @@ def build_grpc_server(
         ("grpc.server_handshake_timeout_ms", round(handshake_timeout_s * 1000)),
         ("grpc.max_allowed_incoming_connections", connections_max),
     ]
-    options = [*_OPTIONS, ("grpc.so_reuseport", int(shares_port)), *times]
+    options = [*_OPTIONS, ("grpc.so_reuseport", 1), *times]
     guard = GrpcDoor(service.door, on_refused=service.metrics.refused, members=members)
     server = grpc.aio.server(options=options, interceptors=[guard, ParsedRequests()])
     inference_pb2_grpc.add_InferenceServicer_to_server(  # type: ignore[no-untyped-call]

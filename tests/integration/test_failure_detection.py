@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -23,6 +24,9 @@ from cluster.chaos_processes import name_of, send
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(240)]
 
 FOUND_S, GAP_S = 5.0, 10.0
+SALTS = itertools.count(
+    37, 2
+)  # prompts of their own for each test: a worker that has them cached would take all streams
 WEDGE = Path(__file__).parent / "wedge"
 
 
@@ -58,13 +62,15 @@ def test_a_worker_that_gets_nowhere_is_found_and_its_streams_go_on(
     cluster: ClusterUnderTest, harm: Callable[[int], None], name: str
 ) -> None:
     cluster.settled(60)
-    streams = Streams(cluster, 6)
+    streams = Streams(cluster, 6, salt=next(SALTS))
     streams.wait_for_tokens(50)
+    if name.startswith("decode"):
+        wait_until(lambda: worker(cluster, name)["running"] > 0, 15)  # without work it hangs in nothing
     before = worker(cluster, name)
     harm(before["pid"])
     harmed_s, more = time.monotonic(), None
     if harm is wedge and name.startswith("prefill"):
-        more = Streams(cluster, 8, salt=11)  # an engine that has nothing to do hangs in nothing
+        more = Streams(cluster, 8, salt=next(SALTS))
         wait_until(lambda: worker(cluster, name)["running"] > 0, 15)
         harmed_s = time.monotonic()
     wait_until(lambda: worker(cluster, name)["state"] == "dead", 15)

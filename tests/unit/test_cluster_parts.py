@@ -311,10 +311,11 @@ print("well")
 
 
 def test_a_port_that_is_held_is_free_for_servers_that_share_it_and_for_nobody_else() -> None:
-    port = pick_port("127.0.0.1", 0, "--host")
-    with hold_port("127.0.0.1", port):
-        with pytest.raises(PortInUse):
-            pick_port("127.0.0.1", port, "--grpc-port")
+    with hold_port("127.0.0.1", 0, "--host") as held:
+        port = held.getsockname()[1]
+        for take in (pick_port, hold_port):
+            with pytest.raises(PortInUse, match=f"port {port} at 127.0.0.1: Address already in use; .* --grpc-port"):
+                take("127.0.0.1", port, "--grpc-port")
         with socket.socket() as server:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             server.bind(("127.0.0.1", port))

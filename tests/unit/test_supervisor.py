@@ -114,6 +114,7 @@ class Watched:
         self.routers = NoRouters(
             config,
             listener=socket.socket(),
+            grpc_held=socket.socket(),
             log_dir=Path("logs"),
             secrets=OwnSecrets(),
             post=self.supervisor._events.put,
