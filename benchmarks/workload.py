@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from tandem.errors import CommandError
 
-class BadWorkload(ValueError):
+
+class BadWorkload(CommandError, ValueError):
     """A trace cannot be read, or an option is out of range; the message says what to give."""
+
+    exit_status = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

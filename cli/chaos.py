@@ -25,7 +25,7 @@ from cluster.run_file import find
 
 WIDTH = 120  # where no terminal cuts it
 ANYWHERE = ",".join((FaultKind.KILL, FaultKind.STOP, FaultKind.CANCEL))  # on any cluster of this machine
-chaos = typer.Typer(name="chaos", help="Faults on purpose.", no_args_is_help=True)
+chaos = typer.Typer(name="chaos", add_completion=False, help="Faults on purpose.", no_args_is_help=True)
 
 
 @chaos.callback()

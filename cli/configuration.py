@@ -10,9 +10,11 @@ from pydantic import ByteSize
 from rich.console import Console
 from rich.table import Table
 
+from cli.settings import with_settings
 from cluster.config import Effective, without_password
 
 
+@with_settings
 def show_config(
     effective: Effective, *, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
 ) -> None:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli.reach import admin
+from cli.settings import with_settings
 from cli.shown import console
 from cluster.config import ClusterConfig, Effective
 from cluster.doctor import Facts, Finding, Verdict, judge
@@ -24,6 +25,7 @@ WIDTH = 160  # where no terminal cuts it
 MARKS = {Verdict.OK: "ok", Verdict.WARN: "[yellow]warn[/yellow]", Verdict.BAD: "[red]BAD[/red]"}
 
 
+@with_settings
 def doctor(
     effective: Effective, *, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
 ) -> None:

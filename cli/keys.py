@@ -21,7 +21,7 @@ from cluster.secret_files import fresh_secret
 from router.api_keys import KEY_PREFIX, digest_of
 from tandem.request import PRIORITY_MAX
 
-keys = typer.Typer(name="keys", help="API keys: make, list, revoke.", no_args_is_help=True)
+keys = typer.Typer(name="keys", add_completion=False, help="API keys: make, list, revoke.", no_args_is_help=True)
 
 FILE = typer.Option("--file", help="YAML file of keys (or TANDEM_API_KEYS)", show_default=False)
 WIDTH = 240  # where no terminal cuts names off

@@ -4,66 +4,74 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
 
 import grpc
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from benchmarks.workload import BadWorkload
-from cli.bench import bench
-from cli.chaos import chaos
-from cli.configuration import show_config
-from cli.doctor import doctor
-from cli.down import down
-from cli.drain import drain
-from cli.explain import explain
-from cli.keys import keys
-from cli.logs import logs
-from cli.migrate import Refused, migrate
-from cli.scale import scale
-from cli.serve import serve
-from cli.settings import with_settings
-from cli.status import status
-from cluster.config import ConfigError
-from cluster.key_file import KeyFileError
-from cluster.run_file import NoCluster
-from cluster.secret_files import SecretError
-from tandem.errors import TandemError
-from tandem.tls import TlsError
+from tandem.errors import CommandError, TandemError
+
+# In the order in which help shows them. A verb's module is imported when the verb is asked for: all take a second.
+VERBS = {
+    "serve": ("cli.serve", "serve"),
+    "status": ("cli.status", "status"),
+    "explain": ("cli.explain", "explain"),
+    "migrate": ("cli.migrate", "migrate"),
+    "drain": ("cli.drain", "drain"),
+    "scale": ("cli.scale", "scale"),
+    "logs": ("cli.logs", "logs"),
+    "down": ("cli.down", "down"),
+    "bench": ("cli.bench", "bench"),
+    "chaos": ("cli.chaos", "chaos"),
+    "keys": ("cli.keys", "keys"),
+    "doctor": ("cli.doctor", "doctor"),
+    "config": ("cli.configuration", "show_config"),
+}
+
+
+class Verbs(TyperGroup):
+    """The verbs, each built when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names."""
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The verb of that name, or None."""
+        if cmd_name not in VERBS:
+            return None
+        module, name = VERBS[cmd_name]
+        verb = getattr(import_module(module), name)
+        if not isinstance(verb, typer.Typer):
+            single = typer.Typer(add_completion=False)
+            single.command(cmd_name)(verb)
+            verb = single
+        return get_command(verb)
+
 
 app = typer.Typer(
+    cls=Verbs,
     name="tandem",
-    help="Serves language models from separate prefill and decode workers.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-app.command("serve")(with_settings(serve))
-app.command("status")(status)
-app.command("explain")(explain)
-app.command("migrate")(migrate)
-app.command("drain")(drain)
-app.command("scale")(scale)
-app.command("logs")(logs)
-app.command("down")(down)
-app.command("bench")(bench)
-app.add_typer(chaos)
-app.add_typer(keys)
-app.command("doctor")(with_settings(doctor))
-app.command("config")(with_settings(show_config))
+
+
+@app.callback()
+def tandem() -> None:
+    """Serves language models from separate prefill and decode workers."""
 
 
 def main() -> None:
     """The entry of the command line. Status 2: a setting is wrong; 1: it could not be done."""
     try:
         app()
-    except (ConfigError, KeyFileError, SecretError, TlsError) as error:
-        _fail(str(error), 2)
-    except BadWorkload as error:
-        _fail(str(error), 2)
-    except NoCluster as error:
-        _fail(str(error), 1)
-    except Refused as error:
-        _fail(str(error), 1)
+    except CommandError as error:
+        _fail(str(error), error.exit_status)
     except TandemError as error:
         _fail(error.message, 1)
     except grpc.RpcError as error:

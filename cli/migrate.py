@@ -12,12 +12,13 @@ from cli.down import run_dir_of
 from cli.reach import admin
 from cli.status import move_document
 from cluster.run_file import find
+from tandem.errors import CommandError
 from tandem.v1 import admin_pb2 as pb
 
 TIMEOUT_S = 120.0  # the router bounds the move itself
 
 
-class Refused(RuntimeError):
+class Refused(CommandError, RuntimeError):
     """What was asked for did not come about; the message is for people."""
 
 

@@ -6,10 +6,12 @@ import sys
 
 import typer
 
+from cli.settings import with_settings
 from cluster.config import Effective
 from cluster.installation import clash
 
 
+@with_settings
 def serve(effective: Effective) -> None:
     """Start a cluster here and serve until Ctrl-C or `tandem down`."""
     hidden = clash()

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from tandem.errors import CommandError
+
 ENVIRONMENT_PREFIX = "TANDEM_"
 # Variables that are no settings of a cluster: the settings file, the kernels' choice, a client's key, two of tests.
 OTHER_VARIABLES = frozenset({"CONFIG", "KERNELS", "REQUIRE", "HANDOFF_SEEDS", "API_KEY"})
@@ -27,8 +29,10 @@ FAKE_CONTEXT_TOKENS = 8192
 FAKE_VOCAB_SIZE = 256  # one token a byte
 
 
-class ConfigError(ValueError):
+class ConfigError(CommandError, ValueError):
     """A setting cannot be used; the message names its key, its value, where it came from and the limit."""
+
+    exit_status = 2
 
 
 class ClusterConfig(BaseModel):

@@ -25,7 +25,7 @@ from engine.arch import ModelError
 from engine.kv_pool import available_bytes
 from engine.model_files import find_model, read_arch
 from kernels.build import COMPILERS
-from router.http_server import listen
+from router.listener import listen
 
 DISTRIBUTION = "tandem-serve"
 ANSWER_S = 3.0

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from router.api_keys import NAME, KeyEntry, KeyRing
+from tandem.errors import CommandError
 from tandem.request import PRIORITY_MAX
 
 log = logging.getLogger(__name__)
@@ -28,8 +29,10 @@ _HEAD = "# API keys of Tandem, hashed. `tandem keys` writes this file anew: comm
 _Stamp = tuple[int, int, int]  # of one state of the file: when it was written, its length, which file it is
 
 
-class KeyFileError(ValueError):
+class KeyFileError(CommandError, ValueError):
     """The file cannot be used; the message names it, the entry and the field."""
+
+    exit_status = 2
 
 
 class KeySpec(BaseModel):

@@ -16,6 +16,7 @@ import ray
 import ray.exceptions
 
 from cluster.config import ClusterConfig
+from cluster.lean_ray import without_unused_parts
 from cluster.ray_parts import RayParts, child_named, raylet_of
 from cluster.ray_watch import KillPart, Lost, Part, RayWatch, StartGcs
 from cluster.restarts import Restarts
@@ -39,7 +40,6 @@ LOCAL_SETTINGS = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_ROTATION_MAX_BYTES": str(16 << 20),
     "RAY_ROTATION_BACKUP_COUNT": "1",
-    "RAY_LOG_MONITOR_MAX_OPEN_FILES": "8",
 }
 
 
@@ -98,18 +98,19 @@ class RaySession:
         storage = Path(self._temp_dir) / "gcs"
         storage.mkdir()
         os.environ["RAY_gcs_storage_path"] = str(storage)
-        ray.init(
-            address="local",
-            # Logical, and what Ray starts processes for in advance; a worker takes a slot, and pools may grow.
-            num_cpus=self._config.num_workers,
-            resources={SLOT: WORKERS_MAX},
-            num_gpus=0,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=self._temp_dir,
-        )
+        with without_unused_parts():
+            ray.init(
+                address="local",
+                # Logical, and what Ray starts processes for in advance; a worker takes a slot, and pools may grow.
+                num_cpus=self._config.num_workers,
+                resources={SLOT: WORKERS_MAX},
+                num_gpus=0,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=self._temp_dir,
+            )
 
     def _check_resources(self) -> None:
         free, total = self.free_cpus()

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import psutil
 
+from tandem.errors import CommandError
+
 LOG_DIRS_KEPT = 8
 
 
-class NoCluster(LookupError):
+class NoCluster(CommandError, LookupError):
     """No running cluster, or not one alone, is meant; the message says what to give."""
 
 

@@ -7,11 +7,15 @@ import secrets
 import stat
 from pathlib import Path
 
+from tandem.errors import CommandError
+
 SECRET_CHARACTERS = range(16, 513)  # 16 are too many to guess; a metadata value has its bounds
 
 
-class SecretError(ValueError):
+class SecretError(CommandError, ValueError):
     """A secret cannot be used; the message names its file, and never what it holds."""
+
+    exit_status = 2
 
 
 def join_token_path(run_dir: Path, port: int) -> Path:

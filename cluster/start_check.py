@@ -12,7 +12,7 @@ from cluster.processes import PortInUse, hold_port
 from engine.arch import ModelError
 from engine.kv_pool import available_bytes
 from engine.model_files import find_model, read_arch
-from router.http_server import listen
+from router.listener import listen
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -41,6 +41,15 @@ class TandemError(Exception):
         self.message = message
 
 
+class CommandError(Exception):
+    """Base of errors that end a command of the command line; the message is for people.
+
+    `exit_status` is 2 where a setting or an argument is wrong, 1 where it could not be done.
+    """
+
+    exit_status: ClassVar[int] = 1
+
+
 class InvalidRequest(TandemError):
     """A field that the client sent cannot be served."""
 

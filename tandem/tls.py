@@ -8,9 +8,13 @@ from pathlib import Path
 
 import grpc
 
+from tandem.errors import CommandError
 
-class TlsError(ValueError):
+
+class TlsError(CommandError, ValueError):
     """Certificates cannot be used; the message names the file or what is wrong with it."""
+
+    exit_status = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

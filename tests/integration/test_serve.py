@@ -54,6 +54,12 @@ def test_every_worker_has_an_agent_of_its_own(cluster: Served) -> None:
     assert set(pids) < {process.pid for process in cluster.tree()}
 
 
+def test_no_part_of_ray_runs_that_nobody_asks(cluster: Served) -> None:
+    words = [" ".join(process.cmdline()) for process in cluster.tree()]
+    assert any("raylet" in each for each in words)
+    assert not [each for each in words if "monitor.py" in each or "dashboard/dashboard.py" in each]
+
+
 def test_the_schema_of_status(cluster: Served) -> None:
     cluster.complete("schema", max_tokens=3)
     status = cluster.status()

@@ -10,7 +10,8 @@ from scripted_driver import ScriptedDriver
 
 from engine.model_files import DEFAULT_MODEL, find_model
 from router.http_connection import HttpLimits
-from router.http_server import listen, serve_http
+from router.http_server import serve_http
+from router.listener import listen
 from router.metrics import EdgeMetrics
 from router.openai_api import build_app
 from router.service import ServedModel, Service

@@ -21,7 +21,8 @@ from cluster.run_file import RunFile, write
 from router.api_keys import KeyEntry, KeyRing, digest_of
 from router.door import Door
 from router.grpc_api import build_grpc_server
-from router.http_server import listen, serve_http
+from router.http_server import serve_http
+from router.listener import listen
 from router.openai_api import build_app
 from tandem.client import AsyncClient, Client
 from tandem.errors import Unavailable
