@@ -13,7 +13,7 @@ from rich.table import Table
 from cli.down import run_dir_of
 from cli.reach import admin
 from cli.shown import plain
-from cluster.run_file import find
+from cluster.run_file import RunFile, find
 from tandem.v1 import admin_pb2 as pb
 
 TIMEOUT_S = 10.0
@@ -27,9 +27,7 @@ def status(
     run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
 ) -> None:
     """Show the workers of a running cluster and its requests, also those of the last minutes."""
-    run = find(run_dir_of(run_dir), port)
-    with admin(run) as stub:
-        answer = stub.Status(pb.StatusRequest(include_finished=True), timeout=TIMEOUT_S)
+    answer = ask(find(run_dir_of(run_dir), port))
     if as_json:
         print(json.dumps(to_document(answer), indent=2))
         return
@@ -50,6 +48,13 @@ def status(
     if answer.moves:
         console.print()
         console.print(move_table(answer))
+
+
+def ask(run: RunFile) -> pb.StatusResponse:
+    """What the first router that answers says. Raises NoCluster, grpc.RpcError."""
+    with admin(run) as stub:
+        answer: pb.StatusResponse = stub.Status(pb.StatusRequest(include_finished=True), timeout=TIMEOUT_S)
+    return answer
 
 
 def to_document(answer: pb.StatusResponse) -> dict[str, object]:

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import psutil
 
+from cli.status import ask, to_document
 from cluster.member_access import access_here
 from cluster.run_file import find
 from tandem.client import Client
@@ -101,7 +102,11 @@ class Served:
         return tandem(*arguments, "--port", str(self.port), "--run-dir", str(self.run_dir), timeout_s=timeout_s)
 
     def status(self) -> dict[str, Any]:
-        """What `tandem status --json` prints."""
+        """What `tandem status --json` prints, without a process for it."""
+        return dict(to_document(ask(find(self.run_dir, self.port))))
+
+    def status_printed(self) -> dict[str, Any]:
+        """What `tandem status --json` prints, by that command."""
         done = self.command("status", "--json")
         assert done.returncode == 0, done.stderr
         document: dict[str, Any] = json.loads(done.stdout)

@@ -57,7 +57,7 @@ def test_a_thousand_requests_of_which_a_third_is_abandoned(cluster: ClusterUnder
     assert ways(document)["prefill"] > 400  # the rest: abandoned, or prefilled where its prefix was
     assert router.num_fds() <= fds_before + 16  # kept connections may differ, a leak of one a request would not
     assert cluster.mishaps() == []
-    told = cluster.status()  # by the command, as operators see it
+    told = cluster.status_printed()
     assert unsettled(told) == []
     assert [each["kv_blocks"] for each in told["workers"]] == [each["kv_blocks"] for each in document["workers"]]
 

@@ -143,7 +143,7 @@ def test_tenants_share_no_prefix_and_get_the_same_tokens(cluster: Secured) -> No
 
 
 def test_commands_of_this_user_reach_the_cluster_and_others_need_an_operators_key(cluster: Secured) -> None:
-    assert {worker["state"] for worker in cluster.status()["workers"]} == {"ready"}
+    assert {worker["state"] for worker in cluster.status_printed()["workers"]} == {"ready"}
     refused = tandem("status", "--port", str(cluster.port), "--run-dir", str(cluster.run_dir), TANDEM_API_KEY=ALICE)
     assert refused.returncode == 1
     assert "key 'alice' is no operator's" in refused.stderr

@@ -62,7 +62,7 @@ def test_no_part_of_ray_runs_that_nobody_asks(cluster: Served) -> None:
 
 def test_the_schema_of_status(cluster: Served) -> None:
     cluster.complete("schema", max_tokens=3)
-    status = cluster.status()
+    status = cluster.status_printed()
     types = {
         "id": str, "role": str, "state": str, "pid": int, "agent_pid": int, "incarnation": int, "running": int,
         "waiting": int, "exact": bool, "kv_blocks": dict,
