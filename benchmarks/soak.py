@@ -37,6 +37,7 @@ WARM_UP_S = 120.0  # of a process: it imports, fills its caches, remembers its f
 WARM_UP_LONG_S = {"router": 420.0, "supervisor": 120.0, "Ray": 300.0}  # a router remembers requests for five minutes
 GROWTH_SHARE_MAX = 0.02  # of the memory there is, in an hour: less is no growth, whatever the noise
 KINDS_S = 60.0
+AGES = 8
 MB = 1 << 20
 
 
@@ -152,12 +153,17 @@ def slope(name: str, points: Sequence[tuple[int, float, float]]) -> Slope | None
     )
 
 
-def own_files(taken: Taken) -> int:
-    """Open files, without the connections of a router's clients: they gather at whichever router was not killed.
-
-    Audits count them all: many that outlive their clients are found at a still moment.
-    """
-    return taken.num_files - (taken.num_came if taken.name == "router" else 0)
+def ages_table(samples: Sequence[Taken]) -> str:
+    """Memory of the oldest process of each name at AGES ages, to tell a warm-up from a leak."""
+    of: dict[tuple[str, int], list[Taken]] = defaultdict(list)
+    for each in samples:
+        of[each.name, each.pid].append(each)
+    rows = []
+    for name in sorted({name for name, _ in of}):
+        oldest = max((each for (whose, _), each in of.items() if whose == name), key=lambda each: each[-1].age_s)
+        shown = [oldest[(len(oldest) - 1) * number // (AGES - 1)] for number in range(AGES)]
+        rows.append((name, *(f"{each.heap_bytes / MB:.1f} ({each.age_s / 60:.0f})" for each in shown)))
+    return report.table(("oldest", *["MB (minutes)"] * AGES), rows)
 
 
 def slopes(samples: Sequence[Taken], figure: Callable[[Taken], int]) -> list[Slope]:
@@ -182,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     tally, sampler = _soak(flags)
     samples = sampler.samples
-    memory, files = slopes(samples, lambda each: each.heap_bytes), slopes(samples, own_files)
+    memory, files = slopes(samples, lambda each: each.heap_bytes), slopes(samples, lambda each: each.num_files)
     broken = []
     if flags.duration >= SHORTEST_S:
         broken += [f"memory of {each.name} grows by {each.per_hour / MB:.1f} MB/h" for each in memory if each.grows]
@@ -209,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ("process", "open files", "slope /h", "noise /h", "grows"),
                 [(s.name, s.mean, s.per_hour, s.noise_per_hour, s.grows) for s in files],
             ),
+            ages_table(samples),
             kinds_table(sampler.kinds),
             markdown(tally),
             summary(tally),

@@ -121,9 +121,10 @@ class CheckingLoad:
     # ---- one client --------------------------------------------------------------------------------------------------
 
     async def _client(self) -> None:
-        async with self._connected() as client:
-            while True:
-                await self._going.wait()
+        """One stream after the other, each over a connection of its own: so routers that come get their share too."""
+        while True:
+            await self._going.wait()
+            async with self._connected() as client:
                 reading = asyncio.create_task(self._read(client, self._draw.choice(self._questions)))
                 self._reading.add(reading)
                 reading.add_done_callback(self._reading.discard)
@@ -132,8 +133,8 @@ class CheckingLoad:
                 finally:  # it cancels its request, for which it needs the connection
                     reading.cancel()
                     await asyncio.gather(reading, return_exceptions=True)
-                if not reading.cancelled():
-                    reading.result()
+            if not reading.cancelled():
+                reading.result()
 
     async def _read(self, client: AsyncClient, question: Question) -> None:
         """One stream to its end, or to where its client leaves."""

@@ -136,7 +136,6 @@ class Taken:
     pid: int
     age_s: float
     num_files: int  # open
-    num_came: int  # of those, connections that others made to its ports
     heap_bytes: int  # of no file; in proportion where pages are shared
     shared_bytes: int  # of memory files such as pools of KV, in proportion
 
@@ -171,12 +170,6 @@ def name_of(process: psutil.Process) -> str:
     return next((name for word, name in NAMES if word in line), "other")
 
 
-def _num_came(process: psutil.Process) -> int:
-    connections = process.net_connections("tcp")
-    ports = listening_ports(connections)
-    return sum(bool(each.raddr) and each.laddr.port in ports for each in connections)
-
-
 def _taken(name: str, process: psutil.Process) -> Taken | None:
     """None: it has ended meanwhile."""
     try:
@@ -189,7 +182,6 @@ def _taken(name: str, process: psutil.Process) -> Taken | None:
             pid=process.pid,
             age_s=time.time() - process.create_time(),
             num_files=process.num_fds(),
-            num_came=_num_came(process),
             heap_bytes=kb["Pss_Anon"] << 10,
             shared_bytes=kb["Pss_Shmem"] << 10,
         )

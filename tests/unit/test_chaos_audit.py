@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from benchmarks.soak import own_files, slope
+from benchmarks.soak import ages_table, slope
 from cluster.chaos_audit import (
     FILES_MORE_MAX,
     IDLE_MS,
@@ -121,23 +120,27 @@ def test_a_slope_is_that_within_processes_and_noise_is_none() -> None:
     assert slope("worker", grows[:2]) is None
 
 
-def test_clients_of_a_router_are_not_its_growth() -> None:
-    """They gather where nobody was killed; links that came to an agent are its own, and count."""
-    router = Taken(name="router", pid=1, age_s=1.0, num_files=45, num_came=13, heap_bytes=1, shared_bytes=0)
-    assert own_files(router) == 32
-    assert own_files(replace(router, name="agent")) == 45
+def test_the_oldest_process_is_shown_at_ages_from_its_first_to_its_last() -> None:
+    def at(pid: int, age_s: float, mb: int) -> Taken:
+        return Taken(name="router", pid=pid, age_s=age_s, num_files=9, heap_bytes=mb << 20, shared_bytes=0)
+
+    old = [at(1, 60.0 * minute, 60 + minute) for minute in range(15)]
+    young = [at(2, 60.0 * minute, 90) for minute in range(3)]
+    cells = [each.strip() for each in ages_table([*young, *old]).splitlines()[-1].strip("| ").split(" | ")]
+    assert cells == ["router", *(f"{60 + minute}.0 ({minute})" for minute in range(0, 15, 2))]
 
 
-def test_connections_that_came_are_told_from_those_that_went_out() -> None:
+def test_files_and_memory_of_a_process_are_its_own() -> None:
     me = os.getpid()
 
-    def came() -> tuple[int, int]:
+    def num_files() -> int:
         (found,) = [each for each in taken(me) if each.pid == me]
-        return found.num_came, found.num_files
+        assert found.heap_bytes > 1 << 20
+        return found.num_files
 
-    came_before, files_before = came()
+    before = num_files()
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
         inside, _ = server.accept()
         with inside:
-            assert came() == (came_before + 1, files_before + 3)
-    assert came() == (came_before, files_before)
+            assert num_files() == before + 3
+    assert num_files() == before
