@@ -109,7 +109,7 @@ def worker_table(answer: pb.StatusResponse) -> Table:
 
 def request_table(answer: pb.StatusResponse) -> Table:
     """The newest requests, for people."""
-    table = _table("request", "state", "prefill", "decode", "prompt", "tokens", "moved", "TTFT")
+    table = _table("request", "state", "prefill", "decode", "prompt", "tokens", "blocks moved", "TTFT")
     for request in answer.requests[-NEWEST:]:
         table.add_row(
             request.id[-ID_CHARACTERS:],
