@@ -316,7 +316,7 @@ class Placer:
     def _decode(
         self, case: _Case, role: Role, sources: Sequence[_Option]
     ) -> tuple[Worker, tuple[Candidate, ...]] | None:
-        """The decode worker with memory whose batch and missing blocks cost least.
+        """The decode worker with memory whose batch and missing blocks cost least; of equal ones the emptiest.
 
         Tried ones only when all were, and then one that some source gets through to, as far as is known.
         """
@@ -339,7 +339,7 @@ class Placer:
             scored.append((worker, Candidate(worker.worker_id, Part.DECODE, batch_ms + copy_ms, terms)))
         if not scored:
             return None
-        chosen, _ = min(scored, key=lambda each: (each[1].score_ms, each[0].slot))
+        chosen, _ = min(scored, key=lambda each: (each[1].score_ms, each[0].num_requests, each[0].slot))
         return chosen, tuple(candidate for _, candidate in scored)
 
     # ---- candidates and scores -------------------------------------------------------------------------------------

@@ -203,6 +203,21 @@ def test_decode_goes_where_there_is_memory_and_the_batch_is_small() -> None:
     assert found.why is Why.NO_MEMORY
 
 
+def test_a_step_during_which_its_worker_was_stopped_does_not_send_all_to_one() -> None:
+    """Steps take as long for many as for few; one seemed to last for seconds."""
+    pool = Pool()
+    pool.add("p0", Role.PREFILL)
+    workers = [pool.add(f"d{each}", Role.DECODE) for each in range(2)]
+    for each in range(30):
+        workers[0].cost.learn_step(1 + each % 3, 10.0 + each % 2)
+    workers[0].cost.learn_step(1, 2700.0)
+    for each in range(6):
+        found = pool.place(ask(name=str(each)))
+        (taken,) = [worker for worker in workers if worker.info.worker_id == found.decode_worker.worker_id]
+        pool.fleet.reserve(taken, RequestId(str(each)), 21)
+    assert [worker.num_requests for worker in workers] == [3, 3]
+
+
 def test_others_keep_away_from_the_worker_of_a_high_priority_unless_theirs_is_as_high() -> None:
     pool = Pool()
     pool.add("p0", Role.PREFILL)
@@ -355,6 +370,29 @@ def test_equal_samples_neither_explode_nor_go_negative() -> None:
     assert cost.prefill_ms(100, 100) == pytest.approx(50.0, rel=0.01)
     assert cost.step_ms(1) == pytest.approx(12.0, rel=0.01)
     assert cost.prefill_ms(1, 1) > 0
+
+
+def test_one_sample_far_off_counts_for_little_and_a_change_is_learnt() -> None:
+    cost = CostModel()
+    for each in range(100):
+        cost.learn_step(1 + each % 8, 10.0 + 0.5 * (each % 8))
+    before_ms = cost.step_ms(4)
+    cost.learn_step(4, 60_000.0)
+    assert cost.step_ms(4) < 1.2 * before_ms
+    for each in range(600):
+        cost.learn_step(1 + each % 8, 200.0 + 10.0 * (each % 8))
+    assert cost.step_ms(4) == pytest.approx(230.0, rel=0.1)
+    first = CostModel()
+    for each in range(8):
+        first.learn_step(1 + each % 2, 0.4)
+    assert first.step_ms(1) == pytest.approx(0.4, rel=0.5), "the first guess is off by thirty times"
+
+
+def test_more_requests_never_make_a_step_shorter() -> None:
+    cost = CostModel()
+    for each in range(100):
+        cost.learn_step(1 + each % 4, 12.0 - each % 4)
+    assert cost.step_ms(1) <= cost.step_ms(4) <= cost.step_ms(400)
 
 
 @pytest.mark.parametrize(
