@@ -14,6 +14,7 @@ from kv_transfer.messages import ExpectFrames, FrameHeader
 from tandem.request import TransferId
 
 MAX_ENDED_ATTEMPTS = 4096  # that are remembered, so that their late frames are refused at once
+ENDED_FOR_S = 120.0  # so long: later than any frame that was under way
 MAX_OPEN_ATTEMPTS = 16384
 
 AttemptKey = tuple[TransferId, int]
@@ -58,7 +59,7 @@ class Attempts:
 
     def __init__(self) -> None:
         self._open: dict[AttemptKey, _Attempt] = {}
-        self._ended: OrderedDict[AttemptKey, None] = OrderedDict()
+        self._ended: OrderedDict[AttemptKey, float] = OrderedDict()  # when
 
     def expect(self, command: ExpectFrames, *, source_agent: int) -> str | None:
         """Frames of this attempt may come. A second call adds blocks. Returns why not, or None."""
@@ -133,7 +134,7 @@ class Attempts:
         attempt = self._open.get((transfer_id, epoch))
         return (transfer_id, epoch) in self._ended or (attempt is not None and attempt.ended)
 
-    def end(self, transfer_id: TransferId, epoch: int) -> bool:
+    def end(self, transfer_id: TransferId, epoch: int, now_s: float) -> bool:
         """The worker takes no more part in this attempt, known or not. True: it is quiet; False: `settle` will say."""
         key = (transfer_id, epoch)
         attempt = self._open.get(key)
@@ -141,23 +142,23 @@ class Attempts:
             attempt.ended = True
             return False
         self._open.pop(key, None)
-        self._remember(key)
+        self._remember(key, now_s)
         return True
 
-    def settle(self, transfer_id: TransferId, epoch: int) -> bool:
+    def settle(self, transfer_id: TransferId, epoch: int, now_s: float) -> bool:
         """Whether an attempt that was ended, with operations under way, has just become quiet. True once."""
         key = (transfer_id, epoch)
         attempt = self._open.get(key)
         if attempt is None or not attempt.ended or not attempt.quiet:
             return False
         del self._open[key]
-        self._remember(key)
+        self._remember(key, now_s)
         return True
 
-    def _remember(self, key: AttemptKey) -> None:
-        self._ended[key] = None
+    def _remember(self, key: AttemptKey, now_s: float) -> None:
+        self._ended[key] = now_s
         self._ended.move_to_end(key)
-        while len(self._ended) > MAX_ENDED_ATTEMPTS:
+        while len(self._ended) > MAX_ENDED_ATTEMPTS or next(iter(self._ended.values())) < now_s - ENDED_FOR_S:
             self._ended.popitem(last=False)
 
 

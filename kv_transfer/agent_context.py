@@ -81,7 +81,7 @@ class AgentContext:
     def end(self, command: EndTransfer) -> None:
         """The worker takes no more part: quiet is said at once, or when the last operation is over."""
         with self._changed:
-            if self._attempts.end(command.transfer_id, command.epoch):
+            if self._attempts.end(command.transfer_id, command.epoch, time.monotonic()):
                 self._emit(TransferQuiet(transfer_id=command.transfer_id, epoch=command.epoch))
             self._changed.notify_all()
 
@@ -208,7 +208,7 @@ class AgentContext:
             self._settle(header.transfer_id, header.epoch)
 
     def _settle(self, transfer_id: TransferId, epoch: int) -> None:
-        if self._attempts.settle(transfer_id, epoch):
+        if self._attempts.settle(transfer_id, epoch, time.monotonic()):
             self._emit(TransferQuiet(transfer_id=transfer_id, epoch=epoch))
         self._changed.notify_all()
 

@@ -263,7 +263,7 @@ class VirtualAgent:
 
     def _end(self, command: EndTransfer) -> None:
         key = (command.transfer_id, command.epoch)
-        if self._attempts.end(*key):
+        if self._attempts.end(*key, self._schedule.now_ms / 1000):
             self._quiet(key)
         else:
             # Answers that are not here yet are given up after a while.
@@ -274,7 +274,7 @@ class VirtualAgent:
             self._outcome(this, None, "given up")
 
     def _settle(self, header: FrameHeader) -> None:
-        if self._attempts.settle(header.transfer_id, header.epoch):
+        if self._attempts.settle(header.transfer_id, header.epoch, self._schedule.now_ms / 1000):
             self._quiet(_key(header))
 
     def _quiet(self, key: AttemptKey) -> None:

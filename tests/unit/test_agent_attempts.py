@@ -8,11 +8,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kv_transfer.agent_attempts import MAX_ENDED_ATTEMPTS, Attempts, Verdict
+from kv_transfer.agent_attempts import ENDED_FOR_S, MAX_ENDED_ATTEMPTS, Attempts, Verdict
 from kv_transfer.messages import ExpectFrames, FrameHeader
 from tandem.request import TransferId
 
 T = TransferId("t")
+NOW_S = 1000.0
 EXPECT = ExpectFrames(
     transfer_id=T, epoch=1, source_incarnation=1, target_incarnation=2, blocks=(3, 4), generations=(5, 6), endpoint=""
 )
@@ -63,22 +64,33 @@ def test_a_second_expectation_adds_blocks() -> None:
 def test_an_end_while_a_frame_arrives_is_quiet_only_afterwards_and_nothing_lands() -> None:
     attempts = _expecting()
     attempts.take(FRAME, 7, source_agent=9)
-    assert not attempts.end(T, 1)
-    assert not attempts.settle(T, 1)
+    assert not attempts.end(T, 1, NOW_S)
+    assert not attempts.settle(T, 1, NOW_S)
     assert attempts.take(replace(FRAME, sequence=1), 7, source_agent=9).verdict is Verdict.REFUSE
     assert not attempts.landed(FRAME, 7)
-    assert attempts.settle(T, 1)
-    assert not attempts.settle(T, 1)
-    assert attempts.end(T, 1)  # asked again: quiet, again
+    assert attempts.settle(T, 1, NOW_S)
+    assert not attempts.settle(T, 1, NOW_S)
+    assert attempts.end(T, 1, NOW_S)  # asked again: quiet, again
     assert attempts.expect(EXPECT, source_agent=9) == "the attempt has ended"
 
 
 def test_ended_attempts_are_forgotten_in_the_end() -> None:
     attempts = Attempts()
     for number in range(MAX_ENDED_ATTEMPTS + 1):
-        assert attempts.end(TransferId(str(number)), 1)
+        assert attempts.end(TransferId(str(number)), 1, NOW_S)
     assert attempts.take(replace(FRAME, transfer_id=TransferId("1")), 7, source_agent=9).verdict is Verdict.REFUSE
     assert attempts.take(replace(FRAME, transfer_id=TransferId("0")), 7, source_agent=9).verdict is Verdict.UNKNOWN
+
+
+def test_ended_attempts_are_forgotten_when_none_of_their_frames_can_come() -> None:
+    """An agent that lives long remembers no more than one that is two minutes old."""
+    attempts = Attempts()
+    for number in range(1000):
+        assert attempts.end(TransferId(str(number)), 1, NOW_S + number)
+    assert len(attempts._ended) == ENDED_FOR_S + 1
+    for number, verdict in ((999, Verdict.REFUSE), (880, Verdict.REFUSE), (878, Verdict.UNKNOWN)):
+        answer = attempts.take(replace(FRAME, transfer_id=TransferId(str(number))), 7, source_agent=9)
+        assert answer.verdict is verdict
 
 
 class AttemptsMachine(RuleBasedStateMachine):
@@ -93,7 +105,7 @@ class AttemptsMachine(RuleBasedStateMachine):
         self.quiet = False
 
     def _settled(self) -> None:
-        if self.attempts.settle(T, 1):
+        if self.attempts.settle(T, 1, NOW_S):
             assert self.ended
             assert not self.quiet
             self.quiet = True
@@ -132,7 +144,7 @@ class AttemptsMachine(RuleBasedStateMachine):
     @rule()
     def end(self) -> None:
         self.ended = True
-        self.quiet = self.attempts.end(T, 1)
+        self.quiet = self.attempts.end(T, 1, NOW_S)
 
     @invariant()
     def quiet_is_told_exactly_when_nothing_is_under_way(self) -> None:
