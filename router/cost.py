@@ -26,7 +26,6 @@ class LeastSquares:
         size = len(self.weights)
         self._spread = [[PRIOR_SPREAD if row == column else 0.0 for column in range(size)] for row in range(size)]
         self._usual_ms = 0.0
-        self.num_samples = 0
 
     def predict(self, x: Sequence[float]) -> float:
         return sum(weight * each for weight, each in zip(self.weights, x, strict=True))
@@ -48,7 +47,6 @@ class LeastSquares:
         for row, each in zip(self._spread, gain, strict=True):
             for column, along in enumerate(spread_x):
                 row[column] = min(GAIN_MAX, max(-GAIN_MAX, (row[column] - each * along) / self._forgetting))
-        self.num_samples += 1
 
 
 class CostModel:

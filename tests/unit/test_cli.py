@@ -153,9 +153,22 @@ def test_a_wrong_deadline_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_quick_commands_import_neither_torch_nor_ray() -> None:
-    code = "import sys, cli.main; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys; from importlib import import_module; from cli.main import VERBS;"
+        "[import_module(module) for module, _ in VERBS.values()];"
+        "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_verb_does_without_the_modules_of_the_others() -> None:
+    code = (
+        "import sys; from cli.main import app; app(['config'], standalone_mode=False);"
+        "print(sorted(each for each in sys.modules if each.startswith('cli.')), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.strip() == "['cli.configuration', 'cli.main', 'cli.settings']"
 
 
 def test_the_router_process_imports_neither_torch_nor_ray() -> None:
