@@ -53,6 +53,14 @@ from tandem.errors import (
 from tandem.request import RequestId
 
 _ENCODE_HERE_CHARACTERS = 16_384  # about a millisecond
+KEY_PAUSES_S = (
+    0.03,
+    0.06,
+    0.12,
+    0.25,
+    0.5,
+    1.0,
+)  # until it is written that a key is free: 20 ms, if the store is there
 _ENCODING_MAX = 64  # long texts on threads, or waiting for one
 
 
@@ -144,6 +152,13 @@ class Ask:
     resume_ms: int = 0
     form: Mapping[str, object] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)  # our field -> what the client calls it
+
+
+class _KeyIsFree(Exception):
+    """The request that came with this idempotency key failed, or its client left before it began: its key is free.
+
+    Whether it was so may be known here before it is written to the store, or a moment after the store was asked.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,7 +288,12 @@ class Service:
             return await self._same(known, keep, ask.caller)
         self._opening[keep.key] = opening = asyncio.Event()
         try:
-            return await self._begin(ask, request_id, stops, keep)
+            for pause_s in KEY_PAUSES_S:
+                try:
+                    return await self._begin(ask, request_id, stops, keep)
+                except _KeyIsFree:
+                    await asyncio.sleep(pause_s)
+            raise StoreAway("what came with this idempotency key is over, which is not written yet: try again")
         finally:
             del self._opening[keep.key]
             opening.set()
@@ -315,12 +335,20 @@ class Service:
         return await self._same(known, keep, ask.caller)
 
     async def resume(
-        self, request_id: str, from_index: int, caller: Caller = ANYBODY, *, key: str = "", api: Api | None = None
+        self,
+        request_id: str,
+        from_index: int,
+        caller: Caller = ANYBODY,
+        *,
+        key: str = "",
+        api: Api | None = None,
+        anew: bool = False,
     ) -> Answers:
         """The answer of a request that runs or ended lately, from token `from_index` on, wherever it was served.
 
         A reader of before is ended. What is not this caller's is not known to it; where it gives the idempotency `key`,
-        neither is another request of the same id. `api`: where it was asked, where that matters.
+        neither is another request of the same id. `api`: where it was asked, where that matters. `anew`: it asks for an
+        answer, not for how an earlier try failed: raises _KeyIsFree where it did.
 
         Raises InvalidRequest, UnknownRequest, RequestLost, Unavailable.
         """
@@ -328,6 +356,8 @@ class Service:
         if from_index < 0:
             raise InvalidRequest("from_index", f"is {from_index}, must be at least 0")
         kept, stream = await self._find(known, _Back(caller=caller, from_index=from_index, key=key, api=api))
+        if anew and kept.ended is not None and kept.ended.code:
+            raise _KeyIsFree
         form = json.loads(kept.keep.form)
         group = Answers(self, known, owner=kept.new.owner, form=form, skip=from_index)
         answer = Answer(
@@ -388,7 +418,7 @@ class Service:
             raise DuplicateRequest(f"request_id: {known.new.request_id!r} is in flight")
         if known.keep.digest != keep.digest:
             raise DuplicateRequest(f"idempotency_key: {show(keep.key)} came with another request before")
-        return await self.resume(known.new.request_id, 0, caller, key=keep.key)
+        return await self.resume(known.new.request_id, 0, caller, key=keep.key, anew=True)
 
     def _check_ahead(self, kept: Kept, from_index: int) -> None:
         """What a client has beyond what is kept is computed again, to the same tokens: only exact mode promises."""
