@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 from router.events import NewRequest
@@ -23,6 +24,7 @@ PERIOD_S = 0.02
 LEASE_S = 1.0  # between two renewals; the lease is three times as long
 BACKOFF_S = 0.5
 HAND_OVER_S = 2.0
+TAKES_MAX = 3
 
 
 class StoreDown(RuntimeError):
@@ -122,12 +124,25 @@ class Journal:
             raise StoreAway(f"the shared store does not answer, try again: {error}") from None
 
     async def take_over(self, seen: Seen) -> Kept | None:
-        """The request that was seen, to go on with it here; None when nobody knows it any more. Raises StoreAway."""
-        try:
-            return await self._store.take_over(seen.new.request_id, self._driver.next_fence(), seen.mark)
-        except StoreDown as error:
-            self._is_down(error)
-            raise StoreAway(f"the shared store does not answer, try again: {error}") from None
+        """The request that was seen, to go on with it here; None when nobody knows it any more. Raises StoreAway.
+
+        One that the store calls this router's, and that is not here, has most likely ended here while the store was
+        answering. It is asked again, since the answer is older than that end; a fence is never begun with twice.
+        """
+        request_id = seen.new.request_id
+        for _ in range(TAKES_MAX):
+            fence = self._driver.next_fence()
+            try:
+                kept = await self._store.take_over(request_id, fence, seen.mark)
+            except StoreDown as error:
+                self._is_down(error)
+                raise StoreAway(f"the shared store does not answer, try again: {error}") from None
+            was_ours = kept is not None and kept.ended is None and kept.fence < fence
+            if kept is None or not was_ours or self._driver.transcripts.find(request_id) is not None:
+                return kept
+            await asyncio.sleep(self._period_s)
+        assert kept is not None
+        return replace(kept, fence=fence)  # its end was never written, and is forgotten here
 
     async def run(self) -> None:
         """Writes and renews, for ever."""

@@ -53,14 +53,8 @@ from tandem.errors import (
 from tandem.request import RequestId
 
 _ENCODE_HERE_CHARACTERS = 16_384  # about a millisecond
-KEY_PAUSES_S = (
-    0.03,
-    0.06,
-    0.12,
-    0.25,
-    0.5,
-    1.0,
-)  # until it is written that a key is free: 20 ms, if the store is there
+# Until it is written that a key is free: 20 ms, if the store is there.
+KEY_PAUSES_S = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
 _ENCODING_MAX = 64  # long texts on threads, or waiting for one
 
 

@@ -30,10 +30,12 @@ from benchmarks.local_redis import LocalRedis
 from router.api_keys import Caller, KeyEntry
 from router.journal import Journal
 from router.metrics import Api
+from router.move import EPOCHS_PER_FENCE
 from router.service import Ask, Service
 from router.validation import SamplingFields
 from tandem.client import Client
 from tandem.errors import Overloaded, UnknownRequest
+from tandem.messages import Assign
 from tandem.request import RequestId
 from tandem.v1 import inference_pb2
 
@@ -230,6 +232,89 @@ def test_a_client_that_leaves_while_its_request_is_claimed_leaves_nothing_in_the
         await until(lambda: "r" not in first.service._in_flight)
         await until(lambda: not first.driver.transcripts.pending())
         assert await code(second, x_request_id="r") == 200
+
+    together(case)
+
+
+def test_a_client_that_comes_again_while_its_first_try_is_withdrawn_is_answered() -> None:
+    """The store has the key of the claim, and not yet that it was withdrawn: at that router, and at the other one."""
+
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: LocalRedis) -> None:
+        store = journal(first)._store
+        genuine = store.claim, store.write
+        for name, router in (("r", first), ("s", second)):
+            claimed, slow = asyncio.Event(), asyncio.Event()
+
+            async def unheard(*args: Any, claimed: asyncio.Event = claimed) -> None:
+                await genuine[0](*args)
+                claimed.set()
+                await asyncio.Event().wait()
+
+            async def later(writes: Any, slow: asyncio.Event = slow) -> Any:
+                await slow.wait()
+                return await genuine[1](writes)
+
+            store.claim, store.write = unheard, later  # type: ignore[method-assign, assignment]
+            request = ask(name, 5)
+            request.idempotency_key = f"key of {name}"
+            call = first.stub.Generate(request, timeout=DEADLINE_S)
+            reading = asyncio.create_task(read_tokens(call, 1))
+            await claimed.wait()
+            call.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            await until(lambda: not first.service._in_flight)
+            store.claim = genuine[0]  # type: ignore[method-assign]
+            asyncio.get_running_loop().call_later(0.1, slow.set)
+            again = [each async for each in router.stub.Generate(request, timeout=DEADLINE_S)]
+            assert tokens_of(again) == ids(5)
+            store.write = genuine[1]  # type: ignore[method-assign]
+
+    together(case)
+
+
+def test_who_comes_back_for_what_ends_while_the_store_answers_gets_that_and_no_second_life() -> None:
+    """The store's answer, that this router has the request, is older than the request's end here."""
+
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: LocalRedis) -> None:
+        worker.num_tokens_max = 6
+        await begun(first, ask("r", 12))
+        store = journal(first)._store
+        genuine, taken, ended = store.take_over, asyncio.Event(), asyncio.Event()
+
+        async def late(*args: Any) -> Any:
+            kept = await genuine(*args)
+            taken.set()
+            await ended.wait()
+            return kept
+
+        store.take_over = late  # type: ignore[method-assign, assignment]
+        reading = asyncio.create_task(attached(first, "r", 3))
+        await taken.wait()
+        release(first, worker)
+        await until(lambda: first.driver.transcripts.find(RequestId("r")) is None)
+        heard = len(worker.heard)
+        ended.set()
+        assert tokens_of(await reading) == ids(12)[3:]
+        assert not [each for each in worker.heard[heard:] if isinstance(each, Assign)], "it was begun again"
+
+    together(case)
+
+
+def test_what_this_router_forgot_unwritten_goes_on_under_a_fence_of_its_own() -> None:
+    """The store calls the request this router's, which knows nothing of it any more."""
+
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: LocalRedis) -> None:
+        worker.num_tokens_max = 6
+        await begun(first, ask("r", 12))
+        await until(lambda: not first.driver.transcripts.pending())
+        worker.num_tokens_max = 10**9
+        first.driver.let_go(RequestId("r"), began_apart=False)
+        assert tokens_of(await attached(first, "r", 3)) == ids(12)[3:]
+        await until(lambda: not first.driver.transcripts.pending())
+        assert tokens_of(await attached(second, "r", 0)) == ids(12)
+        epochs = [each.epoch // EPOCHS_PER_FENCE for each in worker.heard if isinstance(each, Assign)]
+        assert len(set(epochs)) == 2
+        assert epochs == sorted(epochs)
 
     together(case)
 
