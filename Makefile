@@ -34,7 +34,7 @@ install: $(VENV)/.installed-dev  ## build .venv with everything
 serve: $(VENV)/.installed  ## a local cluster on a real model: make serve ARGS="--decode 3"
 	@$(BIN)/tandem serve $(ARGS)
 
-test: install  ## all tests that need no GPU, in less than half an hour on two cores; make test ARGS="tests/unit -k queue", JOBS=4
+test: install  ## all tests that need no GPU, in about twenty minutes on two cores; make test ARGS="tests/unit -k queue", JOBS=4
 ifdef ARGS
 	@$(BIN)/python -m pytest -m "not gpu and not long" $(ARGS)
 else
