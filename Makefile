@@ -41,7 +41,7 @@ else
 	@# Real clusters apart from what computes, and CLUSTERS at a time: their tests hold them to seconds.
 	@run="$(BIN)/python -m pytest -m 'not gpu and not long'"; failed=0; \
 	eval $$run -n $(JOBS) --dist worksteal tests --ignore=tests/integration || failed=1; \
-	eval $$run $(if $(filter-out 1,$(CLUSTERS)),-n $(CLUSTERS) --dist loadfile --no-loadscope-reorder) tests/integration || failed=1; \
+	eval $$run $(if $(filter-out 1,$(CLUSTERS)),-n $(CLUSTERS) --dist loadfile) tests/integration || failed=1; \
 	exit $$failed
 endif
 

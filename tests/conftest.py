@@ -34,11 +34,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[RUN_VARIABLE] = folder.name
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Who has the machine alone comes last: in between, each of them would wait until all others have ended a test."""
-    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
-
-
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)  # before the test's time runs
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Lets tests of real processes that are held to seconds, or flood a cluster, run with no other such test beside."""
