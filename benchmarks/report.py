@@ -26,16 +26,24 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def commit() -> str:
+    """The commit that runs, with `+` when files of it are changed; `unknown` outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        ran = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parents[1], check=False)
+        return ran.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
+
+
 def circumstances(*, seed: int | None = None, threads: str = "") -> list[str]:
     """The lines that stand above every result."""
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=False
-    ).stdout.strip()
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     program = f"python -m {module.name}" if module is not None else sys.argv[0]
     return [
-        f"- date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; commit {commit or 'unknown'}",
+        f"- date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; commit {commit()}",
         f"- machine: {os.cpu_count()} x {cpu_name()}; Python {platform.python_version()}, "
         f"torch {metadata.version('torch')}, transformers {metadata.version('transformers')}",
         f"- command: `{' '.join([program, *map(shlex.quote, sys.argv[1:])])}`",
