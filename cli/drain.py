@@ -39,12 +39,13 @@ def document(progress: pb.DrainProgress) -> dict[str, object]:
     return {**plain(progress), "incarnation": progress.incarnation}  # 64 bits are text in JSON
 
 
-def sentence(progress: pb.DrainProgress) -> str:
-    """The progress, for people."""
+def sentence(progress: pb.DrainProgress, over: str = "") -> str:
+    """The progress, for people; `over`: what has come of it when it is done."""
     what = {
         "emptying": f"drains: {progress.requests} requests and {progress.blocks} blocks left",
         "leaving": "is empty and ends",
         "starting": "has left; a fresh one starts",
-        "done": f"is done; incarnation {progress.incarnation}",
+        "flipping": "is empty and gets its new role",
+        "done": over or f"is done; incarnation {progress.incarnation}",
     }
     return f"{progress.elapsed_ms / 1000:7.1f} s  {progress.worker} {what[progress.state]}"

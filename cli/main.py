@@ -22,6 +22,7 @@ VERBS = {
     "migrate": ("cli.migrate", "migrate"),
     "drain": ("cli.drain", "drain"),
     "scale": ("cli.scale", "scale"),
+    "flip": ("cli.flip", "flip"),
     "logs": ("cli.logs", "logs"),
     "down": ("cli.down", "down"),
     "bench": ("cli.bench", "bench"),

@@ -88,11 +88,14 @@ def router_table(answer: pb.StatusResponse) -> Table:
 
 def worker_table(answer: pb.StatusResponse) -> Table:
     """Workers, for people."""
-    table = _table("worker", "state", "pid", "agent", "inc", "run", "wait", "exact", "KV used", "cached", "total")
+    table = _table(
+        "worker", "role", "state", "pid", "agent", "inc", "run", "wait", "exact", "KV used", "cached", "total"
+    )
     for worker in answer.workers:
         blocks = worker.kv_blocks
         table.add_row(
             worker.id,
+            worker.role,
             worker.state,
             str(worker.pid),
             str(worker.agent_pid),

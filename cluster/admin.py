@@ -196,6 +196,16 @@ class Admin(admin_pb2_grpc.AdminServicer):
         except TandemError as error:
             await _abort(context, error)
 
+    async def Flip(self, request: pb.FlipRequest, context: _Context) -> AsyncIterator[pb.DrainProgress]:
+        """Gives a worker another role, and tells of each change until it has it. It goes on without the caller."""
+        try:
+            drain = self._operations.flip(request.worker, request.role, deadline_ms=request.deadline_ms)
+            async with aclosing(self._operations.follow(drain)) as steps:
+                async for now in steps:
+                    yield drain_progress(now, elapsed_ms=now.elapsed_ms(time.monotonic_ns() // 1_000_000))
+        except TandemError as error:
+            await _abort(context, error)
+
     async def Scale(self, request: pb.ScaleRequest, context: _Context) -> AsyncIterator[pb.ScaleProgress]:
         """Brings the pools to the wanted sizes, and tells of each worker that comes or goes."""
         began_s = time.monotonic()

@@ -2,6 +2,8 @@
 
 A drain is asked of one router, which watches over it. The others give its worker nothing new, move their own requests
 away, and say how many they still have there. When the router that watches ends, the worker takes work again.
+
+A flip ends with a word of the supervisor to all of them, the one that watches included: the worker's new role.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ class DrainWord(StrEnum):
     GIVE_UP = "drain_give_up"  # to the one that wants to watch: it may not
     TAKEN_BACK = "taken_back"  # the worker takes work again
     LEFT = "drained"  # the worker is empty, and its process ends
+    FLIP = "flip"  # by the one that watches: the worker can have its new role
+    FLIPPED = "flipped"  # to all: it has that role, and takes work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +40,7 @@ class Tell:
     incarnation: int
     requests: int = 0
     reason: str = ""
+    role: Role | None = None
 
 
 @dataclass(slots=True)
@@ -54,15 +59,19 @@ class _Drain:
 
 @dataclass(slots=True, kw_only=True)
 class DrainRelay:
-    """All drains that are under way, and the routers that are up."""
+    """All drains that are under way, and the routers that are up.
 
+    `flipped`: incarnations that have another role than they registered with, which a router that is new has to hear.
+    """
+
+    flipped: dict[WorkerId, tuple[int, Role]] = field(default_factory=dict)
     _up: list[str] = field(default_factory=list)
     _drains: dict[WorkerId, _Drain] = field(default_factory=dict)
 
     def up(self, router: str) -> list[Tell]:
-        """A router serves: it helps with what is under way."""
+        """A router serves: it hears of the roles that have changed, and helps with what is under way."""
         self._up.append(router)
-        told = []
+        told = [self._flipped_to(router, worker_id) for worker_id in self.flipped]
         for worker_id, drain in self._drains.items():
             drain.parts[router] = None
             told += [self._elsewhere(worker_id, drain), _draining(router, worker_id, drain)]
@@ -80,7 +89,14 @@ class DrainRelay:
         return told
 
     def begun(
-        self, router: str, worker_id: WorkerId, incarnation: int, *, restart: bool, roles: Mapping[WorkerId, Role]
+        self,
+        router: str,
+        worker_id: WorkerId,
+        incarnation: int,
+        *,
+        restart: bool,
+        becomes: Role | None = None,
+        roles: Mapping[WorkerId, Role],
     ) -> list[Tell]:
         """A router drains a worker. `roles`: of all workers that run and do not leave.
 
@@ -92,7 +108,7 @@ class DrainRelay:
             refusal = f"{worker_id} is draining already, watched by {known.watcher}"
         elif not restart and worker_id in roles:
             others = {role for name, role in roles.items() if name != worker_id and name not in self._drains}
-            refusal = last_of_its_kind(worker_id, roles[worker_id], others)
+            refusal = last_of_its_kind(worker_id, roles[worker_id], others, becomes)
         if refusal:
             told = [
                 Tell(
@@ -121,8 +137,19 @@ class DrainRelay:
         """The router that watches says that the worker is empty, and leaves."""
         return self._ended(router, worker_id, incarnation, DrainWord.LEFT, "drained")
 
+    def flip(self, router: str, worker_id: WorkerId, incarnation: int, role: Role) -> list[Tell]:
+        """The router that watches says that the worker can have its new role. Nothing to tell: it does not get it."""
+        drain = self._drains.get(worker_id)
+        if drain is None or (drain.watcher, drain.incarnation) != (router, incarnation):
+            return []
+        del self._drains[worker_id]
+        self.flipped[worker_id] = incarnation, role
+        return [self._flipped_to(each, worker_id) for each in self._up]
+
     def ended(self, worker_id: WorkerId, incarnation: int) -> None:
-        """The worker's process is gone, which all routers are told anyway."""
+        """The worker's process is gone, which all routers are told anyway. The next one registers with its role."""
+        if worker_id in self.flipped and self.flipped[worker_id][0] <= incarnation:
+            del self.flipped[worker_id]
         drain = self._drains.get(worker_id)
         if drain is not None and drain.incarnation == incarnation:
             del self._drains[worker_id]
@@ -139,6 +166,12 @@ class DrainRelay:
             Tell(router=each, word=word, worker_id=worker_id, incarnation=drain.incarnation, reason=reason)
             for each in drain.parts
         ]
+
+    def _flipped_to(self, router: str, worker_id: WorkerId) -> Tell:
+        incarnation, role = self.flipped[worker_id]
+        return Tell(
+            router=router, word=DrainWord.FLIPPED, worker_id=worker_id, incarnation=incarnation, role=role
+        )  # fmt: skip
 
     def _elsewhere(self, worker_id: WorkerId, drain: _Drain) -> Tell:
         return Tell(

@@ -1,7 +1,8 @@
 """One drain from the moment it is asked for until its worker has left, is replaced, or takes work again, as a table.
 
 A drain gives its worker nothing new. What decodes there is moved away (cluster/rebalancer.py plans that), what prefills
-there is finished and handed over, and the worker leaves once nobody reads anything of it any more.
+there is finished and handed over, and the worker leaves once nobody reads anything of it any more. A flip is a drain
+whose worker does not leave: once it is empty it takes work again, in another role, with its weights and its cache.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tandem.request import WorkerId
 
 PREFILLS = (Role.PREFILL, Role.MIXED)
 DECODES = (Role.DECODE, Role.MIXED)
+DUTIES = {"writes tokens": DECODES, "reads prompts": PREFILLS}
 DEADLINE_MS = 120_000
 DEADLINE_MS_MAX = 3_600_000
 
@@ -28,6 +30,7 @@ class DrainState(StrEnum):
     EMPTYING = "emptying"  # the worker has something that is needed
     LEAVING = "leaving"  # it has nothing, and its process is being ended
     STARTING = "starting"  # a fresh incarnation is on its way
+    FLIPPING = "flipping"  # it has nothing that its new role could not go on with, and the cluster is told of that role
     DONE = "done"
     FAILED = "failed"
 
@@ -62,13 +65,18 @@ class Back:
 
 
 @dataclass(frozen=True, slots=True)
+class Flipped:
+    """The supervisor says that the worker has its new role."""
+
+
+@dataclass(frozen=True, slots=True)
 class GiveUp:
     """The drain may not go on: another router began first what only one may."""
 
     reason: str
 
 
-Event = Looked | Gone | Back | GiveUp
+Event = Looked | Gone | Back | Flipped | GiveUp
 
 # ---- actions ---------------------------------------------------------------------------------------------------------
 
@@ -81,26 +89,39 @@ class Leave:
 
 
 @dataclass(frozen=True, slots=True)
+class Flip:
+    """Give the worker this role, in the whole cluster; then it takes work again."""
+
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
 class TakeBack:
     """The drain is given up: the worker takes work again."""
 
     reason: str
 
 
-Action = Leave | TakeBack
+Action = Leave | Flip | TakeBack
 
 
 @dataclass(slots=True, kw_only=True)
 class Drain:
-    """One drain. Times are milliseconds on the caller's clock; `deadline_ms` is for emptying."""
+    """One drain. Times are milliseconds on the caller's clock; `deadline_ms` is for emptying.
+
+    `becomes`: the role that the worker, now of `role`, gets instead of leaving.
+    """
 
     worker_id: WorkerId
     incarnation: int
-    restart: bool
+    role: Role
+    restart: bool = False
+    becomes: Role | None = None
     began_ms: int
     deadline_ms: int
     leave_ms: int  # bound of the process's end
     start_ms: int  # bound of the fresh one's start
+    flip_ms: int = 5_000  # bound of the supervisor's answer
     settle_ms: int = 300  # so long nothing may be left: words on their way between router and worker have come by then
     state: DrainState = DrainState.EMPTYING
     reason: str = ""  # FAILED: why
@@ -118,16 +139,30 @@ class Drain:
         """How long it has taken."""
         return now_ms - self.began_ms
 
-    def tick(self, now_ms: int) -> None:
+    def tick(self, now_ms: int) -> list[Action]:
         """Time has passed: each state but EMPTYING, which is looked at anyway, has a bound."""
-        if self.state in (DrainState.LEAVING, DrainState.STARTING) and now_ms >= self._due_ms:
-            what = "has not ended" if self.state is DrainState.LEAVING else "has left, and no fresh one is ready"
-            bound_ms = self.leave_ms if self.state is DrainState.LEAVING else self.start_ms
-            self._over(DrainState.FAILED, f"{self.worker_id} {what} within {bound_ms} ms")
+        bounds = {
+            DrainState.LEAVING: ("has not ended", self.leave_ms),
+            DrainState.STARTING: ("has left, and no fresh one is ready", self.start_ms),
+            DrainState.FLIPPING: ("was not given its new role", self.flip_ms),
+        }
+        if self.state not in bounds or now_ms < self._due_ms:
+            return []
+        what, bound_ms = bounds[self.state]
+        flips = self.state is DrainState.FLIPPING
+        self._over(DrainState.FAILED, f"{self.worker_id} {what} within {bound_ms} ms")
+        return [TakeBack(self.reason)] if flips else []
+
+    @property
+    def loses_nothing(self) -> bool:
+        """Whether the new role does all that the old one did, so that nothing has to be moved away."""
+        return self.becomes is not None and not duties_lost(self.role, self.becomes)
 
     def _looked(self, now_ms: int, event: Event) -> list[Action]:
         assert isinstance(event, Looked)
         self.left = event
+        if self.loses_nothing:
+            return self._leave(now_ms)
         if event.num_requests or event.num_blocks:
             self._empty_since_ms = None
             if now_ms < self.deadline_ms:
@@ -143,6 +178,12 @@ class Drain:
             self._empty_since_ms = now_ms
         if now_ms - self._empty_since_ms < self.settle_ms:
             return []
+        return self._leave(now_ms)
+
+    def _leave(self, now_ms: int) -> list[Action]:
+        if self.becomes is not None:
+            self.state, self._due_ms = DrainState.FLIPPING, now_ms + self.flip_ms
+            return [Flip(self.becomes)]
         self.state, self._due_ms = DrainState.LEAVING, now_ms + self.leave_ms
         return [Leave(self.restart)]
 
@@ -169,6 +210,10 @@ class Drain:
         self._over(DrainState.DONE, "")
         return []
 
+    def _flipped(self, now_ms: int, event: Event) -> list[Action]:
+        self._over(DrainState.DONE, "")
+        return []
+
     def _over(self, state: DrainState, reason: str) -> None:
         self.state, self.reason = state, reason
 
@@ -181,14 +226,23 @@ TABLE: dict[tuple[DrainState, type], _Row] = {
     (DrainState.EMPTYING, GiveUp): Drain._given_up,
     (DrainState.LEAVING, Gone): Drain._left,
     (DrainState.STARTING, Back): Drain._back,
+    (DrainState.FLIPPING, Flipped): Drain._flipped,
+    (DrainState.FLIPPING, Gone): Drain._died,
 }
 
 
 # ---- what a drain stands on ------------------------------------------------------------------------------------------
 
 
-def drainable(membership: Membership, worker: str, *, restart: bool, draining: Iterable[WorkerId]) -> Member:
-    """The worker that may be drained. Raises InvalidRequest or DrainRefused saying why it may not.
+def drainable(
+    membership: Membership,
+    worker: str,
+    *,
+    restart: bool = False,
+    becomes: Role | None = None,
+    draining: Iterable[WorkerId],
+) -> Member:
+    """The worker that may be drained, or flipped. Raises InvalidRequest or DrainRefused saying why it may not.
 
     The last ready worker that reads prompts, or that writes tokens, stays, unless a fresh one takes its place.
     `draining`: workers whose drain is not over.
@@ -207,6 +261,8 @@ def drainable(membership: Membership, worker: str, *, restart: bool, draining: I
         raise DrainRefused(f"{worker} is dead: {member.reason}")
     if member.state is MemberState.JOINING:
         raise DrainRefused(f"{worker} is joining; wait until it is ready")
+    if member.info.role is becomes:
+        raise DrainRefused(f"{worker} is a {becomes} worker already")
     if restart:
         return member
     others = {
@@ -214,17 +270,30 @@ def drainable(membership: Membership, worker: str, *, restart: bool, draining: I
         for each in membership.members.values()
         if each.state is MemberState.READY and each is not member
     }  # fmt: skip
-    refusal = last_of_its_kind(member.info.worker_id, member.info.role, others)
+    refusal = last_of_its_kind(member.info.worker_id, member.info.role, others, becomes)
     if refusal:
         raise DrainRefused(refusal)
     return member
 
 
-def last_of_its_kind(worker_id: WorkerId, role: Role, others: Collection[Role]) -> str:
-    """Why a worker of that role has to stay beside others of those roles; empty when it may go."""
-    for roles, does in ((DECODES, "writes tokens"), (PREFILLS, "reads prompts")):
-        if role in roles and not any(each in roles for each in others):
-            return f"{worker_id} is the last ready worker that {does}; drain it with --restart, or not at all"
+def parse_role(name: str) -> Role:
+    """The role of that name. Raises InvalidRequest."""
+    if name not in list(Role):
+        raise InvalidRequest("role", f"there is no role {name!r}; there are {', '.join(Role)}")
+    return Role(name)
+
+
+def duties_lost(role: Role, becomes: Role | None) -> list[str]:
+    """What a worker does in its role, and not in the one that it gets; None: it gets none."""
+    return [does for does, roles in DUTIES.items() if role in roles and becomes not in roles]
+
+
+def last_of_its_kind(worker_id: WorkerId, role: Role, others: Collection[Role], becomes: Role | None = None) -> str:
+    """Why a worker of that role has to stay beside others of those roles; empty when it may go, or become that."""
+    for does in duties_lost(role, becomes):
+        if not any(each in DUTIES[does] for each in others):
+            instead = "make it mixed, or leave it" if becomes else "drain it with --restart, or not at all"
+            return f"{worker_id} is the last ready worker that {does}; {instead}"
     return ""
 
 

@@ -7,10 +7,10 @@ back, nor does one that was drained: whoever speaks in its name is told to regis
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from tandem.messages import WorkerInfo
+from tandem.messages import Role, WorkerInfo
 from tandem.request import WorkerId
 
 
@@ -116,6 +116,15 @@ class DrainEnded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoleGiven:
+    """The incarnation has this role now, whatever it registered with; it may be yet to register here."""
+
+    worker_id: WorkerId
+    incarnation: int
+    role: Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
     """The worker's process is gone, or it said goodbye."""
 
@@ -129,7 +138,7 @@ class Passed:
     """Time has passed."""
 
 
-Event = Registered | Heartbeat | DrainAsked | DrainEnded | Ended | Passed
+Event = Registered | Heartbeat | DrainAsked | DrainEnded | RoleGiven | Ended | Passed
 
 
 # ---- actions -------------------------------------------------------------------------------------------------------
@@ -161,7 +170,16 @@ class StateChanged:
     reason: str
 
 
-Action = Admitted | RegistrationRefused | StateChanged
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleChanged:
+    """The worker incarnation has this role from now on."""
+
+    worker_id: WorkerId
+    incarnation: int
+    role: Role
+
+
+Action = Admitted | RegistrationRefused | StateChanged | RoleChanged
 
 
 # ---- the machine ---------------------------------------------------------------------------------------------------
@@ -201,6 +219,7 @@ class Membership:
     looked_ms: int | None = None
     model: str = ""  # that every worker must run; empty: whichever the first one runs
     members: dict[WorkerId, Member] = field(default_factory=dict)
+    given: dict[WorkerId, tuple[int, Role]] = field(default_factory=dict)  # of incarnations that have changed theirs
 
     def handle(self, now_ms: int, event: Event) -> list[Action]:
         """Takes one event at `now_ms` (monotonic milliseconds) and says what follows."""
@@ -214,6 +233,8 @@ class Membership:
                 return self._observe(self.current(event), O.DRAIN_ASKED, "asked to drain")
             case DrainEnded():
                 return self._observe(self.current(event), O.DRAINED if event.left else O.TAKEN_BACK, event.reason)
+            case RoleGiven():
+                return self._give_role(event)
             case Ended():
                 return self._observe(self.current(event), O.ENDED, event.reason)
             case Passed():
@@ -247,6 +268,9 @@ class Membership:
 
     def _register(self, now_ms: int, event: Registered) -> list[Action]:
         info, known = event.info, self.members.get(event.info.worker_id)
+        incarnation, role = self.given.get(info.worker_id, (0, info.role))
+        if incarnation == event.incarnation:
+            info = replace(info, role=role)
         if known is not None and known.incarnation == event.incarnation and known.state not in OVER:
             if (known.info.pid, known.info.control) == (info.pid, info.control):
                 return [Admitted(info=known.info, incarnation=known.incarnation)]  # the first answer was lost
@@ -275,6 +299,17 @@ class Membership:
             agent_pid=info.agent_pid,
         )  # fmt: skip
         return [*actions, Admitted(info=info, incarnation=event.incarnation)]
+
+    def _give_role(self, event: RoleGiven) -> list[Action]:
+        worker_id, incarnation, role = event.worker_id, event.incarnation, event.role
+        self.given[worker_id] = incarnation, role
+        while len(self.given) > self.members_max:
+            del self.given[next(iter(self.given))]
+        member = self.members.get(worker_id)
+        if member is None or member.incarnation != incarnation or member.state in OVER or member.info.role is role:
+            return []
+        member.info = replace(member.info, role=role)
+        return [RoleChanged(worker_id=worker_id, incarnation=incarnation, role=role)]
 
     def _has_room(self) -> bool:
         """Whether one more name may be remembered; the oldest that is over is forgotten for it."""

@@ -17,16 +17,20 @@ from cluster.draining import (
     DEADLINE_MS_MAX,
     DECODES,
     OVER,
+    Action,
     Back,
     Drain,
     DrainState,
     Event,
+    Flip,
+    Flipped,
     GiveUp,
     Gone,
     Leave,
     TakeBack,
     drainable,
     left_on,
+    parse_role,
     requests_on,
 )
 from cluster.membership import OVER as MEMBER_OVER
@@ -39,6 +43,7 @@ from router.driver import Driver, WantedMove
 from router.move import MoveOutcome, MoveReason, MoveRecord
 from router.request import ENDED, StatusSnapshot
 from tandem.errors import DrainRefused, InvalidRequest, UnknownRequest
+from tandem.messages import Role
 from tandem.request import RequestId, WorkerId
 
 log = logging.getLogger(__name__)
@@ -147,18 +152,27 @@ class Operations:
             move = same[0] if same else move
         return move
 
-    def drain(self, worker: str, *, deadline_ms: int, restart: bool) -> Drain:
+    def flip(self, worker: str, role: str, *, deadline_ms: int) -> Drain:
+        """Begins a drain after which the worker takes work again, in another role. Raises as `drain`."""
+        drain = self.drain(worker, deadline_ms=deadline_ms, becomes=parse_role(role))
+        if drain.loses_nothing:  # nor shall the rebalancer move anything away
+            self._handle(drain, drain.left)
+        return drain
+
+    def drain(self, worker: str, *, deadline_ms: int, restart: bool = False, becomes: Role | None = None) -> Drain:
         """Begins a drain. Raises InvalidRequest or DrainRefused saying why there is none."""
         if deadline_ms > DEADLINE_MS_MAX:
             raise InvalidRequest("deadline_ms", f"is {deadline_ms}, at most {DEADLINE_MS_MAX}")
         membership = self._registry.membership
         open_drains = [name for name, drain in self._drains.items() if drain.state not in OVER]
-        member = drainable(membership, worker, restart=restart, draining=open_drains)
+        member = drainable(membership, worker, restart=restart, becomes=becomes, draining=open_drains)
         now_ms = _now_ms()
         drain = Drain(
             worker_id=member.info.worker_id,
             incarnation=member.incarnation,
+            role=member.info.role,
             restart=restart,
+            becomes=becomes,
             began_ms=now_ms,
             deadline_ms=now_ms + (deadline_ms or DEADLINE_MS),
             leave_ms=2_000 * self._config.stop_timeout_s,
@@ -168,9 +182,12 @@ class Operations:
         self._elsewhere[drain.worker_id] = 0 if self._num_routers == 1 else 1  # until it is known
         self._obstacles.pop(drain.worker_id, None)
         self._registry.drain(member)
-        self._say(DrainWord.DRAINING, id=drain.worker_id, incarnation=drain.incarnation, restart=restart)
+        role = becomes.value if becomes is not None else ""
+        self._say(DrainWord.DRAINING, id=drain.worker_id, incarnation=drain.incarnation, restart=restart, role=role)
         drain.left = left_on(self._driver.status(), drain.worker_id, drain.incarnation, "")
-        log.info("worker=%s incarnation=%d drains, restart=%s", drain.worker_id, drain.incarnation, restart)
+        log.info(
+            "worker=%s incarnation=%d drains, restart=%s, becomes=%s", drain.worker_id, drain.incarnation, restart, role
+        )
         return drain
 
     async def follow(self, drain: Drain) -> AsyncGenerator[Drain, None]:
@@ -207,8 +224,17 @@ class Operations:
         if helped is not None and incarnation == helped.incarnation:
             del self._helped[worker_id]
 
-    def told(self, word: DrainWord, worker_id: WorkerId, incarnation: int, *, requests: int, reason: str) -> None:
-        """The supervisor passes on what another router says of a drain."""
+    def told(
+        self,
+        word: DrainWord,
+        worker_id: WorkerId,
+        incarnation: int,
+        *,
+        requests: int,
+        reason: str,
+        role: Role | None = None,
+    ) -> None:
+        """The supervisor passes on what another router says of a drain, or says what has come of a flip."""
         drain = self._drains.get(worker_id)
         mine = drain is not None and drain.incarnation == incarnation
         match word:
@@ -225,7 +251,14 @@ class Operations:
             case DrainWord.GIVE_UP:
                 if drain is not None and mine:
                     self._handle(drain, GiveUp(reason))
-            case DrainWord.PART:
+            case DrainWord.FLIPPED:
+                assert role is not None, f"{worker_id} is flipped to no role"
+                self._registry.flipped(worker_id, incarnation, role)
+                if self._helped.pop(worker_id, None) is not None or mine:
+                    self._registry.drained(worker_id, incarnation, left=False, reason=f"a {role} worker now")
+                if drain is not None and mine:
+                    self._handle(drain, Flipped())
+            case DrainWord.PART | DrainWord.FLIP:
                 raise AssertionError(f"{word} is for the supervisor")
             case _:
                 assert_never(word)
@@ -274,7 +307,7 @@ class Operations:
         for drain in self._drains.values():
             obstacle, elsewhere = self._obstacles.get(drain.worker_id, ""), self._elsewhere[drain.worker_id]
             self._handle(drain, left_on(snapshot, drain.worker_id, drain.incarnation, obstacle, elsewhere))
-            drain.tick(now_ms)
+            self._do(drain, drain.tick(now_ms))
         for worker_id, helped in self._helped.items():
             num_requests = requests_on(snapshot, worker_id)
             if num_requests != helped.told:
@@ -307,18 +340,23 @@ class Operations:
 
     def _handle(self, drain: Drain, event: Event) -> None:
         before = drain.state
-        for action in drain.handle(_now_ms(), event):
+        self._do(drain, drain.handle(_now_ms(), event))
+        if drain.state is not before:
+            log.info("worker=%s drain: %s %s", drain.worker_id, drain.state.value, drain.reason)
+
+    def _do(self, drain: Drain, actions: list[Action]) -> None:
+        for action in actions:
             match action:
                 case Leave(restart=restart):
                     self._registry.drained(drain.worker_id, drain.incarnation, left=True, reason="drained")
                     self._say(DrainWord.LEFT, id=drain.worker_id, incarnation=drain.incarnation, restart=restart)
+                case Flip(role=role):
+                    self._say(DrainWord.FLIP, id=drain.worker_id, incarnation=drain.incarnation, role=role.value)
                 case TakeBack(reason=reason):
                     self._registry.drained(drain.worker_id, drain.incarnation, left=False, reason=reason)
                     self._say(DrainWord.TAKEN_BACK, id=drain.worker_id, incarnation=drain.incarnation, reason=reason)
                 case _:
                     assert_never(action)
-        if drain.state is not before:
-            log.info("worker=%s drain: %s %s", drain.worker_id, drain.state.value, drain.reason)
 
 
 def _now_ms() -> int:

@@ -11,6 +11,7 @@ from typing import assert_never
 import grpc.aio
 
 from cluster.membership import (
+    Action,
     Admitted,
     DrainAsked,
     DrainEnded,
@@ -23,10 +24,13 @@ from cluster.membership import (
     Passed,
     Registered,
     RegistrationRefused,
+    RoleChanged,
+    RoleGiven,
     StateChanged,
 )
 from router.driver import Driver
 from tandem import wire
+from tandem.messages import Role
 from tandem.request import WorkerId
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
@@ -103,13 +107,17 @@ class Registry(worker_pb2_grpc.RegistryServicer):
         """The drain is over: the worker leaves, or takes work again."""
         self._take(DrainEnded(worker_id=worker_id, incarnation=incarnation, left=left, reason=reason))
 
+    def flipped(self, worker_id: WorkerId, incarnation: int, role: Role) -> None:
+        """The worker has another role now."""
+        self._take(RoleGiven(worker_id=worker_id, incarnation=incarnation, role=role))
+
     async def tick(self) -> None:
         """Tells membership the time, for ever."""
         while True:
             await asyncio.sleep(LOOK_MS / 1000)
             self._take(Passed())
 
-    def _take(self, event: Event) -> list[Admitted | RegistrationRefused | StateChanged]:
+    def _take(self, event: Event) -> list[Action]:
         actions = self.membership.handle(time.monotonic_ns() // 1_000_000, event)
         for action in actions:
             match action:
@@ -120,6 +128,9 @@ class Registry(worker_pb2_grpc.RegistryServicer):
                     log.warning("worker=%s refused: %s", worker_id, reason)
                 case StateChanged():
                     self._tell(action)
+                case RoleChanged(worker_id=worker_id, incarnation=incarnation, role=role):
+                    log.info("worker=%s incarnation=%d is a %s worker now", worker_id, incarnation, role)
+                    self._driver.worker_flipped(worker_id, incarnation, role)
                 case _:
                     assert_never(action)
         return actions

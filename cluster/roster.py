@@ -73,6 +73,11 @@ class Roster:
             added.append(name)
         return added
 
+    def flip(self, worker_id: WorkerId, role: Role) -> None:
+        """It has this role from now on, and when it is started again."""
+        if worker_id in self.roles:
+            self.roles[worker_id] = role
+
     def start(self, worker_id: WorkerId) -> int:
         """The worker is started, once more; the incarnation that it gets."""
         self.starts[worker_id] += 1

@@ -60,6 +60,7 @@ from router.service import ServedModel, Service
 from router.transcripts import Transcripts
 from tandem.cluster_access import MembersOnly
 from tandem.log_lines import LogFormat, log_by
+from tandem.messages import Role
 from tandem.request import WorkerId
 from tandem.tls import server_context
 from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -348,7 +349,9 @@ class RouterProcess:
             self.operations.ended(worker_id, incarnation, reason)
             return
         word = DrainWord(command["word"])
-        self.operations.told(word, worker_id, incarnation, requests=int(command["requests"]), reason=reason)
+        role = Role(command["role"]) if command["role"] else None
+        requests = int(command["requests"])
+        self.operations.told(word, worker_id, incarnation, requests=requests, reason=reason, role=role)
 
     def _changed(self, change: StateChanged) -> None:
         self.operations.changed(change)

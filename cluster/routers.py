@@ -134,6 +134,7 @@ class Routers:
                     incarnation=each.incarnation,
                     requests=each.requests,
                     reason=each.reason,
+                    role=each.role.value if each.role is not None else "",
                 )
 
     def kill(self, name: str) -> None:

@@ -282,9 +282,11 @@ class Supervisor:
             case DrainWord.DRAINING:
                 workers = self._workers
                 roles = {each: workers.roles[each] for each in workers.running if each not in workers.leaving}
-                restart = bool(fields["restart"])
+                restart, becomes = bool(fields["restart"]), _role_of(fields)
                 self._say(f"{worker_id} is draining{self._of(name)}")
-                routers.relay(self._drains.begun(name, worker_id, incarnation, restart=restart, roles=roles))
+                routers.relay(
+                    self._drains.begun(name, worker_id, incarnation, restart=restart, becomes=becomes, roles=roles)
+                )
             case DrainWord.PART:
                 routers.relay(self._drains.part(name, worker_id, incarnation, int(fields["requests"])))
             case DrainWord.TAKEN_BACK:
@@ -292,10 +294,21 @@ class Supervisor:
             case DrainWord.LEFT:
                 routers.relay(self._drains.left(name, worker_id, incarnation))
                 self._drained(worker_id, incarnation, restart=bool(fields["restart"]))
-            case DrainWord.ELSEWHERE | DrainWord.GIVE_UP:
+            case DrainWord.FLIP:
+                self._flip(name, worker_id, incarnation, _role_of(fields))
+            case DrainWord.ELSEWHERE | DrainWord.GIVE_UP | DrainWord.FLIPPED:
                 raise AssertionError(f"{word} is for routers")
             case _:
                 assert_never(word)
+
+    def _flip(self, name: str, worker_id: WorkerId, incarnation: int, role: Role | None) -> None:
+        """The worker gets another role, unless it has ended meanwhile: then it comes back in its old one."""
+        assert role is not None, f"{name} flips {worker_id} to no role"
+        told = self._drains.flip(name, worker_id, incarnation, role)
+        if told:
+            self._workers.flip(worker_id, role)
+            self._say(f"{worker_id} is a {role} worker now")
+        self._routers_here.relay(told)
 
     def _router_ended(self, ended: RouterEnded) -> None:
         routers, name = self._routers_here, ended.router
@@ -545,6 +558,11 @@ class Supervisor:
         kill_all(descendants(), timeout_s=2.0)
         self._remove_files()
         os._exit(FORCED)
+
+
+def _role_of(fields: dict[str, Any]) -> Role | None:
+    """The role that a word names, if it names one."""
+    return Role(fields["role"]) if fields.get("role") else None
 
 
 def _now_ms() -> int:

@@ -39,6 +39,7 @@ from router.events import (
     Submitted,
     Tick,
     WorkerDraining,
+    WorkerFlipped,
     WorkerGone,
     WorkerJoined,
     WorkerLost,
@@ -137,7 +138,7 @@ class RouterCore:
                 self._report(report)
             case WorkerJoined():
                 self._worker_joined(event)
-            case WorkerDraining() | WorkerSuspected() | WorkerLost() | LinkUp() | LinkLost():
+            case WorkerDraining() | WorkerFlipped() | WorkerSuspected() | WorkerLost() | LinkUp() | LinkLost():
                 self._worker_changed(event)
             case ClientGone() | LetGo() | FenceRaised() | StopRequested():
                 request = self._requests.get(event.request_id)
@@ -208,7 +209,9 @@ class RouterCore:
         worker = self._fleet.join(event.info, event.incarnation)
         self._index.join(worker.slot, worker.incarnation)
 
-    def _worker_changed(self, event: WorkerDraining | WorkerSuspected | WorkerLost | LinkUp | LinkLost) -> None:
+    def _worker_changed(
+        self, event: WorkerDraining | WorkerFlipped | WorkerSuspected | WorkerLost | LinkUp | LinkLost
+    ) -> None:
         worker = self._fleet.get(event.worker_id, event.incarnation)
         if worker is None:
             return
@@ -222,6 +225,8 @@ class RouterCore:
                 self._fleet.drain(worker, draining)
                 if draining:
                     self._drop_moves_to(worker)
+            case WorkerFlipped(role=role):
+                self._fleet.flip(worker, role)
             case LinkLost(reason=reason):
                 self._unlink(worker, reason)
             case WorkerLost(reason=reason):

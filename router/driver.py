@@ -41,6 +41,7 @@ from router.events import (
     Tick,
     Usage,
     WorkerDraining,
+    WorkerFlipped,
     WorkerJoined,
     WorkerLost,
     WorkerSuspected,
@@ -65,7 +66,7 @@ from tandem.errors import (
     TandemError,
     UnknownRequest,
 )
-from tandem.messages import Assign, AssignMode, WorkerInfo, WorkerReport
+from tandem.messages import Assign, AssignMode, Role, WorkerInfo, WorkerReport
 from tandem.request import RequestId, Token, WorkerId
 
 __all__ = ["Driver", "NewRequest", "WantedMove"]
@@ -396,6 +397,10 @@ class Driver:
     def worker_draining(self, worker_id: WorkerId, incarnation: int, draining: bool = True) -> None:
         """It finishes what it has and gets nothing new; or, `draining` False, it gets work again."""
         self._feed(WorkerDraining(worker_id=worker_id, incarnation=incarnation, draining=draining))
+
+    def worker_flipped(self, worker_id: WorkerId, incarnation: int, role: Role) -> None:
+        """It has another role from now on."""
+        self._feed(WorkerFlipped(worker_id=worker_id, incarnation=incarnation, role=role))
 
     @property
     def num_waiting(self) -> int:

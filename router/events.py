@@ -13,6 +13,7 @@ from tandem.messages import (
     MoveFailed,
     OwnerQuery,
     RequestFailed,
+    Role,
     RouterMessage,
     WorkerInfo,
     WorkerReport,
@@ -81,6 +82,15 @@ class WorkerDraining:
     worker_id: WorkerId
     incarnation: int
     draining: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFlipped:
+    """The worker has this role from now on. What it was given before goes on."""
+
+    worker_id: WorkerId
+    incarnation: int
+    role: Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +184,7 @@ Event = (
     | ReportArrived
     | WorkerJoined
     | WorkerDraining
+    | WorkerFlipped
     | WorkerSuspected
     | WorkerLost
     | LinkUp

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TypeVar
 
@@ -197,6 +197,14 @@ class Fleet:
     def drain(self, worker: Worker, draining: bool = True) -> None:
         """The worker gets nothing new, or gets work again."""
         worker.draining = draining
+        self._refresh(worker)
+
+    def flip(self, worker: Worker, role: Role) -> None:
+        """The worker has another role, and is a candidate for that one alone."""
+        self._unlist(worker)
+        self.ready[worker.info.role] &= ~(1 << worker.slot)
+        worker.info = replace(worker.info, role=role)
+        self._list(worker)
         self._refresh(worker)
 
     def _refresh(self, worker: Worker) -> None:

@@ -185,12 +185,16 @@ class Misfortune:
         world.schedule.after(100 * (1 + self._choices.choose(30)), lambda: suspected(False))
 
     def _drain(self, worker: VirtualWorker) -> None:
-        """It gets nothing new; after a while it does again, or it leaves."""
+        """It gets nothing new; after a while it does again, or it leaves, or it gets another role."""
         world = self._world
-        if self._choices.choose(2):
-            world.tell(f"{worker.worker_id} is to leave")
-            world.movers.drain(worker)
-            return
+        match self._choices.choose(3):
+            case 1:
+                world.tell(f"{worker.worker_id} is to leave")
+                world.movers.drain(worker)
+                return
+            case 2:
+                world.movers.flip(worker)
+                return
         world.tell(f"{worker.worker_id} drains")
         self._tell_drain(worker, draining=True)
         world.schedule.after(100 * (1 + self._choices.choose(50)), lambda: self._undrain(worker))

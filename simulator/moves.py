@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from cluster.draining import Drain, Leave, Looked, left_on
+from cluster.draining import Drain, Flip, Leave, Looked, TakeBack, last_of_its_kind, left_on
 from cluster.observer import Observer
 from cluster.rebalancer import Rebalancer, RebalancerConfig
 from router.events import MoveRefused, MoveRequested
@@ -13,6 +15,7 @@ from router.request import StatusSnapshot
 from simulator.choices import Choices
 from simulator.router import VirtualRouter
 from simulator.worker import VirtualWorker
+from tandem.messages import Role
 from tandem.request import RequestId, WorkerId
 
 if TYPE_CHECKING:
@@ -66,8 +69,18 @@ class Movers:
 
     # ---- drains ------------------------------------------------------------------------------------------------------
 
-    def drain(self, worker: VirtualWorker) -> None:
-        """The worker is to leave once nothing is left on it, and to come back as another incarnation."""
+    def flip(self, worker: VirtualWorker) -> None:
+        """The worker is to get another role, unless nobody would do then what it does now."""
+        roles = [each for each in Role if each is not worker.info.role]
+        becomes = roles[self._choices.choose(len(roles))]
+        others = [each.info.role for each in self._world.workers.values() if each is not worker]
+        flips = any(each.becomes is not None for each in self._drains)
+        if not flips and not last_of_its_kind(worker.worker_id, worker.info.role, others, becomes):
+            self._world.tell(f"{worker.worker_id} is to be a {becomes} worker")
+            self.drain(worker, becomes)
+
+    def drain(self, worker: VirtualWorker, becomes: Role | None = None) -> None:
+        """The worker is to leave once nothing is left on it, and to come back; or to be something else from then on."""
         address = worker.address
         known = [(each.worker_id, each.incarnation) for each in self._drains]
         if (address.worker_id, address.incarnation) in known:
@@ -76,7 +89,9 @@ class Movers:
         drain = Drain(
             worker_id=address.worker_id,
             incarnation=address.incarnation,
-            restart=True,
+            role=worker.info.role,
+            restart=becomes is None,
+            becomes=becomes,
             began_ms=now_ms,
             deadline_ms=now_ms + DRAIN_MS,
             leave_ms=1_000,
@@ -94,12 +109,28 @@ class Movers:
         left = [left_on(snapshot, drain.worker_id, drain.incarnation, "") for snapshot in snapshots]
         looked = max(left, key=lambda each: (each.num_requests + each.num_blocks, each.obstacle), default=NOBODY_KNOWS)
         for action in drain.handle(world.schedule.now_ms, looked):
-            if isinstance(action, Leave):
-                world.leaves(worker)
-            else:
-                self._tell(drain, draining=False)
+            match action:
+                case Leave():
+                    world.leaves(worker)
+                case Flip(role=role):
+                    self._has_flipped(worker, drain, role)
+                case TakeBack():
+                    self._tell(drain, draining=False)
             return True
         return False
+
+    def _has_flipped(self, worker: VirtualWorker, drain: Drain, role: Role) -> None:
+        """Nothing of it is needed; each router hears of its role in a while, and gives it work again."""
+        world = self._world
+        world.tell(f"{worker.worker_id} is a {role} worker")
+        worker.info = replace(worker.info, role=role)
+
+        def hear(router: VirtualRouter) -> None:
+            router.worker_flipped(drain.worker_id, drain.incarnation, role)
+            router.worker_draining(drain.worker_id, drain.incarnation, False)
+
+        for router in world.routers:
+            world.schedule.after(10 * self._choices.choose(10), partial(hear, router))
 
     def _tell(self, drain: Drain, *, draining: bool) -> None:
         for router in self._world.routers:

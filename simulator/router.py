@@ -25,7 +25,7 @@ from simulator.store import StoreLink
 from simulator.worker import VirtualWorker
 from tandem.cluster_access import ClusterAccess
 from tandem.errors import TandemError
-from tandem.messages import RouterMessage, WorkerInfo, WorkerReport
+from tandem.messages import Role, RouterMessage, WorkerInfo, WorkerReport
 from tandem.request import RequestId, WorkerId
 from tandem.resuming import Attach, Begin
 
@@ -310,6 +310,9 @@ class VirtualRouter:
 
     def worker_draining(self, worker_id: WorkerId, incarnation: int, draining: bool) -> None:
         self.loop.do(self.driver.worker_draining, worker_id, incarnation, draining)
+
+    def worker_flipped(self, worker_id: WorkerId, incarnation: int, role: Role) -> None:
+        self.loop.do(self.driver.worker_flipped, worker_id, incarnation, role)
 
     def move(self, event: MoveRequested) -> None:
         """An operator or the rebalancer asks."""

@@ -365,6 +365,16 @@ class DrainRequest(_message.Message):
     restart: bool
     def __init__(self, worker: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., restart: _Optional[bool] = ...) -> None: ...
 
+class FlipRequest(_message.Message):
+    __slots__ = ("worker", "role", "deadline_ms")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    role: str
+    deadline_ms: int
+    def __init__(self, worker: _Optional[str] = ..., role: _Optional[str] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+
 class DrainProgress(_message.Message):
     __slots__ = ("worker", "incarnation", "state", "requests", "blocks", "elapsed_ms")
     WORKER_FIELD_NUMBER: _ClassVar[int]

@@ -54,6 +54,11 @@ class AdminStub:
                 request_serializer=tandem_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_admin__pb2.DrainProgress.FromString,
                 _registered_method=True)
+        self.Flip = channel.unary_stream(
+                '/tandem.v1.Admin/Flip',
+                request_serializer=tandem_dot_v1_dot_admin__pb2.FlipRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_admin__pb2.DrainProgress.FromString,
+                _registered_method=True)
         self.CancelHere = channel.unary_unary(
                 '/tandem.v1.Admin/CancelHere',
                 request_serializer=tandem_dot_v1_dot_admin__pb2.CancelHereRequest.SerializeToString,
@@ -101,6 +106,13 @@ class AdminServicer:
     def Drain(self, request, context):
         """Empties a worker and ends it. The stream ends when it has left, or, with `restart`, when a fresh one is ready; with an
         error when the drain is refused or given up. A drain goes on when its caller goes away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Flip(self, request, context):
+        """Empties a worker of what its new role does not do, and gives it that role; its weights and its cache stay.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,6 +167,11 @@ def add_AdminServicer_to_server(servicer, server):
             'Drain': grpc.unary_stream_rpc_method_handler(
                     servicer.Drain,
                     request_deserializer=tandem_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_admin__pb2.DrainProgress.SerializeToString,
+            ),
+            'Flip': grpc.unary_stream_rpc_method_handler(
+                    servicer.Flip,
+                    request_deserializer=tandem_dot_v1_dot_admin__pb2.FlipRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_admin__pb2.DrainProgress.SerializeToString,
             ),
             'CancelHere': grpc.unary_unary_rpc_method_handler(
@@ -285,6 +302,33 @@ class Admin:
             target,
             '/tandem.v1.Admin/Drain',
             tandem_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            tandem_dot_v1_dot_admin__pb2.DrainProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Flip(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.v1.Admin/Flip',
+            tandem_dot_v1_dot_admin__pb2.FlipRequest.SerializeToString,
             tandem_dot_v1_dot_admin__pb2.DrainProgress.FromString,
             options,
             channel_credentials,

@@ -1,8 +1,10 @@
-"""Pools of a real cluster grow and shrink under load: no stream fails, none is wrong, and a new worker serves soon."""
+"""Pools of a real cluster grow, shrink and change roles under load: no stream fails, none is wrong, and all is soon."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 import pytest
 from checked_streams import CheckedStreams
 from cluster_under_test import ClusterUnderTest
+from served import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
 SERVES_S = 10.0
+FLIPS_S = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,41 @@ def test_pools_grow_and_shrink_under_load_and_no_stream_notices(cluster: Cluster
     assert cluster.mishaps() == []
 
 
+def process_of(cluster: ClusterUnderTest, worker: str) -> tuple[int, int]:
+    """Its process and its incarnation."""
+    [found] = [(each["pid"], each["incarnation"]) for each in cluster.document()["workers"] if each["id"] == worker]
+    return found
+
+
+def flip(cluster: ClusterUnderTest, worker: str, role: str) -> dict[str, Any]:
+    """The last that is told of it."""
+    done = cluster.command("flip", worker, role, "--json", timeout_s=100)
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def test_roles_go_back_and_forth_under_load_and_no_stream_notices(cluster: ClusterUnderTest) -> None:
+    scale(cluster, "decode=2", "prefill=1")
+    worker = pools(cluster)["decode"][1]
+    before = process_of(cluster, worker)
+    with CheckedStreams(cluster.grpc_address) as streams:
+        for role in ("prefill", "mixed", "decode", "mixed", "prefill"):
+            streams.wait_for_finished(1, 60)
+            told = flip(cluster, worker, role)
+            assert (told["state"], told["worker"]) == ("done", worker)
+            assert told["elapsed_ms"] < 1000 * FLIPS_S, role
+            assert worker in pools(cluster)[role]
+        wait_until(lambda: worker in [each["prefill"] for each in cluster.document()["requests"]], 60)
+        assert process_of(cluster, worker) == before, "its weights stay where they are"
+        scale(cluster, "prefill=1", "decode=2")  # by their roles, whatever their names are
+        assert {role: len(each) for role, each in pools(cluster).items()} == {"prefill": 1, "decode": 2}
+        streams.wait_for_finished(2, 60)
+    document = cluster.settled(60)
+    assert not [each for each in document["requests"] if each["state"] == "failed"]
+    assert cluster.mishaps() == []
+
+
 def test_what_has_its_size_is_left_alone_and_nonsense_is_refused(cluster: ClusterUnderTest) -> None:
     before = pools(cluster)
     assert scale(cluster, f"decode={len(before['decode'])}") == []
@@ -73,3 +112,27 @@ def test_what_has_its_size_is_left_alone_and_nonsense_is_refused(cluster: Cluste
         assert done.returncode in (1, 2)
         assert says in done.stderr
     assert pools(cluster) == before
+
+
+def test_what_cannot_be_flipped_is_refused_and_changes_nothing(cluster: ClusterUnderTest) -> None:
+    before = pools(cluster)
+    [reads] = before["prefill"]
+    for words, says in (
+        ((reads, "decode"), f"{reads} is the last ready worker that reads prompts; make it mixed, or leave it"),
+        ((reads, "prefill"), f"{reads} is a prefill worker already"),
+        ((reads, "decoder"), "there is no role 'decoder'; there are prefill, decode, mixed"),
+        (("decode-9", "prefill"), "no worker of id 'decode-9' is known"),
+    ):
+        done = cluster.command("flip", *words)
+        assert done.returncode in (1, 2)
+        assert says in done.stderr
+    assert pools(cluster) == before
+
+
+def test_a_worker_that_dies_comes_back_in_the_role_that_it_was_given(cluster: ClusterUnderTest) -> None:
+    worker = pools(cluster)["decode"][0]
+    flip(cluster, worker, "mixed")
+    pid, incarnation = process_of(cluster, worker)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: process_of(cluster, worker)[1] > incarnation and worker in pools(cluster).get("mixed", []), 60)
+    assert process_of(cluster, worker)[1] == incarnation + 1

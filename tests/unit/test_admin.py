@@ -15,6 +15,7 @@ from router_rig import D, Rig, request
 from cluster.admin import Addresses, Admin, request_status
 from cluster.canary import Canaries
 from cluster.config import load
+from cluster.drain_relay import DrainWord
 from cluster.elastic import Elastic
 from cluster.membership import Heartbeat, Membership, MemberState, StateChanged
 from cluster.operations import Operations
@@ -190,6 +191,42 @@ def test_what_cannot_be_drained_is_named(
         assert ended[:2] == (status, code)
         assert ended[2].startswith(sentence)
         assert {here.state(name) for name in WORKERS} == {MemberState.READY}
+
+    run(case)
+
+
+@pytest.mark.parametrize(
+    ("worker", "role", "code", "sentence"),
+    [
+        ("x", "prefill", "invalid_request", "worker: no worker of id 'x' is known"),
+        ("decode-0", "decoder", "invalid_request", "role: there is no role 'decoder'"),
+        ("decode-0", "", "invalid_request", "role: there is no role ''"),
+        ("decode-0", "decode", "drain_refused", "decode-0 is a decode worker already"),
+        ("prefill-0", "decode", "drain_refused", "prefill-0 is the last ready worker that reads prompts; make it"),
+    ],
+)
+def test_a_role_that_cannot_be_had_is_named(worker: str, role: str, code: str, sentence: str) -> None:
+    async def case(here: Place) -> None:
+        ended = await refused(here.stub.Flip(pb.FlipRequest(worker=worker, role=role), timeout=10).read())
+        assert ended[1] == code
+        assert ended[2].startswith(sentence)
+        assert {here.state(name) for name in WORKERS} == {MemberState.READY}
+
+    run(case)
+
+
+def test_a_role_that_does_all_of_the_old_one_is_had_as_soon_as_the_supervisor_says_so() -> None:
+    async def case(here: Place) -> None:
+        call = here.stub.Flip(pb.FlipRequest(worker="prefill-0", role="mixed"), timeout=10)
+        assert (await call.read()).state == "flipping"
+        assert here.said[-1][0] == DrainWord.FLIP
+        name = WorkerId("prefill-0")
+        here.operations.told(DrainWord.FLIPPED, name, 1, requests=0, reason="", role=Role.MIXED)
+        assert (await call.read()).state == "done"
+        assert here.state("prefill-0") is MemberState.READY
+        worker = here.driver.fleet.current(name)
+        assert worker is not None
+        assert worker.info.role is Role.MIXED
 
     run(case)
 

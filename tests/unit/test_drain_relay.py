@@ -55,6 +55,41 @@ def test_its_end_is_passed_on_once() -> None:
         assert made.left("router-0", D0, 1) == []
 
 
+def flipped(told: list[Tell]) -> list[tuple[str, DrainWord, int, Role | None]]:
+    return [(each.router, each.word, each.incarnation, each.role) for each in told]
+
+
+def test_a_flip_is_told_to_all_and_to_who_comes_later_while_that_incarnation_lives() -> None:
+    made = relay(2)
+    begun(made)
+    assert made.flip("router-1", D0, 1, Role.PREFILL) == [], "not its drain"
+    word = W.FLIPPED, 1, Role.PREFILL
+    assert flipped(made.flip("router-0", D0, 1, Role.PREFILL)) == [("router-0", *word), ("router-1", *word)]
+    assert made.flip("router-0", D0, 1, Role.PREFILL) == [], "once"
+    made.down("router-1")
+    assert flipped(made.up("router-1")) == [("router-1", *word)]
+    made.ended(D0, 1)
+    assert made.up("router-2") == [], "the next one registers with its role"
+
+
+def test_a_flip_of_one_that_has_ended_comes_to_nothing() -> None:
+    made = relay(1)
+    begun(made)
+    made.ended(D0, 1)
+    assert made.flip("router-0", D0, 1, Role.PREFILL) == []
+
+
+def test_two_routers_do_not_flip_the_last_two() -> None:
+    made = relay(2)
+    for worker, router in ((D0, "router-0"), (D1, "router-1")):
+        told = made.begun(router, worker, 1, restart=False, becomes=Role.PREFILL, roles=ROLES)
+    assert shown(told)[0] == ("router-1", W.GIVE_UP, 0)
+    made = relay(2)
+    for worker, router in ((D0, "router-0"), (D1, "router-1")):
+        told = made.begun(router, worker, 1, restart=False, becomes=Role.MIXED, roles=ROLES)
+    assert W.GIVE_UP not in [each.word for each in told]
+
+
 def test_only_one_router_drains_a_worker() -> None:
     made = relay(2)
     begun(made)

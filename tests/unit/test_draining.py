@@ -13,6 +13,8 @@ from cluster.draining import (
     Drain,
     DrainState,
     Event,
+    Flip,
+    Flipped,
     GiveUp,
     Gone,
     Leave,
@@ -20,6 +22,7 @@ from cluster.draining import (
     TakeBack,
     drainable,
     left_on,
+    parse_role,
     requests_on,
 )
 from cluster.membership import DrainAsked, DrainEnded, Ended, Heartbeat, Membership, Registered
@@ -33,10 +36,11 @@ EMPTY = Looked(num_requests=0, num_blocks=0)
 BUSY = Looked(num_requests=2, num_blocks=30)
 
 
-def drain(*, restart: bool = False) -> Drain:
+def drain(*, restart: bool = False, becomes: Role | None = None, role: Role = Role.DECODE) -> Drain:
     return Drain(
-        worker_id=D0, incarnation=3, restart=restart, began_ms=0, deadline_ms=10_000, leave_ms=500, start_ms=4_000
-    )
+        worker_id=D0, incarnation=3, role=role, restart=restart, becomes=becomes, began_ms=0, deadline_ms=10_000,
+        leave_ms=500, start_ms=4_000,
+    )  # fmt: skip
 
 
 def leaving(*, restart: bool = False) -> Drain:
@@ -53,7 +57,7 @@ def leaving(*, restart: bool = False) -> Drain:
 
 @pytest.mark.parametrize("state", DrainState)
 @pytest.mark.parametrize(
-    "event", [EMPTY, BUSY, Gone("exit"), Back(4), GiveUp("no")], ids=lambda each: type(each).__name__
+    "event", [EMPTY, BUSY, Gone("exit"), Back(4), Flipped(), GiveUp("no")], ids=lambda each: type(each).__name__
 )
 def test_whole_square(state: DrainState, event: Event) -> None:
     """A pair that is not in the table changes nothing and asks for nothing."""
@@ -143,6 +147,47 @@ def test_a_drain_that_another_router_was_first_with_is_given_up() -> None:
     assert (begun.state, begun.reason) == (DrainState.FAILED, "decode-0 is draining already")
 
 
+def test_a_flip_waits_until_nothing_is_left_and_then_for_the_supervisor() -> None:
+    begun = drain(becomes=Role.PREFILL)
+    for now_ms, seen in ((0, BUSY), (100, EMPTY)):
+        assert begun.handle(now_ms, seen) == []
+    assert begun.handle(400, EMPTY) == [Flip(Role.PREFILL)]
+    assert begun.handle(500, EMPTY) == [], "said once"
+    assert begun.state is DrainState.FLIPPING
+    begun.handle(600, Flipped())
+    assert (begun.state, begun.reason) == (DrainState.DONE, "")
+
+
+@pytest.mark.parametrize(
+    ("role", "becomes", "at_once"),
+    [
+        (Role.DECODE, Role.MIXED, True),
+        (Role.PREFILL, Role.MIXED, True),
+        (Role.MIXED, Role.DECODE, False),
+        (Role.PREFILL, Role.DECODE, False),
+    ],
+)
+def test_a_role_that_does_all_of_the_old_one_needs_no_emptying(role: Role, becomes: Role, at_once: bool) -> None:
+    begun = drain(becomes=becomes, role=role)
+    assert begun.handle(0, BUSY) == ([Flip(becomes)] if at_once else [])
+
+
+def test_a_flip_that_the_supervisor_does_not_answer_is_taken_back() -> None:
+    begun = drain(becomes=Role.MIXED)
+    begun.handle(0, EMPTY)
+    assert begun.tick(4_999) == []
+    assert begun.tick(5_000) == [TakeBack("decode-0 was not given its new role within 5000 ms")]
+    assert begun.state is DrainState.FAILED
+
+
+def test_a_worker_that_dies_before_it_has_its_role_was_not_flipped() -> None:
+    begun = drain(becomes=Role.MIXED)
+    begun.handle(0, EMPTY)
+    begun.handle(1, Gone("exit code 1"))
+    begun.handle(2, Flipped())
+    assert (begun.state, begun.reason) == (DrainState.FAILED, "decode-0 died while it drained: exit code 1")
+
+
 # ---- who may be drained ----------------------------------------------------------------------------------------------
 
 
@@ -187,6 +232,19 @@ def test_the_last_one_stays_unless_it_is_restarted() -> None:
     assert drainable(mixed, "decode-0", restart=False, draining=())
     assert drainable(mixed, "mixed-0", restart=False, draining=())
     assert "the last ready worker that writes tokens" in refusal(members("mixed-0", "prefill-0"), "mixed-0")
+
+
+def test_who_may_get_which_role() -> None:
+    membership = members("prefill-0", "decode-0", "decode-1")
+    assert drainable(membership, "decode-0", becomes=Role.PREFILL, draining=())
+    with pytest.raises(DrainRefused, match="decode-0 is a decode worker already"):
+        drainable(membership, "decode-0", becomes=Role.DECODE, draining=())
+    why = "prefill-0 is the last ready worker that reads prompts; make it mixed, or leave it"
+    with pytest.raises(DrainRefused, match=why):
+        drainable(membership, "prefill-0", becomes=Role.DECODE, draining=())
+    assert drainable(membership, "prefill-0", becomes=Role.MIXED, draining=())
+    with pytest.raises(InvalidRequest, match="role: there is no role 'decoder'; there are prefill, decode, mixed"):
+        parse_role("decoder")
 
 
 def test_others_that_drain_do_not_count() -> None:

@@ -23,6 +23,8 @@ from cluster.membership import (
     Passed,
     Registered,
     RegistrationRefused,
+    RoleChanged,
+    RoleGiven,
     StateChanged,
 )
 from tandem.messages import Role, WorkerInfo
@@ -205,6 +207,23 @@ def test_registering_again_is_no_heartbeat() -> None:
     membership = joined()
     membership.handle(14_000, Registered(info=INFO, incarnation=1))
     assert states(membership.handle(15_000, Passed())) == [MemberState.DEAD]
+
+
+def test_a_role_that_is_given_holds_for_its_incarnation_whenever_that_registers() -> None:
+    given = RoleGiven(worker_id=D0, incarnation=1, role=Role.PREFILL)
+    early, late = Membership(), ready()
+    assert early.handle(0, given) == []
+    [admitted] = early.handle(1, Registered(info=INFO, incarnation=1))
+    assert isinstance(admitted, Admitted)
+    assert admitted.info.role is Role.PREFILL
+    assert late.handle(0, given) == [RoleChanged(worker_id=D0, incarnation=1, role=Role.PREFILL)]
+    assert late.handle(0, given) == []
+    for membership in (early, late):
+        assert membership.members[D0].info.role is Role.PREFILL
+        membership.handle(2, Registered(info=INFO, incarnation=1))
+        assert membership.members[D0].info.role is Role.PREFILL, "an answer was lost, and it asked again"
+        membership.handle(2, Registered(info=INFO, incarnation=2))
+        assert membership.members[D0].info.role is Role.DECODE, "the supervisor has started it in its role"
 
 
 def test_one_cluster_serves_one_model() -> None:

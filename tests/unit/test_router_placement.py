@@ -270,6 +270,26 @@ def test_a_short_rest_is_prefilled_where_the_prefix_is(
         assert placed.prefill_worker.worker_id == placed.decode_worker.worker_id == "d1"
 
 
+@pytest.mark.parametrize("when", ["ready", "draining"])
+def test_a_worker_with_another_role_is_a_candidate_for_that_one_alone(when: str) -> None:
+    rig = Pool()
+    for name, role in (("p0", Role.PREFILL), ("d0", Role.DECODE), ("d1", Role.DECODE)):
+        rig.add(name, role)
+    worker = rig.fleet.current(WorkerId("d1"))
+    assert worker is not None
+    if when == "draining":
+        rig.fleet.drain(worker)
+    rig.fleet.flip(worker, Role.PREFILL)
+    if when == "draining":
+        assert list(rig.fleet.fewest_requests(Role.PREFILL)) != [worker]
+        rig.fleet.drain(worker, False)
+    names = {role: {each.worker_id for each in rig.fleet.fewest_requests(role)} for role in Role}
+    assert names == {Role.PREFILL: {"p0", "d1"}, Role.DECODE: {"d0"}, Role.MIXED: set()}
+    assert {each.worker_id for each in rig.fleet.soonest_free(Role.PREFILL)} == {"p0", "d1"}
+    rig.fleet.leave(worker, "gone")
+    assert [rig.fleet.ready[role].bit_count() for role in (Role.PREFILL, Role.DECODE)] == [1, 1]
+
+
 def test_a_mixed_worker_works_alone() -> None:
     pool = Pool()
     pool.add("m0", Role.MIXED)
