@@ -1,7 +1,8 @@
 """An hour of mixed load with a fault every 30 s: neither memory nor open files nor processes may grow.
 
 A process's memory is regressed on its age, over all processes of one name, each with a level of its own; so those that
-are killed and started again count too. What is stated as noise is twice the standard error of the slope.
+are killed and started again count too. What is stated as noise is twice the standard error of the slope, taken over
+means of BLOCK_S: what a process holds at one moment it mostly holds 5 s later, so that samples are not independent.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ from cluster.chaos_tally import Tally
 DURATION_S, EVERY_S, SAMPLE_S = 3600.0, 30.0, 5.0
 SHORTEST_S = 1200.0  # of a run that can tell a slope from a warm-up
 WARM_UP_S = 120.0  # of a process: it imports, fills its caches, remembers its first requests
-WARM_UP_LONG_S = {"router": 420.0, "supervisor": 120.0, "Ray": 300.0}  # a router remembers requests for five minutes
+# A router remembers requests for five minutes, an agent ended attempts for two; a worker comes to touch its buffers.
+WARM_UP_LONG_S = {"router": 420.0, "worker": 300.0, "agent": 300.0, "Ray": 300.0}
 GROWTH_SHARE_MAX = 0.02  # of the memory there is, in an hour: less is no growth, whatever the noise
 KINDS_S = 60.0
 AGES = 8
+BLOCK_S = 180.0  # longer than a stream
 MB = 1 << 20
 
 
@@ -129,9 +132,12 @@ def kinds_table(kinds: dict[str, list[tuple[float, dict[str, int]]]]) -> str:
 
 def slope(name: str, points: Sequence[tuple[int, float, float]]) -> Slope | None:
     """Least squares of a figure on age, over (process, age in seconds, figure); None: too few to tell."""
-    groups: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    blocks: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
     for process, age_s, figure in points:
-        groups[process].append((age_s / 3600, figure))
+        blocks[process, int(age_s // BLOCK_S)].append((age_s / 3600, figure))
+    groups: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for (process, _), block in blocks.items():
+        groups[process].append((sum(x for x, _ in block) / len(block), sum(y for _, y in block) / len(block)))
     centred: list[tuple[float, float]] = []
     for group in groups.values():
         mean_x = sum(x for x, _ in group) / len(group)
@@ -146,7 +152,7 @@ def slope(name: str, points: Sequence[tuple[int, float, float]]) -> Slope | None
     return Slope(
         name=name,
         num_processes=len(groups),
-        num_samples=len(centred),
+        num_samples=len(points),
         mean=sum(figure for _, _, figure in points) / len(points),
         per_hour=per_hour,
         noise_per_hour=2 * math.sqrt(rest / freedom / spread),
@@ -184,10 +190,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=float, default=EVERY_S, help="seconds between faults, about")
     parser.add_argument("--model", default=fat_kv_model.NAME)
     parser.add_argument("--redis", action="store_true", help="the cluster keeps its state in a Redis of its own")
+    parser.add_argument("--samples", type=Path, help="a CSV file for each sample: process, pid, age, heap, files")
     parser.add_argument("--no-write", action="store_true", help="print only, and leave benchmarks/results as it is")
     flags = parser.parse_args(arguments)
     tally, sampler = _soak(flags)
     samples = sampler.samples
+    if flags.samples is not None:
+        rows = [f"{s.name},{s.pid},{s.age_s:.1f},{s.heap_bytes},{s.num_files}" for s in samples]
+        flags.samples.write_text("\n".join(["name,pid,age_s,heap_bytes,num_files", *rows, ""]))
     memory, files = slopes(samples, lambda each: each.heap_bytes), slopes(samples, lambda each: each.num_files)
     broken = []
     if flags.duration >= SHORTEST_S:

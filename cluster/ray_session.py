@@ -40,6 +40,10 @@ LOCAL_SETTINGS = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_ROTATION_MAX_BYTES": str(16 << 20),
     "RAY_ROTATION_BACKUP_COUNT": "1",
+    "RAY_maximum_gcs_destroyed_actor_cached_count": "64",
+    "RAY_maximum_gcs_dead_worker_cached_count": "64",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_enable_metrics_collection": "0",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 from typing import Any
 
@@ -118,6 +119,19 @@ def test_a_slope_is_that_within_processes_and_noise_is_none() -> None:
     assert abs(still.per_hour) <= still.noise_per_hour
     assert not still.grows
     assert slope("worker", grows[:2]) is None
+
+
+def test_what_comes_and_goes_slowly_is_noise_and_a_leak_beneath_it_is_still_found() -> None:
+    """Streams that are open for a minute or two: the count wanders, and each sample is much like the one before."""
+    draw = random.Random(3)
+    for leaks_per_hour, found in ((0.0, False), (60.0, True)):
+        points, level = [], 0.0
+        for age in range(0, 3600, 5):
+            level += draw.gauss(0, 1) - level * 5 / 90
+            points.append((1, float(age), 50 + level + leaks_per_hour * age / 3600))
+        told = slope("router", points)
+        assert told is not None
+        assert told.grows is found, told
 
 
 def test_the_oldest_process_is_shown_at_ages_from_its_first_to_its_last() -> None:
