@@ -10,9 +10,8 @@ from rich.progress import Progress
 
 from benchmarks.figures import Slo
 from benchmarks.serving import ServingOptions, as_json, as_text, run
-from cli.down import run_dir_of
+from cli.options import Port, RunDir, running_cluster
 from cluster.member_access import client_options, dial_routers, key_metadata
-from cluster.run_file import find
 from tandem import Client
 
 TIMEOUT_S = 10.0
@@ -30,12 +29,12 @@ def bench(
     ttft_ms: Annotated[float, typer.Option(help="SLO: time to the first token")] = 2000,
     tpot_ms: Annotated[float, typer.Option(help="SLO: time per token after the first")] = 100,
     seed: Annotated[int, typer.Option(help="of lengths, arrivals and prompts")] = 1,
-    port: Annotated[int | None, typer.Option(help="HTTP port of the cluster; needed when several run")] = None,
+    port: Port = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
+    run_dir: RunDir = None,
 ) -> None:
     """Offer requests in an open loop: TTFT, TPOT, ITL percentiles and goodput under both SLOs together."""
-    found = find(run_dir_of(run_dir), port)
+    found = running_cluster(run_dir, port)
     with Client(found.grpc_address, timeout_s=TIMEOUT_S, **client_options(found)) as client:
         [model, *_] = client.models()
     options = ServingOptions(

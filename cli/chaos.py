@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from cli.down import run_dir_of
 from cli.migrate import Refused
+from cli.options import AsJson, Port, RunDir, running_cluster
 from cli.shown import console
 from cluster.chaos import ChaosRun, NotReady, Place
 from cluster.chaos_load import Load
@@ -21,7 +21,6 @@ from cluster.chaos_plan import FaultKind, check_duration, deck, parse_kinds, par
 from cluster.chaos_report import COLUMNS, cells, states_line, summary, to_document
 from cluster.chaos_tally import Tally
 from cluster.config import ConfigError
-from cluster.run_file import find
 
 WIDTH = 120  # where no terminal cuts it
 ANYWHERE = ",".join((FaultKind.KILL, FaultKind.STOP, FaultKind.CANCEL))  # on any cluster of this machine
@@ -52,10 +51,10 @@ def run(
     audit_every: Annotated[int, typer.Option(help="faults between moments in which all must be back", min=1)] = 10,
     recovery: Annotated[float, typer.Option(help="seconds that streams may take to go on after a fault")] = 10.0,
     gap: Annotated[float | None, typer.Option(help="seconds that a stream may be silent between tokens")] = None,
-    port: Annotated[int | None, typer.Option(help="HTTP port of the cluster; needed when several run")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    port: Port = None,
+    as_json: AsJson = False,
     timeline: Annotated[Path | None, typer.Option(help="file for a line of each fault, move, gap and audit")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
+    run_dir: RunDir = None,
 ) -> None:
     """Strike a cluster under a load that compares each token with an undisturbed answer.
 
@@ -67,9 +66,9 @@ def run(
         check_duration(duration_ms, every_ms)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    found = find(run_dir_of(run_dir), port)
+    run_file = running_cluster(run_dir, port)
     shooting = ChaosRun(
-        Place.of(found),
+        Place.of(run_file),
         load=Load(num_clients=clients, num_questions=questions, output_tokens_max=output_tokens),
         seed=seed,
         say=lambda line: print(line, file=sys.stderr, flush=True),

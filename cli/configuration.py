@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
-import typer
 from pydantic import ByteSize
 from rich.console import Console
 from rich.table import Table
 
+from cli.options import AsJson
 from cli.settings import with_settings
 from cluster.config import Effective, without_password
 
 
 @with_settings
-def show_config(
-    effective: Effective, *, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
-) -> None:
+def show_config(effective: Effective, *, as_json: AsJson = False) -> None:
     """Print the effective settings with their origins: flags, TANDEM_* variables, --config file, defaults."""
     values = effective.config.model_dump(mode="json")
     values["redis"] = without_password(effective.config.redis)

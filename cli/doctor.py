@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Annotated
 
 import grpc
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+from cli.options import AsJson
 from cli.reach import admin
 from cli.settings import with_settings
 from cli.shown import console
@@ -26,9 +26,7 @@ MARKS = {Verdict.OK: "ok", Verdict.WARN: "[yellow]warn[/yellow]", Verdict.BAD: "
 
 
 @with_settings
-def doctor(
-    effective: Effective, *, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
-) -> None:
+def doctor(effective: Effective, *, as_json: AsJson = False) -> None:
     """Check packages, cores, memory, ports, model, Ray, Redis, clocks and GPUs for a cluster of these settings.
 
     Exit status 1 when something keeps it from serving.

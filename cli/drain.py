@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cli.down import run_dir_of
+from cli.options import AsJsonLines, Port, RunDir, running_cluster
 from cli.reach import admin
 from cli.shown import plain
 from cluster.draining import DEADLINE_MS, DEADLINE_MS_MAX
-from cluster.run_file import find
 from tandem.v1 import admin_pb2 as pb
 
 
@@ -22,21 +20,16 @@ def drain(
         float, typer.Option(help="seconds until it must be empty", min=0.001, max=DEADLINE_MS_MAX / 1000)
     ] = DEADLINE_MS / 1000,
     restart: Annotated[bool, typer.Option("--restart", help="start a fresh one in its place, and wait for it")] = False,
-    port: Annotated[int | None, typer.Option(help="HTTP port of the cluster; needed when several run")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print a line of JSON for each change")] = False,
-    run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
+    port: Port = None,
+    as_json: AsJsonLines = False,
+    run_dir: RunDir = None,
 ) -> None:
     """Move everything away from a worker, then end it. The drain goes on when this command is stopped."""
-    run = find(run_dir_of(run_dir), port)
+    run = running_cluster(run_dir, port)
     asked = pb.DrainRequest(worker=worker, deadline_ms=max(1, round(deadline * 1000)), restart=restart)
     with admin(run) as stub:
         for progress in stub.Drain(asked):  # the router bounds each of its states
-            print(json.dumps(document(progress)) if as_json else sentence(progress), flush=True)
-
-
-def document(progress: pb.DrainProgress) -> dict[str, object]:
-    """The progress as JSON's types, whole numbers as numbers."""
-    return {**plain(progress), "incarnation": progress.incarnation}  # 64 bits are text in JSON
+            print(json.dumps(plain(progress)) if as_json else sentence(progress), flush=True)
 
 
 def sentence(progress: pb.DrainProgress, over: str = "") -> str:

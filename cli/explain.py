@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from cli.down import run_dir_of
 from cli.migrate import sentence
+from cli.options import AsJson, Port, RunDir, running_cluster
 from cli.reach import admin
 from cli.shown import console, plain
-from cli.status import move_document
-from cluster.run_file import find
 from tandem.v1 import admin_pb2 as pb
 
 TIMEOUT_S = 10.0
@@ -25,12 +22,12 @@ WIDTH = 200  # where no terminal cuts reasons off
 
 def explain(
     request: Annotated[str, typer.Argument(help="id of a request, or how it ends", show_default=False)],
-    port: Annotated[int | None, typer.Option(help="HTTP port of the cluster; needed when several run")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
+    port: Port = None,
+    as_json: AsJson = False,
+    run_dir: RunDir = None,
 ) -> None:
     """Show what is remembered of a request: placements with their scores, the stages of TTFT, and its moves."""
-    run = find(run_dir_of(run_dir), port)
+    run = running_cluster(run_dir, port)
     with admin(run) as stub:
         record = stub.Explain(pb.ExplainRequest(request_id=request), timeout=TIMEOUT_S)
     if as_json:
@@ -52,7 +49,7 @@ def to_document(record: pb.FlightRecord) -> dict[str, object]:
         "ttft_ms": record.ttft_ms if record.HasField("ttft_ms") else None,
         "stages": [{"name": each.name, "ms": each.ms} for each in record.stages],
         "placements": [_placement_document(each) for each in record.placements],
-        "moves": [move_document(each) for each in record.moves],
+        "moves": [plain(each) for each in record.moves],
         "story": [{"at_ms": each.at_ms, "what": each.what} for each in record.story],
     }
 
@@ -68,7 +65,7 @@ def _placement_document(placement: pb.PlacementStatus) -> dict[str, object]:
         }
         for each in placement.candidates
     ]
-    return {**plain(placement), "epoch": placement.epoch, "candidates": candidates}
+    return {**plain(placement), "candidates": candidates}
 
 
 def show(record: pb.FlightRecord, out: Console) -> None:

@@ -14,11 +14,13 @@ import yaml
 from pydantic import ValidationError
 from rich.table import Table
 
+from cli.options import AsJson
 from cli.shown import console
 from cluster.config import ConfigError
 from cluster.key_file import KeySpec, changing, read_keys
 from cluster.secret_files import fresh_secret
 from router.api_keys import KEY_PREFIX, digest_of
+from tandem.near_miss import did_you_mean
 from tandem.request import PRIORITY_MAX
 
 keys = typer.Typer(name="keys", add_completion=False, help="API keys: make, list, revoke.", no_args_is_help=True)
@@ -46,7 +48,7 @@ def create(
     ] = None,
     tenant: Annotated[str, typer.Option(help="whose prefix cache it shares; nobody else sees what is cached")] = "",
     operator: Annotated[bool, typer.Option("--operator", help="may see, move, drain and stop everything")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print a new key, once, and add its hash to the file; without a file, print the entry."""
     key = KEY_PREFIX + fresh_secret()
@@ -79,7 +81,7 @@ def create(
 @keys.command("list")
 def listing(
     file: Annotated[Path | None, FILE] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show whose keys there are, and their limits."""
     specs = read_keys(_needed(file))
@@ -100,14 +102,15 @@ def listing(
 def revoke(
     name: Annotated[str, typer.Argument(help="whose key", show_default=False)],
     file: Annotated[Path | None, FILE] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a key worthless; requests of it that run are ended."""
     path = _needed(file)
     with changing(path) as specs:
         found = [number for number, spec in enumerate(specs) if spec.name == name]
         if not found:
-            raise ConfigError(f"name: {name!r} has no key in {path}")
+            hint = did_you_mean(name, [spec.name for spec in specs])
+            raise ConfigError(f"name: {name!r} has no key in {path}{hint}")
         specs[found[0]] = specs[found[0]].model_copy(update={"revoked": True})
     if as_json:
         typer.echo(json.dumps({"revoked": name, "file": str(path)}))

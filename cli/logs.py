@@ -13,10 +13,10 @@ from typing import Annotated
 
 import typer
 
-from cli.down import run_dir_of
+from cli.options import Port, RunDir, running_cluster
 from cluster.config import ConfigError
-from cluster.run_file import find
 from tandem.log_lines import LogLine, parse
+from tandem.near_miss import did_you_mean
 
 LOOK_S = 0.3
 READ_BYTES_MAX = 8 << 20  # of the end of each file: logs may be large
@@ -48,16 +48,16 @@ def logs(
     follow: Annotated[bool, typer.Option("-f", "--follow", help="go on with what comes, until Ctrl-C")] = False,
     level: Annotated[Level, typer.Option(help="the least that is shown")] = Level.INFO,
     request: Annotated[str, typer.Option(help="only what is about the request whose id ends so")] = "",
-    port: Annotated[int | None, typer.Option(help="HTTP port of the cluster; needed when several run")] = None,
+    port: Port = None,
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON object a line")] = False,
-    run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
+    run_dir: RunDir = None,
 ) -> None:
     """Print the logs of a running cluster."""
-    folder = Path(find(run_dir_of(run_dir), port).log_dir)
+    folder = Path(running_cluster(run_dir, port).log_dir)
     unknown = [each for each in parts or () if not (folder / f"{each}.log").exists()]
     if unknown:
-        known = ", ".join(sorted(path.stem for path in folder.glob("*.log")))
-        raise ConfigError(f"{unknown[0]!r} has no log; there are {known}")
+        known = sorted(path.stem for path in folder.glob("*.log"))
+        raise ConfigError(f"{unknown[0]!r} has no log; there are {', '.join(known)}{did_you_mean(unknown[0], known)}")
 
     def wanted(said: Said) -> bool:
         fits = not request or said.line.request.endswith(request) or request in said.line.message

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
-import grpc
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from tandem.errors import CommandError, TandemError
+from cli.sentences import EXPECTED, told
 
 # In the order in which help shows them. A verb's module is imported when the verb is asked for: all take a second.
 VERBS = {
     "serve": ("cli.serve", "serve"),
     "status": ("cli.status", "status"),
+    "top": ("cli.top", "top"),
     "explain": ("cli.explain", "explain"),
     "migrate": ("cli.migrate", "migrate"),
     "drain": ("cli.drain", "drain"),
@@ -71,25 +70,10 @@ def main() -> None:
     """The entry of the command line. Status 2: a setting is wrong; 1: it could not be done."""
     try:
         app()
-    except CommandError as error:
-        _fail(str(error), error.exit_status)
-    except TandemError as error:
-        _fail(error.message, 1)
-    except grpc.RpcError as error:
-        _fail(_sentence(error), 1)
-
-
-def _sentence(error: grpc.RpcError) -> str:
-    """What the cluster says, when it was the cluster that refused."""
-    trailers: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # type: ignore[assignment]
-    if any(key == "tandem-code" for key, _ in trailers):
-        return str(error.details())
-    return f"the cluster does not answer: {error.details()}"
-
-
-def _fail(message: str, status_code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(status_code)
+    except EXPECTED as error:
+        message, exit_status = told(error)
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(exit_status) from None
 
 
 if __name__ == "__main__":

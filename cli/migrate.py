@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cli.down import run_dir_of
+from cli.options import AsJson, Port, RunDir, running_cluster
 from cli.reach import admin
-from cli.status import move_document
-from cluster.run_file import find
+from cli.shown import plain
 from tandem.errors import CommandError
 from tandem.v1 import admin_pb2 as pb
 
@@ -25,16 +23,16 @@ class Refused(CommandError, RuntimeError):
 def migrate(
     request: Annotated[str, typer.Argument(help="id of a running request, or how it ends", show_default=False)],
     to: Annotated[str, typer.Option(help="worker that it goes to; the router chooses without it")] = "",
-    port: Annotated[int | None, typer.Option(help="HTTP port of the cluster; needed when several run")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
+    port: Port = None,
+    as_json: AsJson = False,
+    run_dir: RunDir = None,
 ) -> None:
     """Move a running request to another worker while it is answered; its tokens stay the same."""
-    run = find(run_dir_of(run_dir), port)
+    run = running_cluster(run_dir, port)
     with admin(run) as stub:
         move = stub.Migrate(pb.MigrateRequest(request_id=request, to=to), timeout=TIMEOUT_S)
     if as_json:
-        print(json.dumps(move_document(move), indent=2))
+        print(json.dumps(plain(move), indent=2))
     elif move.outcome == "moved":
         print(sentence(move))
     if move.outcome != "moved":

@@ -34,7 +34,7 @@ class _Shows(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor
 
 
 @contextmanager
-def admin(run: RunFile) -> Iterator[admin_pb2_grpc.AdminStub]:
+def admin(run: RunFile, *, answer_s: float = ANSWER_S) -> Iterator[admin_pb2_grpc.AdminStub]:
     """The operators' service of a router that is alive. Raises NoCluster when none is, SecretError, TlsError.
 
     With TANDEM_API_KEY over the public port, as that key's owner; else over an internal one, as a member of the
@@ -46,11 +46,11 @@ def admin(run: RunFile) -> Iterator[admin_pb2_grpc.AdminStub]:
     metadata = key or access.metadata
     for address in addresses:
         with _dial(address, access.tls) as channel:
-            if _answers(channel):
+            if _answers(channel, answer_s):
                 shown = grpc.intercept_channel(channel, _Shows(metadata))
                 yield admin_pb2_grpc.AdminStub(shown)  # type: ignore[no-untyped-call]
                 return
-    raise NoCluster(f"no router of the cluster at port {run.port} answers within {ANSWER_S:g} s")
+    raise NoCluster(f"no router of the cluster at port {run.port} answers within {answer_s:g} s")
 
 
 def _dial(address: str, tls: Tls | None) -> grpc.Channel:
@@ -59,9 +59,9 @@ def _dial(address: str, tls: Tls | None) -> grpc.Channel:
     return grpc.secure_channel(address, tls.channel_credentials, options=tls.channel_options)
 
 
-def _answers(channel: grpc.Channel) -> bool:
+def _answers(channel: grpc.Channel, answer_s: float) -> bool:
     try:
-        grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
+        grpc.channel_ready_future(channel).result(timeout=answer_s)
     except grpc.FutureTimeoutError:
         return False
     return True

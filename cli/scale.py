@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cli.down import run_dir_of
+from cli.options import AsJsonLines, Port, RunDir, running_cluster
 from cli.reach import admin
 from cli.shown import plain
 from cluster.config import ConfigError
 from cluster.draining import DEADLINE_MS, DEADLINE_MS_MAX
-from cluster.run_file import find
 from tandem.v1 import admin_pb2 as pb
 
 _POOL = re.compile(r"([a-z]+)=(\d{1,6})")
@@ -25,16 +23,16 @@ def scale(
     deadline: Annotated[
         float, typer.Option(help="seconds until workers that go must be empty", min=0.001, max=DEADLINE_MS_MAX / 1000)
     ] = DEADLINE_MS / 1000,
-    port: Annotated[int | None, typer.Option(help="HTTP port of the cluster; needed when several run")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print a line of JSON for each change")] = False,
-    run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
+    port: Port = None,
+    as_json: AsJsonLines = False,
+    run_dir: RunDir = None,
 ) -> None:
     """Start workers, or drain some and end them, until the pools have these sizes. No stream is lost.
 
     What has begun goes on when this command is stopped.
     """
     asked = pb.ScaleRequest(pools=sizes(pools), deadline_ms=max(1, round(deadline * 1000)))
-    run = find(run_dir_of(run_dir), port)
+    run = running_cluster(run_dir, port)
     with admin(run) as stub:
         for progress in stub.Scale(asked):  # the router bounds each step
             print(json.dumps(plain(progress)) if as_json else sentence(progress), flush=True)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
-from cli.down import run_dir_of
+from cli.options import AsJson, Port, RunDir, running_cluster
 from cli.reach import admin
 from cli.shown import plain
-from cluster.run_file import RunFile, find
+from cluster.run_file import RunFile
 from tandem.v1 import admin_pb2 as pb
 
 TIMEOUT_S = 10.0
@@ -22,14 +19,14 @@ ID_CHARACTERS = 12  # of a request id shown: its end tells it apart
 
 
 def status(
-    port: Annotated[int | None, typer.Option(help="HTTP port of the cluster; needed when several run")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
+    port: Port = None,
+    as_json: AsJson = False,
+    run_dir: RunDir = None,
 ) -> None:
     """Show the workers of a running cluster and its requests, also those of the last minutes."""
-    answer = ask(find(run_dir_of(run_dir), port))
+    answer = ask(running_cluster(run_dir, port))
     if as_json:
-        print(json.dumps(to_document(answer), indent=2))
+        print(json.dumps(plain(answer), indent=2))
         return
     console = Console()
     console.print(
@@ -55,20 +52,6 @@ def ask(run: RunFile) -> pb.StatusResponse:
     with admin(run) as stub:
         answer: pb.StatusResponse = stub.Status(pb.StatusRequest(include_finished=True), timeout=TIMEOUT_S)
     return answer
-
-
-def to_document(answer: pb.StatusResponse) -> dict[str, object]:
-    """The answer as JSON's types: every field by its name in the protocol, whole numbers as numbers."""
-    document = plain(answer)
-    for status_of, message in zip(document["workers"], answer.workers, strict=True):  # type: ignore[call-overload]
-        status_of["incarnation"], status_of["steps"] = message.incarnation, message.steps  # 64 bits are text in JSON
-    document["moves"] = [move_document(move) for move in answer.moves]
-    return document
-
-
-def move_document(move: pb.MoveStatus) -> dict[str, object]:
-    """A move as JSON's types, whole numbers as numbers."""
-    return {**plain(move), "bytes": move.bytes, "at_ms": move.at_ms}
 
 
 def router_table(answer: pb.StatusResponse) -> Table:

@@ -21,6 +21,7 @@ from cluster.operations import Operations, find_request
 from cluster.peers import ANSWER_S, Peers, check_all_answered
 from cluster.readiness import PairStatus
 from router.driver import Driver
+from router.lately import Counted, Lately
 from router.move import MoveRecord
 from router.request import ENDED, RequestSnapshot, WorkerSnapshot
 from tandem.errors import TandemError, UnknownRequest
@@ -54,7 +55,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
     """Answers from the membership, the driver's snapshot and the other routers.
 
     `stop` is told why the cluster shall stop; `cancel` ends a request of this router, `metrics` is
-    its page.
+    its page, `lately` what its clients saw.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         addresses: Callable[[], Addresses],
         cancel: Callable[[str, str, str | None], bool],
         metrics: Callable[[], bytes],
+        lately: Callable[[], Lately],
         stop: Callable[[str], None],
     ) -> None:
         self._membership = membership
@@ -80,20 +82,20 @@ class Admin(admin_pb2_grpc.AdminServicer):
         self._addresses = addresses
         self._cancel = cancel
         self._metrics = metrics
+        self._lately = lately
         self._stop = stop
 
     async def Status(self, request: pb.StatusRequest, context: _Context) -> pb.StatusResponse:
         """Workers, and requests in flight; with `include_finished` also those that ended lately. Of all routers."""
-        mine = self._local(include_finished=request.include_finished)
-        if request.local:
-            return mine
-        return merged(mine, await self._peers.statuses(include_finished=request.include_finished), self._peers.internal)
+        mine = self._local(request)
+        return mine if request.local else merged(mine, await self._peers.statuses(request), self._peers.internal)
 
-    def _local(self, *, include_finished: bool) -> pb.StatusResponse:
+    def _local(self, asked: pb.StatusRequest) -> pb.StatusResponse:
         snapshot = self._driver.status()
         addresses, me = self._addresses(), self._peers.me
         seen = {(worker.worker_id, worker.incarnation): worker for worker in snapshot.workers}
         members = sorted(self._membership.members.values(), key=lambda each: each.info.worker_id)
+        lately = self._lately()
         router = pb.RouterStatus(
             id=me,
             pid=os.getpid(),
@@ -101,6 +103,8 @@ class Admin(admin_pb2_grpc.AdminServicer):
             up=True,
             workers_ready=[each.info.worker_id for each in members if each.state is MemberState.READY],
             num_requests=sum(each.state not in ENDED for each in snapshot.requests),
+            last_minute=last_minute(lately) if asked.last_minute else None,
+            tokens_total=lately.tokens_total,
         )
         return pb.StatusResponse(
             workers=[
@@ -109,7 +113,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
             requests=[
                 request_status(each, me)
                 for each in snapshot.requests
-                if include_finished or each.state not in ENDED
+                if asked.include_finished or each.state not in ENDED
             ],
             model=addresses.model,
             http_address=addresses.http,
@@ -169,8 +173,9 @@ class Admin(admin_pb2_grpc.AdminServicer):
 
     async def _found(self, name: str) -> pb.RequestStatus:
         """The request that is named so, at whichever router. Raises as find_request, or Unavailable."""
-        others = await self._peers.statuses(include_finished=True)
-        everywhere = merged(self._local(include_finished=True), others, self._peers.internal)
+        asked = pb.StatusRequest(include_finished=True)
+        others = await self._peers.statuses(asked)
+        everywhere = merged(self._local(asked), others, self._peers.internal)
         try:
             return find_request(name, everywhere.requests)
         except UnknownRequest:
@@ -262,6 +267,7 @@ def worker_status(member: Member, worker: WorkerSnapshot | None) -> pb.WorkerSta
     if load is not None:
         status.running, status.waiting = load.running, load.waiting
         status.last_step_ms = load.last_step_ms
+        status.tokens_read, status.tokens_written = load.tokens_read, load.tokens_written
         status.swap.CopyFrom(
             pb.SwapStatus(
                 total=load.swap.total,
@@ -328,6 +334,7 @@ def request_status(request: RequestSnapshot, router: str = "") -> pb.RequestStat
         moving_to=request.moving_to,
         priority=request.priority,
         router=router,
+        age_ms=max(0, request.age_ms),
     )
     if request.ttft_ms is not None:
         status.ttft_ms = request.ttft_ms
@@ -354,6 +361,19 @@ def move_status(move: MoveRecord, now_ms: int) -> pb.MoveStatus:
     )
     setattr(status, "from", move.source)  # no name for an argument
     return status
+
+
+def last_minute(lately: Lately) -> pb.LastMinute:
+    """What a router's clients saw."""
+    return pb.LastMinute(
+        seconds=lately.seconds,
+        tokens=lately.counts[Counted.TOKENS],
+        refused=lately.counts[Counted.REFUSED],
+        recovered=lately.counts[Counted.RECOVERED],
+        moved=lately.counts[Counted.MOVED],
+        ttft_ms=lately.ttft_ms,
+        tpot_ms=lately.tpot_ms,
+    )
 
 
 def pair_status(known: PairStatus, now_ms: int) -> pb.PairStatus:

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from cluster.chaos_states import STATES, role_in
 from tandem.messages import Role
+from tandem.near_miss import did_you_mean
 
 Choose = Callable[[int], int]  # a number below the one given
 
@@ -157,7 +158,9 @@ def _listed(text: str, known: Sequence[str], option: str, what: str) -> tuple[st
     names = tuple(dict.fromkeys(filter(None, (each.strip() for each in text.split(",")))))
     for name in names:
         if name not in known:
-            raise ValueError(f"{option}: there is no {what} {name!r}; there are {', '.join(known)}")
+            raise ValueError(
+                f"{option}: there is no {what} {name!r}; there are {', '.join(known)}{did_you_mean(name, known)}"
+            )
     return names
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tandem.errors import CommandError
+from tandem.near_miss import did_you_mean
 
 ENVIRONMENT_PREFIX = "TANDEM_"
 # Variables that are no settings of a cluster: the settings file, the kernels' choice, a client's key, two of tests.
@@ -219,7 +219,7 @@ def load(flags: Mapping[str, object], environ: Mapping[str, str], file: Path | N
     Raises ConfigError naming the key, its value, its origin and the limit.
     """
     known = ClusterConfig.model_fields
-    _refuse_unknown(environ)
+    refuse_unknown_variables(environ)
     values: dict[str, object] = {}
     origins = dict.fromkeys(known, "default")
     if file is None and environ.get(ENVIRONMENT_PREFIX + "CONFIG"):
@@ -233,7 +233,7 @@ def load(flags: Mapping[str, object], environ: Mapping[str, str], file: Path | N
             values[key], origins[key] = environ[variable], variable
     for key, value in flags.items():
         if key not in known:
-            raise ConfigError(f"{flag_of(key)}: there is no such setting{_closest(key, known)}")
+            raise ConfigError(f"{flag_of(key)}: there is no such setting{did_you_mean(key, known)}")
         values[key], origins[key] = value, f"flag {flag_of(key)}"
     try:
         return Effective(config=ClusterConfig.model_validate(values), origins=origins)
@@ -257,25 +257,19 @@ def read_file(file: Path) -> dict[str, object]:
     for key in result:
         if key not in ClusterConfig.model_fields:
             raise ConfigError(
-                f"{key}: there is no such setting{_closest(key, ClusterConfig.model_fields)} (from {file})"
+                f"{key}: there is no such setting{did_you_mean(key, ClusterConfig.model_fields)} (from {file})"
             )
     return result
 
 
-def _refuse_unknown(environ: Mapping[str, str]) -> None:
-    """A misspelled variable would have no effect, silently."""
+def refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    """A misspelled variable would have no effect, silently. Raises ConfigError."""
     known = {key.upper() for key in ClusterConfig.model_fields} | OTHER_VARIABLES
     for name in sorted(each for each in environ if each.startswith(ENVIRONMENT_PREFIX)):
         key = name.removeprefix(ENVIRONMENT_PREFIX)
         if key not in known:
-            nearest = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = f"did you mean {ENVIRONMENT_PREFIX}{nearest[0]}?" if nearest else "unset it"
-            raise ConfigError(f"{name}: there is no such variable; {hint}")
-
-
-def _closest(key: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""
+            hint = did_you_mean(key, sorted(known), prefix=ENVIRONMENT_PREFIX) or "; unset it"
+            raise ConfigError(f"{name}: there is no such variable{hint}")
 
 
 def _sentence(detail: dict[str, Any], origins: Mapping[str, str]) -> str:
@@ -287,7 +281,13 @@ def _sentence(detail: dict[str, Any], origins: Mapping[str, str]) -> str:
     shown = (
         without_password(detail["input"]) if key == "redis" and isinstance(detail["input"], str) else detail["input"]
     )
-    return f"{key}: {shown!r}: {message[0].lower()}{message[1:]} (from {origins[key]})"
+    hint = did_you_mean(str(shown), _choices(key))
+    return f"{key}: {shown!r}: {message[0].lower()}{message[1:]}{hint} (from {origins[key]})"
+
+
+def _choices(key: str) -> tuple[str, ...]:
+    """The words that a setting takes; none where it takes others than words."""
+    return tuple(each for each in get_args(ClusterConfig.model_fields[key].annotation) if isinstance(each, str))
 
 
 def check_url(url: str) -> str:

@@ -15,6 +15,7 @@ from cluster.membership import Member, Membership, MemberState
 from router.request import ENDED, RequestSnapshot, RequestState, StatusSnapshot
 from tandem.errors import DrainRefused, InvalidRequest
 from tandem.messages import Role
+from tandem.near_miss import did_you_mean
 from tandem.request import WorkerId
 
 PREFILLS = (Role.PREFILL, Role.MIXED)
@@ -251,8 +252,8 @@ def drainable(
         raise InvalidRequest("worker", "is missing; name one of `tandem status`")
     member = membership.members.get(WorkerId(worker))
     if member is None:
-        known = ", ".join(sorted(membership.members)) or "none"
-        raise InvalidRequest("worker", f"no worker of id {worker!r} is known; there are: {known}")
+        known, hint = ", ".join(sorted(membership.members)) or "none", did_you_mean(worker, membership.members)
+        raise InvalidRequest("worker", f"no worker of id {worker!r} is known; there are: {known}{hint}")
     if member.state is MemberState.DRAINING or member.info.worker_id in draining:
         raise DrainRefused(f"{worker} is draining already")
     if member.state is MemberState.LEFT:

@@ -44,6 +44,7 @@ from router.move import MoveOutcome, MoveReason, MoveRecord
 from router.request import ENDED, StatusSnapshot
 from tandem.errors import DrainRefused, InvalidRequest, UnknownRequest
 from tandem.messages import Role
+from tandem.near_miss import did_you_mean
 from tandem.request import RequestId, WorkerId
 
 log = logging.getLogger(__name__)
@@ -79,13 +80,16 @@ def find_request(name: str, requests: Iterable[_HasId]) -> _HasId:
     """
     if not name:
         raise InvalidRequest("request_id", "is missing; name a request of `tandem status`")
-    named = [each for each in requests if each.id.endswith(name)]
+    known = list(requests)
+    named = [each for each in known if each.id.endswith(name)]
     exactly = [each for each in named if each.id == name]
     running = [each for each in exactly or named if each.state not in ENDED] or exactly or named
     if len(running) > 1 and not exactly:
         raise InvalidRequest("request_id", f"{len(running)} requests end in {name!r}; give the whole id")
     if not running:
-        raise UnknownRequest(f"no request of id {name!r} is known")
+        # As it was named: by the whole id, or by so much of its end.
+        like = did_you_mean(name, [*(each.id for each in known), *(each.id[-len(name) :] for each in known)])
+        raise UnknownRequest(f"no request of id {name!r} is known{like}")
     return running[0]
 
 

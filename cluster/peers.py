@@ -42,9 +42,11 @@ class Peers:
         """The operators' service of another router."""
         return admin_pb2_grpc.AdminStub(self._channels[router])  # type: ignore[no-untyped-call]
 
-    async def statuses(self, *, include_finished: bool) -> dict[str, pb.StatusResponse | None]:
+    async def statuses(self, asked: pb.StatusRequest) -> dict[str, pb.StatusResponse | None]:
         """What each of the others has; None for one that does not answer in time."""
-        request = pb.StatusRequest(include_finished=include_finished, local=True)
+        request = pb.StatusRequest()
+        request.CopyFrom(asked)
+        request.local = True
         answers = await asyncio.gather(*(self._status(name, request) for name in self._channels))
         return dict(zip(self._channels, answers, strict=True))
 

@@ -331,6 +331,7 @@ class RouterProcess:
             addresses=lambda: self.addresses,
             cancel=self.service.cancel,
             metrics=self.service.metrics.page,
+            lately=self.service.metrics.lately,
             stop=lambda reason: self.supervisor.say("stop_asked", reason=reason),
         )
         admin_pb2_grpc.add_AdminServicer_to_server(admin, server)  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ from cluster.draining import last_of_its_kind
 from cluster.membership import OVER, Membership, MemberState
 from tandem.errors import InvalidRequest, ScaleRefused
 from tandem.messages import Role
+from tandem.near_miss import did_you_mean
 from tandem.request import WorkerId
 
 POOL_MAX = 64
@@ -38,7 +39,9 @@ def parse_sizes(wanted: Mapping[str, int]) -> dict[Role, int]:
     sizes = {}
     for name, num in wanted.items():
         if name not in list(Role):
-            raise InvalidRequest("pools", f"there is no role {name!r}; there are {', '.join(Role)}")
+            raise InvalidRequest(
+                "pools", f"there is no role {name!r}; there are {', '.join(Role)}{did_you_mean(name, Role)}"
+            )
         if not 0 <= num <= POOL_MAX:
             raise InvalidRequest(f"pools.{name}", f"is {num}, must be 0 to {POOL_MAX}")
         sizes[Role(name)] = num

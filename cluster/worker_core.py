@@ -15,7 +15,7 @@ from decode_worker.core import DecodeCore
 from engine.blocks import BlockLedger
 from engine.events import RouterGone, Tick
 from engine.layout import KVLayout
-from engine.step import Batch, Drawn, StepPlan
+from engine.step import Batch, Drawn, StepOutcome, StepPlan
 from kv_transfer.actions import Action, FromRouter, Report, RouterJoined
 from kv_transfer.messages import (
     Cancel,
@@ -32,6 +32,7 @@ from kv_transfer.messages import (
 from prefill_worker.config import PrefillConfig
 from prefill_worker.core import PrefillCore
 from tandem.messages import Assign, AssignMode, BlockEvents, CancelAssigned, WorkerAddress, WorkerLoad
+from tandem.request import is_canary
 
 STORY_ROWS_MAX = 256
 
@@ -71,6 +72,7 @@ class WorkerCore:
         self._story: deque[str] = deque(maxlen=STORY_ROWS_MAX)
         self._num_block_reports = 0
         self._num_steps = 0
+        self._tokens_read = self._tokens_written = 0
         self._planned_ms = 0
         self._last_step_ms = 0.0
         self._told_load: WorkerLoad | None = None
@@ -127,6 +129,7 @@ class WorkerCore:
         outcome = self.batch.apply(plan, sampled)
         self._touch(now_ms)
         self._num_steps += 1
+        self._count(plan, outcome)
         self._last_step_ms = float(now_ms - self._planned_ms)
         actions = [*self.prefill.stepped(now_ms, plan, outcome), *self.decode.stepped(now_ms, plan, outcome)]
         self._report_state(now_ms, actions)
@@ -237,7 +240,16 @@ class WorkerCore:
             last_step_ms=self._last_step_ms,
             audit=self._audit,
             swap=self.batch.swapping.counts(),
+            tokens_read=self._tokens_read,
+            tokens_written=self._tokens_written,
         )
+
+    def _count(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        """Adds what the step did for clients."""
+        num_run = sum(len(row.tokens) for row in plan.rows if not is_canary(row.request_id))
+        num_drawn = sum(row.sample for row in plan.rows if not is_canary(row.request_id))
+        self._tokens_read += num_run - num_drawn
+        self._tokens_written += sum(not is_canary(token.request_id) for token in outcome.tokens)
 
     def _tell(self, now_ms: int, event: object) -> None:
         match event:

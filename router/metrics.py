@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from enum import StrEnum
 from typing import TypeVar, assert_never
@@ -12,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from router.events import HandedOver, Note, Placed, Recovering
+from router.lately import Counted, LastMinute, Lately, Timed
 from router.move import MoveOutcome, MoveRecord
 from router.stages import FirstToken
 from tandem import metrics as table
@@ -41,8 +43,10 @@ class EdgeMetrics:
     that do not answer this time. `cluster` has what any router would say of all, and is on the whole page alone.
     """
 
-    def __init__(self, router_id: str = "router-0") -> None:
+    def __init__(self, router_id: str = "router-0", *, clock: Callable[[], float] = time.monotonic) -> None:
         self._router_id = router_id
+        self._clock = clock
+        self._last_minute = LastMinute(clock())
         self.others: Callable[[], Awaitable[list[str]]] | None = None
         self.cluster: Collector | None = None
         self.registry = CollectorRegistry()
@@ -81,6 +85,7 @@ class EdgeMetrics:
 
     def refused(self, api: Api, error: TandemError) -> None:
         """A request was not taken in."""
+        self._last_minute.count(self._clock(), Counted.REFUSED)
         self._refusals.labels(api.value, error.code).inc()
 
     def stranger(self) -> None:
@@ -93,17 +98,18 @@ class EdgeMetrics:
 
     def first_tokens(self, num_tokens: int) -> None:
         """A request's first tokens came."""
-        self._generated_tokens.inc(num_tokens)
+        self._generated(num_tokens)
 
     def first_token(self, first: FirstToken) -> None:
         """A client has its first token."""
         self._ttft.observe(first.ttft_ms / 1000)
+        self._last_minute.took(self._clock(), Timed.TTFT, first.ttft_ms)
         for stage, stage_ms in first.stages:
             self._ttft_stages.labels(stage.value).observe(stage_ms / 1000)
 
     def next_tokens(self, num_tokens: int, gap_s: float) -> None:
         """More tokens of a request came, `gap_s` seconds after those before."""
-        self._generated_tokens.inc(num_tokens)
+        self._generated(num_tokens)
         self._itl.observe(gap_s)
 
     def reopened(self) -> None:
@@ -113,7 +119,7 @@ class EdgeMetrics:
 
     def resumed(self, num_tokens: int) -> None:
         """The first tokens that a client had not came to it; no gap is known."""
-        self._generated_tokens.inc(num_tokens)
+        self._generated(num_tokens)
 
     def ended(self, api: Api, outcome: str, after_s: float) -> None:
         """A request taken in ended; `outcome` is a finish reason or an error's code."""
@@ -127,6 +133,7 @@ class EdgeMetrics:
         self._prefix_hits.inc(num_cached_tokens)
         if tpot_s is not None:
             self._tpot.observe(tpot_s)
+            self._last_minute.took(self._clock(), Timed.TPOT, 1000 * tpot_s)
 
     def judged(self, slo: Slo | None, *, ttft_s: float, tpot_s: float, whole: bool) -> None:
         """Whether a request met its targets; `whole`: it has all of its answer. One without targets has met them."""
@@ -148,6 +155,7 @@ class EdgeMetrics:
                 self._handoff.observe(after_ms / 1000)
             case Recovering(cause=cause):
                 self._lost.labels(cause.value).inc()
+                self._last_minute.count(self._clock(), Counted.RECOVERED)
             case _:
                 assert_never(note)
 
@@ -157,6 +165,7 @@ class EdgeMetrics:
         self._migration_bytes.labels(record.reason.value).inc(record.bytes_moved)
         if record.outcome is MoveOutcome.MOVED:
             self._migration.labels("pause").observe(record.pause_ms / 1000)
+            self._last_minute.count(self._clock(), Counted.MOVED)
 
     def transferred(self, stats: TransferStats) -> None:
         """A worker told what a transfer did."""
@@ -172,6 +181,14 @@ class EdgeMetrics:
         """What is asked at each scrape: requests in line, and prompt tokens whose answer has not begun."""
         self._waiting.set_function(waiting)
         self._queued.set_function(queued_tokens)
+
+    def lately(self) -> Lately:
+        """What this router's clients saw in the last minute."""
+        return self._last_minute.look(self._clock())
+
+    def _generated(self, num_tokens: int) -> None:
+        self._generated_tokens.inc(num_tokens)
+        self._last_minute.count(self._clock(), Counted.TOKENS, num_tokens)
 
     # ---- pages -----------------------------------------------------------------------------------------------------
 

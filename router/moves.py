@@ -18,6 +18,7 @@ from router.placement import Ask, Placer
 from router.request import Request, RequestState
 from tandem.errors import InvalidRequest, MoveImpossible, TandemError, UnknownRequest
 from tandem.messages import AssignMode, CancelAssigned, Migrate, Role, StopMove, TransferStats, WorkerInfo
+from tandem.near_miss import did_you_mean
 from tandem.request import RequestId, TransferId, WorkerId
 
 DECODES = (Role.DECODE, Role.MIXED)  # roles that a request may be moved to
@@ -86,7 +87,9 @@ class Moves:
         for dead in self._fleet.dead():
             if dead.worker_id == worker_id:
                 raise MoveImpossible(f"{worker_id} is dead: {dead.lost_reason}")
-        raise InvalidRequest("to", f"no worker of id {worker_id!r} is known")
+        known = sorted(each.worker_id for each in self._fleet)
+        there_are = f"there are: {', '.join(known) or 'none'}{did_you_mean(worker_id, known)}"
+        raise InvalidRequest("to", f"no worker of id {worker_id!r} is known; {there_are}")
 
     def _unfit(self, request: Request, source: Worker, target: Worker) -> str:
         """Why the request cannot go there; empty when it can."""

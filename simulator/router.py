@@ -255,7 +255,7 @@ class VirtualRouter:
             driver=self.driver,
             tokenizer=world.tokenizer,
             model=ServedModel(id="fake", context_tokens=CONTEXT_TOKENS, created_s=0, exact=True),
-            metrics=EdgeMetrics(),
+            metrics=EdgeMetrics(clock=self.loop.time),
             journal=self._journal,
             clock=self.loop.time,
         )

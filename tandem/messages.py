@@ -236,7 +236,7 @@ class SwapCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLoad:
-    """What a worker has to do."""
+    """What a worker has to do, and what it has done since it began: canaries are no tokens."""
 
     running: int
     waiting: int
@@ -246,6 +246,8 @@ class WorkerLoad:
     last_step_ms: float
     audit: tuple[str, ...] = ()
     swap: SwapCounts = field(default_factory=SwapCounts)
+    tokens_read: int = 0  # of prompts, and of what was begun elsewhere: run without a draw
+    tokens_written: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -218,6 +218,8 @@ def _encode_load(load: WorkerLoad) -> pb.WorkerLoad:
         last_step_ms=load.last_step_ms,
         audit=load.audit,
         swap=pb.SwapCounts(**{name: getattr(load.swap, name) for name in _SWAP}),
+        tokens_read=load.tokens_read,
+        tokens_written=load.tokens_written,
     )
 
 
@@ -241,4 +243,6 @@ def _decode_load(message: pb.WorkerLoad) -> WorkerLoad:
         last_step_ms=finite("load.last_step_ms", message.last_step_ms),
         audit=tuple(message.audit),
         swap=SwapCounts(**{name: getattr(message.swap, name) for name in _SWAP}),
+        tokens_read=message.tokens_read,
+        tokens_written=message.tokens_written,
     )

@@ -7,12 +7,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class StatusRequest(_message.Message):
-    __slots__ = ("include_finished", "local")
+    __slots__ = ("include_finished", "local", "last_minute")
     INCLUDE_FINISHED_FIELD_NUMBER: _ClassVar[int]
     LOCAL_FIELD_NUMBER: _ClassVar[int]
+    LAST_MINUTE_FIELD_NUMBER: _ClassVar[int]
     include_finished: bool
     local: bool
-    def __init__(self, include_finished: _Optional[bool] = ..., local: _Optional[bool] = ...) -> None: ...
+    last_minute: bool
+    def __init__(self, include_finished: _Optional[bool] = ..., local: _Optional[bool] = ..., last_minute: _Optional[bool] = ...) -> None: ...
 
 class BlockCountsStatus(_message.Message):
     __slots__ = ("total", "free", "cached", "owned", "exported", "granted", "quarantined")
@@ -33,7 +35,7 @@ class BlockCountsStatus(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., owned: _Optional[int] = ..., exported: _Optional[int] = ..., granted: _Optional[int] = ..., quarantined: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("id", "role", "state", "pid", "agent_pid", "incarnation", "running", "waiting", "exact", "kv_blocks", "model", "dtype", "audit", "reason", "exact_reason", "steps", "last_step_ms", "swap", "refused", "control")
+    __slots__ = ("id", "role", "state", "pid", "agent_pid", "incarnation", "running", "waiting", "exact", "kv_blocks", "model", "dtype", "audit", "reason", "exact_reason", "steps", "last_step_ms", "swap", "refused", "control", "tokens_read", "tokens_written")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +56,8 @@ class WorkerStatus(_message.Message):
     SWAP_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     CONTROL_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_READ_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_WRITTEN_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: str
     state: str
@@ -74,7 +78,9 @@ class WorkerStatus(_message.Message):
     swap: SwapStatus
     refused: int
     control: str
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., agent_pid: _Optional[int] = ..., incarnation: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., exact: _Optional[bool] = ..., kv_blocks: _Optional[_Union[BlockCountsStatus, _Mapping]] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., audit: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ..., exact_reason: _Optional[str] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ..., swap: _Optional[_Union[SwapStatus, _Mapping]] = ..., refused: _Optional[int] = ..., control: _Optional[str] = ...) -> None: ...
+    tokens_read: int
+    tokens_written: int
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., agent_pid: _Optional[int] = ..., incarnation: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., exact: _Optional[bool] = ..., kv_blocks: _Optional[_Union[BlockCountsStatus, _Mapping]] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., audit: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ..., exact_reason: _Optional[str] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ..., swap: _Optional[_Union[SwapStatus, _Mapping]] = ..., refused: _Optional[int] = ..., control: _Optional[str] = ..., tokens_read: _Optional[int] = ..., tokens_written: _Optional[int] = ...) -> None: ...
 
 class SwapStatus(_message.Message):
     __slots__ = ("total", "used", "requests", "swapped_out", "brought_back", "recomputed")
@@ -93,7 +99,7 @@ class SwapStatus(_message.Message):
     def __init__(self, total: _Optional[int] = ..., used: _Optional[int] = ..., requests: _Optional[int] = ..., swapped_out: _Optional[int] = ..., brought_back: _Optional[int] = ..., recomputed: _Optional[int] = ...) -> None: ...
 
 class RequestStatus(_message.Message):
-    __slots__ = ("id", "state", "prefill_worker", "decode_worker", "tokens", "blocks_moved", "tokens_recomputed", "blocks_granted", "blocks_reused", "error", "reason", "first_frame_ms", "last_chunk_start_ms", "committed_ms", "tokens_cached", "prompt_tokens", "ttft_ms", "num_replacements", "mode", "num_moves", "moving_to", "first_step_ms", "priority", "router")
+    __slots__ = ("id", "state", "prefill_worker", "decode_worker", "tokens", "blocks_moved", "tokens_recomputed", "blocks_granted", "blocks_reused", "error", "reason", "first_frame_ms", "last_chunk_start_ms", "committed_ms", "tokens_cached", "prompt_tokens", "ttft_ms", "num_replacements", "mode", "num_moves", "moving_to", "first_step_ms", "priority", "router", "age_ms")
     ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +124,7 @@ class RequestStatus(_message.Message):
     FIRST_STEP_MS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     ROUTER_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
     id: str
     state: str
     prefill_worker: str
@@ -142,23 +149,46 @@ class RequestStatus(_message.Message):
     first_step_ms: float
     priority: int
     router: str
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokens: _Optional[int] = ..., blocks_moved: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., blocks_granted: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., first_frame_ms: _Optional[int] = ..., last_chunk_start_ms: _Optional[int] = ..., committed_ms: _Optional[int] = ..., tokens_cached: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., ttft_ms: _Optional[int] = ..., num_replacements: _Optional[int] = ..., mode: _Optional[str] = ..., num_moves: _Optional[int] = ..., moving_to: _Optional[str] = ..., first_step_ms: _Optional[float] = ..., priority: _Optional[int] = ..., router: _Optional[str] = ...) -> None: ...
+    age_ms: int
+    def __init__(self, id: _Optional[str] = ..., state: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., tokens: _Optional[int] = ..., blocks_moved: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., blocks_granted: _Optional[int] = ..., blocks_reused: _Optional[int] = ..., error: _Optional[str] = ..., reason: _Optional[str] = ..., first_frame_ms: _Optional[int] = ..., last_chunk_start_ms: _Optional[int] = ..., committed_ms: _Optional[int] = ..., tokens_cached: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., ttft_ms: _Optional[int] = ..., num_replacements: _Optional[int] = ..., mode: _Optional[str] = ..., num_moves: _Optional[int] = ..., moving_to: _Optional[str] = ..., first_step_ms: _Optional[float] = ..., priority: _Optional[int] = ..., router: _Optional[str] = ..., age_ms: _Optional[int] = ...) -> None: ...
 
 class RouterStatus(_message.Message):
-    __slots__ = ("id", "pid", "address", "up", "workers_ready", "num_requests")
+    __slots__ = ("id", "pid", "address", "up", "workers_ready", "num_requests", "last_minute", "tokens_total")
     ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     UP_FIELD_NUMBER: _ClassVar[int]
     WORKERS_READY_FIELD_NUMBER: _ClassVar[int]
     NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    LAST_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     id: str
     pid: int
     address: str
     up: bool
     workers_ready: _containers.RepeatedScalarFieldContainer[str]
     num_requests: int
-    def __init__(self, id: _Optional[str] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., up: _Optional[bool] = ..., workers_ready: _Optional[_Iterable[str]] = ..., num_requests: _Optional[int] = ...) -> None: ...
+    last_minute: LastMinute
+    tokens_total: int
+    def __init__(self, id: _Optional[str] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., up: _Optional[bool] = ..., workers_ready: _Optional[_Iterable[str]] = ..., num_requests: _Optional[int] = ..., last_minute: _Optional[_Union[LastMinute, _Mapping]] = ..., tokens_total: _Optional[int] = ...) -> None: ...
+
+class LastMinute(_message.Message):
+    __slots__ = ("seconds", "tokens", "refused", "recovered", "moved", "ttft_ms", "tpot_ms")
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    RECOVERED_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    TPOT_MS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    tokens: int
+    refused: int
+    recovered: int
+    moved: int
+    ttft_ms: _containers.RepeatedScalarFieldContainer[float]
+    tpot_ms: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, seconds: _Optional[float] = ..., tokens: _Optional[int] = ..., refused: _Optional[int] = ..., recovered: _Optional[int] = ..., moved: _Optional[int] = ..., ttft_ms: _Optional[_Iterable[float]] = ..., tpot_ms: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class MoveStatus(_message.Message):
     __slots__ = ("request", "to", "reason", "why", "outcome", "error", "rounds", "blocks", "bytes", "precopy_ms", "pause_ms", "at_ms", "blocks_reused", "fence_ms")

@@ -333,7 +333,7 @@ class BlockCounts(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., owned: _Optional[int] = ..., exported: _Optional[int] = ..., granted: _Optional[int] = ..., quarantined: _Optional[int] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("running", "waiting", "blocks", "prefill_backlog_tokens", "steps", "last_step_ms", "audit", "swap")
+    __slots__ = ("running", "waiting", "blocks", "prefill_backlog_tokens", "steps", "last_step_ms", "audit", "swap", "tokens_read", "tokens_written")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -342,6 +342,8 @@ class WorkerLoad(_message.Message):
     LAST_STEP_MS_FIELD_NUMBER: _ClassVar[int]
     AUDIT_FIELD_NUMBER: _ClassVar[int]
     SWAP_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_READ_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_WRITTEN_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     blocks: BlockCounts
@@ -350,7 +352,9 @@ class WorkerLoad(_message.Message):
     last_step_ms: float
     audit: _containers.RepeatedScalarFieldContainer[str]
     swap: SwapCounts
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., prefill_backlog_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ..., audit: _Optional[_Iterable[str]] = ..., swap: _Optional[_Union[SwapCounts, _Mapping]] = ...) -> None: ...
+    tokens_read: int
+    tokens_written: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., prefill_backlog_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., last_step_ms: _Optional[float] = ..., audit: _Optional[_Iterable[str]] = ..., swap: _Optional[_Union[SwapCounts, _Mapping]] = ..., tokens_read: _Optional[int] = ..., tokens_written: _Optional[int] = ...) -> None: ...
 
 class SwapCounts(_message.Message):
     __slots__ = ("total", "used", "requests", "swapped_out", "brought_back", "recomputed")

@@ -14,7 +14,7 @@ import httpx
 import psutil
 from served import STOP_S, Served, alive
 
-from cli.status import to_document
+from cli.shown import plain
 from cluster.chaos_processes import listening_ports
 from tandem.cluster_access import ClusterAccess
 from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2_grpc
@@ -43,8 +43,7 @@ class ClusterUnderTest(Served):
         with grpc.insecure_channel(self.grpc_address) as channel:
             stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
             answer = stub.Status(admin_pb2.StatusRequest(include_finished=True), timeout=10, wait_for_ready=True)
-        document: dict[str, Any] = to_document(answer)
-        return document
+        return plain(answer)
 
     def settled(self, timeout_s: float = SETTLE_S) -> dict[str, Any]:
         """The first state in which nothing is under way: see `unsettled`."""

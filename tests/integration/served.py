@@ -17,7 +17,8 @@ from typing import Any
 import httpx
 import psutil
 
-from cli.status import ask, to_document
+from cli.shown import plain
+from cli.status import ask
 from cluster.member_access import access_here
 from cluster.run_file import find
 from tandem.client import Client
@@ -103,7 +104,7 @@ class Served:
 
     def status(self) -> dict[str, Any]:
         """What `tandem status --json` prints, without a process for it."""
-        return dict(to_document(ask(find(self.run_dir, self.port))))
+        return plain(ask(find(self.run_dir, self.port)))
 
     def status_printed(self) -> dict[str, Any]:
         """What `tandem status --json` prints, by that command."""

@@ -104,7 +104,8 @@ async def place(me: str = "router-0", internal: Mapping[str, str] = ALONE) -> As
             peers=peers,
             addresses=lambda: Addresses(model="m", http="h", grpc="g", store="redis://h"),
             cancel=lambda request_id, reason, only: only is None and driver.cancel(RequestId(request_id), reason),
-            metrics=EdgeMetrics(me).page,
+            metrics=(metrics := EdgeMetrics(me)).page,
+            lately=metrics.lately,
             stop=lambda reason: None,
         )
         server = grpc.aio.server()

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from cli import drain, migrate
 from cli.main import app, main
-from cli.status import move_table, to_document
+from cli.shown import plain
+from cli.status import move_table
 from cluster.config import ClusterConfig, flag_of
 from cluster.draining import DrainState
 from tandem.v1 import admin_pb2 as pb
@@ -88,7 +89,7 @@ def test_the_run_dir_may_come_from_a_variable(
 
 def test_status_as_json_names_every_field_and_keeps_numbers() -> None:
     worker = pb.WorkerStatus(id="decode-0", incarnation=2**40, kv_blocks=pb.BlockCountsStatus(total=8, free=8))
-    document = to_document(pb.StatusResponse(workers=[worker], requests=[pb.RequestStatus(id="r")]))
+    document = plain(pb.StatusResponse(workers=[worker], requests=[pb.RequestStatus(id="r")]))
     document = json.loads(json.dumps(document))
     [told] = document["workers"]
     assert told["incarnation"] == 2**40
@@ -115,7 +116,7 @@ MOVE = move_from(
 
 
 def test_moves_are_shown_as_json_and_as_a_table() -> None:
-    document = json.loads(json.dumps(to_document(pb.StatusResponse(moves=[MOVE]))))
+    document = json.loads(json.dumps(plain(pb.StatusResponse(moves=[MOVE]))))
     assert document["moves"] == [
         {
             "request": "req-1", "from": "decode-0", "to": "decode-1", "reason": "balance", "why": "w",
@@ -143,7 +144,7 @@ def test_how_a_move_went_is_one_sentence() -> None:
 def test_each_state_of_a_drain_has_words(state: str) -> None:
     progress = pb.DrainProgress(worker="decode-0", incarnation=2**40, state=state, elapsed_ms=1500)
     assert drain.sentence(progress).startswith("    1.5 s  decode-0 ")
-    assert drain.document(progress)["incarnation"] == 2**40
+    assert plain(progress)["incarnation"] == 2**40
 
 
 def test_a_wrong_deadline_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

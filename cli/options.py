@@ -1,0 +1,31 @@
+"""The options that many commands have, stated once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.config import default_run_dir, refuse_unknown_variables
+from cluster.draining import DEADLINE_MS_MAX
+from cluster.run_file import RunFile, find
+
+Port = Annotated[int | None, typer.Option(help="HTTP port of the cluster; needed when several run")]
+RunDir = Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+AsJsonLines = Annotated[bool, typer.Option("--json", help="print a line of JSON for each change")]
+DEADLINE_S_MAX = DEADLINE_MS_MAX / 1000
+
+
+def running_cluster(run_dir: Path | None, port: int | None) -> RunFile:
+    """The cluster that the options mean. Raises NoCluster, ConfigError."""
+    return find(run_dir_of(run_dir), port)
+
+
+def run_dir_of(given: Path | None) -> Path:
+    """Where to look for run files: the flag, the variable, the default. Raises ConfigError for an unknown variable."""
+    refuse_unknown_variables(os.environ)
+    variable = os.environ.get("TANDEM_RUN_DIR")
+    return given or (Path(variable) if variable else default_run_dir(os.environ))
