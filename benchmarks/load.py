@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import grpc
 import grpc.aio
@@ -66,30 +67,61 @@ async def migrate(stub: admin_pb2_grpc.AdminStub, request_id: str, to: str = "")
     return move
 
 
+@dataclass(slots=True)
+class Ongoing:
+    """How far a workload is."""
+
+    num_requests: int
+    sent: int = 0
+    ended: int = 0
+    failed: int = 0
+    tokens: int = 0
+
+
 async def offer(
     address: str,
     offered: Sequence[Offered],
     prompts: Sequence[Sequence[int]],
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[Ongoing], None] | None = None,
     dial: Callable[[str], grpc.aio.Channel] = grpc.aio.insecure_channel,
     metadata: Metadata = (),
 ) -> list[Outcome]:
-    """Sends each request at its arrival time, whether or not earlier ones have ended, and waits for all."""
+    """Sends each request at its arrival time, whether or not earlier ones have ended, and waits for all.
+
+    `progress` is told of each change, in one object that goes on changing.
+    """
     async with dial(address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
         start = time.perf_counter()
-        ended = 0
+        ongoing = Ongoing(len(offered))
+
+        def tell(more_tokens: int = 0) -> None:
+            ongoing.tokens += more_tokens
+            if progress is not None:
+                progress(ongoing)
 
         async def one(index: int) -> Outcome:
-            nonlocal ended
             await asyncio.sleep(max(0.0, offered[index].arrival_s - (time.perf_counter() - start)))
+            ongoing.sent += 1
+            tell()
+            known = 0
+
+            def on_tokens(num_tokens: int) -> None:
+                nonlocal known
+                tell(num_tokens - known)
+                known = num_tokens
+
             outcome = await generate(
-                stub, prompts[index], output_tokens=offered[index].output_tokens, metadata=metadata
+                stub,
+                prompts[index],
+                output_tokens=offered[index].output_tokens,
+                on_tokens=on_tokens,
+                metadata=metadata,
             )
-            ended += 1
-            if progress is not None:
-                progress(ended, len(offered))
+            ongoing.ended += 1
+            ongoing.failed += bool(outcome.error)
+            tell()
             return outcome
 
         async with asyncio.TaskGroup() as group:

@@ -11,8 +11,8 @@ from typing import Any
 
 import grpc.aio
 
-from benchmarks.figures import Slo, summary
-from benchmarks.load import Metadata, offer
+from benchmarks.figures import Outcome, Slo, summary
+from benchmarks.load import Metadata, Ongoing, offer
 from benchmarks.report import table
 from benchmarks.workload import BadWorkload, Offered, Scale, from_trace, random_prompts, uniform
 
@@ -64,14 +64,22 @@ def workload(options: ServingOptions) -> list[Offered]:
     )
 
 
-def run(options: ServingOptions, *, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-    """Offers the workload and returns all figures as plain numbers, ready for JSON."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What came of a run: all figures as plain numbers, ready for JSON, and what they were made from."""
+
+    figures: dict[str, Any]
+    outcomes: list[Outcome]
+
+
+def run(options: ServingOptions, *, progress: Callable[[Ongoing], None] | None = None) -> Served:
+    """Offers the workload; `progress` hears how far it is."""
     offered = workload(options)
     prompts: Sequence[Sequence[int]] = random_prompts(offered, vocab_size=options.vocab_size, seed=options.seed)
     outcomes = asyncio.run(
         offer(options.address, offered, prompts, progress=progress, dial=options.dial, metadata=options.metadata)
     )
-    return {
+    figures = {
         "workload": {
             "trace": str(options.trace) if options.trace else None,
             "seed": options.seed,
@@ -81,6 +89,7 @@ def run(options: ServingOptions, *, progress: Callable[[int, int], None] | None 
         },
         **summary(outcomes, slo=options.slo),
     }
+    return Served(figures=figures, outcomes=outcomes)
 
 
 def as_text(figures: dict[str, Any]) -> str:
@@ -99,6 +108,6 @@ def as_text(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def as_json(figures: dict[str, Any]) -> str:
+def to_json(figures: dict[str, Any]) -> str:
     """The figures for a program."""
     return json.dumps(figures, indent=2)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
+from benchmarks.curves import curves
 from benchmarks.figures import Slo
-from benchmarks.serving import ServingOptions, as_json, as_text, run
-from cli.options import Port, RunDir, running_cluster
+from benchmarks.load import Ongoing
+from benchmarks.plots import check_picture, in_terminal, write_picture
+from benchmarks.serving import Served, ServingOptions, as_text, run, to_json
+from cli.options import AsJson, Port, RunDir, running_cluster
 from cluster.member_access import client_options, dial_routers, key_metadata
 from tandem import Client
 
@@ -30,16 +36,19 @@ def bench(
     tpot_ms: Annotated[float, typer.Option(help="SLO: time per token after the first")] = 100,
     seed: Annotated[int, typer.Option(help="of lengths, arrivals and prompts")] = 1,
     port: Port = None,
-    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    plot: Annotated[Path | None, typer.Option(help="file for a picture of the run: .svg, .png or .pdf")] = None,
+    as_json: AsJson = False,
     run_dir: RunDir = None,
 ) -> None:
     """Offer requests in an open loop: TTFT, TPOT, ITL percentiles and goodput under both SLOs together."""
-    found = running_cluster(run_dir, port)
-    with Client(found.grpc_address, timeout_s=TIMEOUT_S, **client_options(found)) as client:
+    if plot is not None:
+        check_picture(plot)
+    cluster = running_cluster(run_dir, port)
+    with Client(cluster.grpc_address, timeout_s=TIMEOUT_S, **client_options(cluster)) as client:
         [model, *_] = client.models()
     options = ServingOptions(
-        address=found.grpc_address,
-        dial=lambda address: dial_routers(found),
+        address=cluster.grpc_address,
+        dial=lambda address: dial_routers(cluster),
         metadata=key_metadata(),
         trace=trace,
         num_requests=requests,
@@ -53,10 +62,35 @@ def bench(
         slo=Slo(ttft_ms=ttft_ms, tpot_ms=tpot_ms),
         seed=seed,
     )
-    if json:
-        print(as_json(run(options)))
+    served = run_shown(options)
+    drawn = curves(served.outcomes, options.slo)
+    if plot is not None and drawn:
+        write_picture(drawn, plot, f"{model.id}: {requests} requests, seed {seed}")
+    if as_json:
+        print(to_json(served.figures))
         return
-    with Progress(transient=True) as progress:
-        task = progress.add_task("requests", total=requests)
-        figures = run(options, progress=lambda ended, total: progress.update(task, completed=ended, total=total))
-    print(as_text(figures))
+    print(as_text(served.figures))
+    console = Console(highlight=False)
+    if console.is_terminal and not console.options.ascii_only:
+        for curve in drawn:
+            console.print()
+            console.print(Text.from_ansi(in_terminal(curve, console.width, colours=not console.no_color)))
+    if plot is not None:
+        print(f"a picture is in {plot}" if drawn else "no request was answered: there is no picture")
+
+
+def run_shown(options: ServingOptions) -> Served:
+    """The run, with its progress on standard error where that is a terminal."""
+    errors = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("requests", total=options.num_requests)
+        began_s = time.monotonic()
+
+        def tell(ongoing: Ongoing) -> None:
+            seconds = max(1.0, time.monotonic() - began_s)
+            failed = f", {ongoing.failed} failed" if ongoing.failed else ""
+            what = f"{ongoing.sent - ongoing.ended} run{failed}, {ongoing.tokens / seconds:.0f} tokens/s"
+            progress.update(task, total=ongoing.num_requests, completed=ongoing.ended, description=what)
+
+        return run(options, progress=tell)
