@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cli.completion import workers
 from cli.options import AsJsonLines, Port, RunDir, running_cluster
 from cli.reach import admin
 from cli.shown import plain
@@ -15,7 +16,9 @@ from tandem.v1 import admin_pb2 as pb
 
 
 def drain(
-    worker: Annotated[str, typer.Argument(help="worker of `tandem status`", show_default=False)],
+    worker: Annotated[
+        str, typer.Argument(help="worker of `tandem status`", show_default=False, autocompletion=workers)
+    ],
     deadline: Annotated[
         float, typer.Option(help="seconds until it must be empty", min=0.001, max=DEADLINE_MS_MAX / 1000)
     ] = DEADLINE_MS / 1000,

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cli.completion import requests
 from cli.migrate import sentence
 from cli.options import AsJson, Port, RunDir, running_cluster
 from cli.reach import admin
@@ -21,7 +22,9 @@ WIDTH = 200  # where no terminal cuts reasons off
 
 
 def explain(
-    request: Annotated[str, typer.Argument(help="id of a request, or how it ends", show_default=False)],
+    request: Annotated[
+        str, typer.Argument(help="id of a request, or how it ends", show_default=False, autocompletion=requests)
+    ],
     port: Port = None,
     as_json: AsJson = False,
     run_dir: RunDir = None,

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from cli.completion import log_parts
 from cli.options import Port, RunDir, running_cluster
 from cluster.config import ConfigError
 from tandem.log_lines import LogLine, parse
@@ -43,7 +44,10 @@ class Said:
 
 
 def logs(
-    parts: Annotated[list[str] | None, typer.Argument(help="such as decode-0, router-0 or ray; without: all")] = None,
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(help="such as decode-0, router-0 or ray; without: all", autocompletion=log_parts),
+    ] = None,
     num: Annotated[int, typer.Option("-n", "--lines", help="the newest so many entries", min=0)] = 100,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="go on with what comes, until Ctrl-C")] = False,
     level: Annotated[Level, typer.Option(help="the least that is shown")] = Level.INFO,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cli.completion import running_requests, workers
 from cli.options import AsJson, Port, RunDir, running_cluster
 from cli.reach import admin
 from cli.shown import plain
@@ -21,8 +22,15 @@ class Refused(CommandError, RuntimeError):
 
 
 def migrate(
-    request: Annotated[str, typer.Argument(help="id of a running request, or how it ends", show_default=False)],
-    to: Annotated[str, typer.Option(help="worker that it goes to; the router chooses without it")] = "",
+    request: Annotated[
+        str,
+        typer.Argument(
+            help="id of a running request, or how it ends", show_default=False, autocompletion=running_requests
+        ),
+    ],
+    to: Annotated[
+        str, typer.Option(help="worker that it goes to; the router chooses without it", autocompletion=workers)
+    ] = "",
     port: Port = None,
     as_json: AsJson = False,
     run_dir: RunDir = None,

@@ -8,18 +8,23 @@ from typing import Annotated
 
 import typer
 
+from cli.completion import pool_sizes
 from cli.options import AsJsonLines, Port, RunDir, running_cluster
 from cli.reach import admin
 from cli.shown import plain
 from cluster.config import ConfigError
 from cluster.draining import DEADLINE_MS, DEADLINE_MS_MAX
+from tandem.messages import Role
+from tandem.near_miss import nearest
 from tandem.v1 import admin_pb2 as pb
 
 _POOL = re.compile(r"([a-z]+)=(\d{1,6})")
 
 
 def scale(
-    pools: Annotated[list[str], typer.Argument(help="such as prefill=2 decode=4", show_default=False)],
+    pools: Annotated[
+        list[str], typer.Argument(help="such as prefill=2 decode=4", show_default=False, autocompletion=pool_sizes)
+    ],
     deadline: Annotated[
         float, typer.Option(help="seconds until workers that go must be empty", min=0.001, max=DEADLINE_MS_MAX / 1000)
     ] = DEADLINE_MS / 1000,
@@ -44,11 +49,20 @@ def sizes(pools: list[str]) -> list[pb.PoolSize]:
     for word in pools:
         match = _POOL.fullmatch(word)
         if match is None:
-            raise ConfigError(f"pools: {word!r} is not like decode=4")
+            raise ConfigError(f"pools: {word!r} is not like decode=4{_meant(word)}")
         if match[1] in found:
             raise ConfigError(f"pools: {match[1]} is given twice")
         found[match[1]] = int(match[2])
     return [pb.PoolSize(role=role, num=num) for role, num in found.items()]
+
+
+def _meant(word: str) -> str:
+    """The nearest size of a pool, where the word has a role and a number in it, in whatever form."""
+    parts = re.search(r"([A-Za-z]+)\W*(\d{1,6})|(\d{1,6})\W*([A-Za-z]+)", word)
+    if parts is None:
+        return ""
+    role, num = nearest(parts[1] or parts[4], Role), parts[2] or parts[3]
+    return f"; did you mean {role}={num}?" if role else ""
 
 
 def sentence(progress: pb.ScaleProgress) -> str:

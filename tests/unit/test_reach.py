@@ -32,11 +32,10 @@ def run_of(token: Path, *addresses: str) -> RunFile:
     )  # fmt: skip
 
 
-def test_the_first_that_answers_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_first_that_answers_is_asked(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("x" * 43)
     token.chmod(0o600)
-    monkeypatch.setattr(reach, "ANSWER_S", 1.0)
     gone = f"127.0.0.1:{pick_port('127.0.0.1', 0, '--port')}"
     server = grpc.server(ThreadPoolExecutor(1))
     admin_pb2_grpc.add_AdminServicer_to_server(Only(), server)  # type: ignore[no-untyped-call]
@@ -45,10 +44,10 @@ def test_the_first_that_answers_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_pa
     try:
         with socket.create_server(("127.0.0.1", 0)) as stopped:  # the kernel takes connections for it, as for a process
             hangs = f"127.0.0.1:{stopped.getsockname()[1]}"
-            with reach.admin(run_of(token, gone, hangs, here)) as stub:
+            with reach.admin(run_of(token, gone, hangs, here), answer_s=1.0) as stub:
                 assert stub.Status(pb.StatusRequest(), timeout=5).model == "here"
             with pytest.raises(NoCluster, match="no router of the cluster at port 8000 answers"):
-                with reach.admin(run_of(token, gone, hangs)):
+                with reach.admin(run_of(token, gone, hangs), answer_s=1.0):
                     raise AssertionError("nobody is there")
     finally:
         server.stop(None).wait()
