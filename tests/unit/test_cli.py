@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cli import drain, migrate
-from cli.main import app, main
+from cli.main import VERBS, app, main
 from cli.shown import plain
 from cli.status import move_table
 from cluster.config import ClusterConfig, flag_of
@@ -32,7 +32,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_every_verb_has_help() -> None:
-    for verb in ("serve", "status", "explain", "migrate", "drain", "scale", "logs", "doctor", "down", "config"):
+    for verb in VERBS:
         done = RUNNER.invoke(app, [verb, "--help"])
         assert done.exit_code == 0, done.output
         assert "Usage" in done.output
@@ -74,7 +74,7 @@ def test_a_wrong_setting_is_one_line_and_status_2(
 def test_no_cluster_is_one_line_and_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    for verb in (["status"], ["down"], ["migrate", "r"], ["drain", "w"]):
+    for verb in (["status"], ["top"], ["top", "--json"], ["down"], ["migrate", "r"], ["drain", "w"]):
         assert run_main(monkeypatch, *verb, "--run-dir", str(tmp_path)) == 1
         assert capsys.readouterr().err.startswith("error: no cluster runs here")
 
@@ -169,7 +169,7 @@ def test_a_verb_does_without_the_modules_of_the_others() -> None:
         "print(sorted(each for each in sys.modules if each.startswith('cli.')), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stderr.strip() == "['cli.configuration', 'cli.main', 'cli.settings']"
+    assert done.stderr.strip() == "['cli.configuration', 'cli.main', 'cli.options', 'cli.sentences', 'cli.settings']"
 
 
 def test_the_router_process_imports_neither_torch_nor_ray() -> None:

@@ -48,7 +48,7 @@ def test_the_edge_counts_what_its_clients_see() -> None:
     metrics.answered(num_prompt_tokens=1, num_cached_tokens=0, tpot_s=0.02)
     metrics.answered(num_prompt_tokens=1, num_cached_tokens=0, tpot_s=None)
     metrics.refused(Api.HTTP, Overloaded("full", retry_after_ms=1))
-    metrics.noted(Recovering(RequestId("r"), Cause.OVERDUE))
+    metrics.noted(Recovering(request_id=RequestId("r"), cause=Cause.OVERDUE))
     for outcome in (MoveOutcome.MOVED, MoveOutcome.FAILED):
         metrics.moved(
             MoveRecord(

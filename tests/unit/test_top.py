@@ -21,11 +21,8 @@ def worker(name: str, role: str, **fields: Any) -> pb.WorkerStatus:
 
 
 def request(name: str, **fields: Any) -> pb.RequestStatus:
-    return pb.RequestStatus(
-        id=name,
-        **{"state": "decoding", "prefill_worker": "prefill-0", "decode_worker": "decode-0", "router": "router-0"}
-        | fields,
-    )
+    placed = {"state": "decoding", "prefill_worker": "prefill-0", "decode_worker": "decode-0", "router": "router-0"}
+    return pb.RequestStatus(id=name, **placed | fields)
 
 
 def router(name: str = "router-0", pid: int = 10, tokens: int = 0, **minute: Any) -> pb.RouterStatus:
@@ -121,10 +118,8 @@ def test_a_role_that_changes_is_shown_with_the_one_before() -> None:
     top.look(10.0, 1000.0, status(workers=[worker("decode-1", "decode", state="draining"), worker("p", "prefill")]))
     flipped = status(workers=[worker("decode-1", "prefill"), worker("p", "prefill")])
     view = top.look(11.0, 1001.0, flipped)
-    assert [(row.id, row.role, row.was) for row in view.workers] == [
-        ("decode-1", "prefill", "decode"),
-        ("p", "prefill", ""),
-    ]
+    roles = [(row.id, row.role, row.was) for row in view.workers]
+    assert roles == [("decode-1", "prefill", "decode"), ("p", "prefill", "")]
     assert "decode-1 is prefill now; it was decode" in view.notes
     assert "decode > prefill" in text(view, 80)
     assert "decode > prefill" not in text(top.look(50.0, 1040.0, flipped), 80)
@@ -146,12 +141,8 @@ def test_moves_say_how_long_ago_and_why_and_requests_the_last_reason() -> None:
 def test_ended_requests_are_not_shown_and_one_taken_over_goes_on() -> None:
     top = Top()
     top.look(1.0, 1000.0, status(requests=[request("r", tokens=10), request("r", state="failed", tokens=4)]))
-    both = [
-        request("r", tokens=16, router="router-1"),
-        request("r", state="failed", tokens=10),
-        request("x", state="finished"),
-    ]
-    view = top.look(3.0, 1002.0, status(requests=both))
+    both = [request("r", tokens=16, router="router-1"), request("r", state="failed", tokens=10)]
+    view = top.look(3.0, 1002.0, status(requests=[*both, request("x", state="finished")]))
     assert [(row.id, row.tokens_per_s) for row in view.requests] == [("r", 3.0)]
 
 
@@ -170,11 +161,7 @@ def text(view: View, width: int, height: int = 24, shown: Shown | None = None, *
     file = io.TextIOWrapper(io.BytesIO(), encoding=console.pop("encoding", "utf-8"))
     out = Console(file=file, width=width, height=height, **console)
     options = out.options.update(height=height)
-    out.print(
-        "".join(segment.text for segment in out.render(TopScreen(view, shown or Shown(keys=True)), options)), end=""
-    )
-    file.seek(0)
-    return file.read()
+    return "".join(segment.text for segment in out.render(TopScreen(view, shown or Shown(keys=True)), options))
 
 
 def busy() -> View:
