@@ -24,6 +24,7 @@ from cluster.registry import Registry
 from router.driver import Driver
 from router.events import Submitted
 from router.metrics import EdgeMetrics
+from router.stages import FirstToken
 from tandem.messages import Role, TransferStats, WorkerInfo
 from tandem.request import RequestId, TransferId, WorkerId
 from tandem.v1 import admin_pb2 as pb
@@ -45,6 +46,7 @@ class Place:
     peers: Peers
     said: list[tuple[str, dict[str, object]]]
     address: str
+    metrics: EdgeMetrics
 
     def left(self) -> list[object]:
         """Workers that were told to end."""
@@ -94,7 +96,7 @@ async def place(me: str = "router-0", internal: Mapping[str, str] = ALONE) -> As
             number=list(internal).index(me),
             num_routers=len(internal),
         )
-        peers = Peers(me, internal)
+        peers, metrics = Peers(me, internal), EdgeMetrics(me)
         admin = Admin(
             membership=membership,
             driver=driver,
@@ -104,7 +106,7 @@ async def place(me: str = "router-0", internal: Mapping[str, str] = ALONE) -> As
             peers=peers,
             addresses=lambda: Addresses(model="m", http="h", grpc="g", store="redis://h"),
             cancel=lambda request_id, reason, only: only is None and driver.cancel(RequestId(request_id), reason),
-            metrics=(metrics := EdgeMetrics(me)).page,
+            metrics=metrics.page,
             lately=metrics.lately,
             stop=lambda reason: None,
         )
@@ -116,7 +118,7 @@ async def place(me: str = "router-0", internal: Mapping[str, str] = ALONE) -> As
         looking = asyncio.create_task(operations.run())
         async with grpc.aio.insecure_channel(address) as channel:
             stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
-            here = Place(stub, driver, registry, operations, peers, said, address)
+            here = Place(stub, driver, registry, operations, peers, said, address, metrics)
             for worker in WORKERS:
                 await here.join(worker)
             try:
@@ -275,5 +277,21 @@ def test_a_worker_that_dies_meanwhile_was_not_drained() -> None:
         assert here.left() == []
         await here.join("decode-0", 2)
         assert here.state("decode-0") is MemberState.READY
+
+    run(case)
+
+
+def test_what_clients_saw_is_told_to_who_asks_and_each_request_has_its_age() -> None:
+    async def case(here: Place) -> None:
+        here.driver.submit(request("r"))
+        here.metrics.first_tokens(3)
+        here.metrics.first_token(FirstToken(ttft_ms=50.0, stages=()))
+        plain = await here.stub.Status(pb.StatusRequest(), timeout=10)
+        assert not plain.routers[0].HasField("last_minute")
+        assert plain.routers[0].tokens_total == 3
+        status = await here.stub.Status(pb.StatusRequest(last_minute=True), timeout=10)
+        minute = status.routers[0].last_minute
+        assert (minute.tokens, list(minute.ttft_ms), list(minute.tpot_ms)) == (3, [50.0], [])
+        assert status.requests[0].age_ms < 10_000
 
     run(case)

@@ -81,7 +81,9 @@ async def until(true: Callable[[], bool]) -> None:
 
 
 async def status(here: Place, *, local: bool = False) -> pb.StatusResponse:
-    answer: pb.StatusResponse = await here.stub.Status(pb.StatusRequest(local=local), timeout=10)
+    answer: pb.StatusResponse = await here.stub.Status(
+        pb.StatusRequest(local=local, last_minute=last_minute), timeout=10
+    )
     return answer
 
 
@@ -101,6 +103,8 @@ def test_either_tells_of_both() -> None:
             assert [list(each.workers_ready) for each in answer.routers] == [sorted(ROLES)] * 2
             assert [each.id for each in answer.workers] == sorted(ROLES)
             assert answer.store == "redis://h"
+        minutes = (await status(one, last_minute=True)).routers
+        assert all(each.HasField("last_minute") for each in minutes), "it is asked of the others too"
         mine = await status(two, local=True)
         assert [each.id for each in mine.requests] == ["b-1", "b-2"]
         assert [each.id for each in mine.routers] == ["router-1"]

@@ -115,11 +115,13 @@ def test_a_process_that_was_started_again_is_told_of_and_counts_from_nothing() -
 
 def test_a_role_that_changes_is_shown_with_the_one_before() -> None:
     top = Top()
-    top.look(10.0, 1000.0, status(workers=[worker("decode-1", "decode", state="draining"), worker("p", "prefill")]))
-    flipped = status(workers=[worker("decode-1", "prefill"), worker("p", "prefill")])
+    top.look(
+        10.0, 1000.0, status(workers=[worker("decode-1", "decode", state="draining"), worker("prefill-0", "prefill")])
+    )
+    flipped = status(workers=[worker("decode-1", "prefill"), worker("prefill-0", "prefill")])
     view = top.look(11.0, 1001.0, flipped)
     roles = [(row.id, row.role, row.was) for row in view.workers]
-    assert roles == [("decode-1", "prefill", "decode"), ("p", "prefill", "")]
+    assert roles == [("decode-1", "prefill", "decode"), ("prefill-0", "prefill", "")]
     assert "decode-1 is prefill now; it was decode" in view.notes
     assert "decode > prefill" in text(view, 80)
     assert "decode > prefill" not in text(top.look(50.0, 1040.0, flipped), 80)

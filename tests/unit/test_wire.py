@@ -128,7 +128,7 @@ reports = st.builds(
     load=st.none()
     | st.builds(
         m.WorkerLoad, running=u32, waiting=u32, blocks=counts, prefill_backlog_tokens=u64, steps=u64,
-        last_step_ms=number, audit=several(text),
+        last_step_ms=number, audit=several(text), tokens_read=u64, tokens_written=u64,
     ),
 )  # fmt: skip
 infos = st.builds(

@@ -30,7 +30,7 @@ from kv_transfer.actions import Report, RouterJoined
 from kv_transfer.messages import Cancel, Grant, Offer, Wait
 from prefill_worker import core as prefill_core
 from tandem.messages import AssignMode, BlockEvents, RequestFailed, WorkerLoad
-from tandem.request import RequestId, Sampling, Token
+from tandem.request import CANARY_PREFIX, RequestId, Sampling, Token
 
 LOCAL, DECODE = AssignMode.LOCAL, AssignMode.DECODE
 
@@ -264,3 +264,15 @@ def test_blocks_are_not_recounted_on_the_heels_of_work() -> None:
     due_ms = bench.core.next_deadline_ms()
     assert due_ms is not None
     assert due_ms <= bench.now_ms
+
+
+def test_tokens_read_and_written_are_counted_but_for_canaries() -> None:
+    bench = Bench()
+    bench.handle(RouterJoined(session=1))
+    bench.handle(assign("a", mode=LOCAL, max_tokens=3))
+    after = loads(bench.run())[-1]
+    assert (after.tokens_read, after.tokens_written) == (len(PROMPT) - 1, 3), "each draw runs one token"
+    bench.handle(assign(f"{CANARY_PREFIX}1", mode=LOCAL, max_tokens=3))
+    last = loads(bench.run())[-1]
+    assert last.steps > after.steps
+    assert (last.tokens_read, last.tokens_written) == (after.tokens_read, after.tokens_written)
