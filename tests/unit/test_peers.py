@@ -80,10 +80,9 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def status(here: Place, *, local: bool = False) -> pb.StatusResponse:
-    answer: pb.StatusResponse = await here.stub.Status(
-        pb.StatusRequest(local=local, last_minute=last_minute), timeout=10
-    )
+async def status(here: Place, *, local: bool = False, last_minute: bool = False) -> pb.StatusResponse:
+    asked = pb.StatusRequest(local=local, last_minute=last_minute)
+    answer: pb.StatusResponse = await here.stub.Status(asked, timeout=10)
     return answer
 
 
