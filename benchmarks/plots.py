@@ -12,8 +12,10 @@ from benchmarks.curves import Curve
 from benchmarks.workload import BadWorkload
 
 SUFFIXES = (".svg", ".png", ".pdf")
-AXIS_CHARACTERS = 14  # what plotille writes beside the canvas
+AXIS_CHARACTERS = 21  # what plotille writes beside the canvas
 HEIGHT = 10
+EDGE = 1.02  # a point on the very edge is not drawn
+LIMIT_SHARE_MAX = 2.0  # an SLO so much further out than the last point would leave no room for the curve
 PICTURE_INCHES = (9.0, 3.2)  # of each curve
 
 
@@ -25,16 +27,22 @@ def in_terminal(curve: Curve, width: int, *, colours: bool) -> str:
     figure.x_label, figure.y_label = curve.x_label, curve.y_label
     figure.origin = False
     figure.x_ticks_fkt = figure.y_ticks_fkt = _tick
-    right = max(*curve.xs, curve.limit or 0.0) or 1.0
-    top = max(curve.ys) or 1.0
-    figure.set_x_limits(min_=0.0, max_=right)
-    figure.set_y_limits(min_=0.0, max_=top)
+    right, top = max(curve.xs) or 1.0, max(curve.ys) or 1.0
+    limit = curve.limit if curve.limit is not None and curve.limit <= LIMIT_SHARE_MAX * right else None
+    figure.set_x_limits(min_=0.0, max_=EDGE * max(right, limit or 0.0))
+    figure.set_y_limits(min_=0.0, max_=EDGE * top)
     figure.plot(curve.xs, curve.ys, lc="green" if colours else None)
-    if curve.limit is not None:
+    if limit is not None:
         heights = [top * step / (2 * HEIGHT) for step in range(2 * HEIGHT + 1)]
-        figure.scatter([curve.limit] * len(heights), heights, lc="yellow" if colours else None)
-    bound = "" if curve.limit is None else f"; the dotted line: SLO, {curve.limit:g} {curve.x_label}"
-    return f"{curve.title}{bound}\n{figure.show()}"
+        figure.scatter([limit] * len(heights), heights, lc="yellow" if colours else None)
+    return f"{curve.title}{_bound(curve, drawn=limit is not None)}\n{figure.show()}"
+
+
+def _bound(curve: Curve, *, drawn: bool) -> str:
+    if curve.limit is None:
+        return ""
+    what = f"{curve.limit:g} {curve.x_label}"
+    return f"; the dotted line: SLO, {what}" if drawn else f"; SLO, {what}, is far to the right"
 
 
 def _tick(low: float, high: float) -> str:

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from cli.sentences import EXPECTED, told
+from tandem.near_miss import did_you_mean
 
 # In the order in which help shows them. A verb's module is imported when the verb is asked for: all take a second.
 VERBS = {
@@ -38,6 +39,13 @@ class Verbs(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """All names."""
         return list(VERBS)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The verb that the words begin with; one that there is not is refused with the nearest that there is."""
+        known = not args or args[0] in VERBS or args[0].startswith("-")
+        if not known and not ctx.resilient_parsing:
+            ctx.fail(f"No such command {args[0]!r}{did_you_mean(args[0], VERBS)}")
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The verb of that name, or None."""

@@ -58,6 +58,9 @@ def test_a_plot_fits_the_terminal(width: int) -> None:
         assert "\x1b" not in "".join(lines)
         assert any("⠀" < character <= "⣿" for line in lines for character in line)
         assert ("SLO" in lines[0]) == (curve.limit is not None)
+    assert "SLO, 150 ms, is far to the right" in in_terminal(
+        distribution("TTFT", [1.0, 2.0], 150.0), width, colours=False
+    )
     assert "\x1b[3" in in_terminal(curves(outcomes(), SLO)[0], width, colours=True)
 
 
