@@ -48,6 +48,11 @@ def pool_sizes(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     return [(f"{role}=", "number of workers") for role in Role if f"{role}=".startswith(incomplete)]
 
 
+def roles(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Roles of a worker."""
+    return [(role.value, "") for role in Role if role.startswith(incomplete)]
+
+
 def _of(worker: pb.WorkerStatus) -> str:
     return f"{worker.role}, {worker.state}"
 

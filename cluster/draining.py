@@ -277,10 +277,11 @@ def drainable(
     return member
 
 
-def parse_role(name: str) -> Role:
-    """The role of that name. Raises InvalidRequest."""
+def parse_role(name: str, field: str = "role") -> Role:
+    """The role of that name. Raises InvalidRequest about the field."""
     if name not in list(Role):
-        raise InvalidRequest("role", f"there is no role {name!r}; there are {', '.join(Role)}")
+        hint = did_you_mean(name, Role)
+        raise InvalidRequest(field, f"there is no role {name!r}; there are {', '.join(Role)}{hint}")
     return Role(name)
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from cluster.draining import last_of_its_kind
+from cluster.draining import last_of_its_kind, parse_role
 from cluster.membership import OVER, Membership, MemberState
 from tandem.errors import InvalidRequest, ScaleRefused
 from tandem.messages import Role
-from tandem.near_miss import did_you_mean
 from tandem.request import WorkerId
 
 POOL_MAX = 64
@@ -38,13 +37,10 @@ def parse_sizes(wanted: Mapping[str, int]) -> dict[Role, int]:
         raise InvalidRequest("pools", "is empty; say which pools, such as decode=4")
     sizes = {}
     for name, num in wanted.items():
-        if name not in list(Role):
-            raise InvalidRequest(
-                "pools", f"there is no role {name!r}; there are {', '.join(Role)}{did_you_mean(name, Role)}"
-            )
+        role = parse_role(name, "pools")
         if not 0 <= num <= POOL_MAX:
             raise InvalidRequest(f"pools.{name}", f"is {num}, must be 0 to {POOL_MAX}")
-        sizes[Role(name)] = num
+        sizes[role] = num
     return sizes
 
 
