@@ -88,6 +88,39 @@ def test_status_for_people(cluster: Served) -> None:
     assert "ready" in done.stdout
 
 
+def test_bench_draws_a_picture_and_top_sees_its_requests(cluster: Served, tmp_path: Path) -> None:
+    load = ["--requests", "5", "--rate", "20", "--prompt-tokens", "40", "--output-tokens", "8"]
+    done = cluster.command("bench", *load, "--json", "--plot", str(tmp_path / "run.svg"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["completed"] == 5
+    assert (tmp_path / "run.svg").read_text().startswith("<?xml")
+    done = cluster.command("top", "--once", "--json", "--interval", "0.2")
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["error"] == ""
+    assert 0 < seen["cluster"]["ttft_p50_ms"] <= seen["cluster"]["ttft_p95_ms"]
+    assert 0 < seen["cluster"]["tpot_p50_ms"]
+    assert [(row["id"], row["role"]) for row in seen["workers"]] == [
+        ("prefill-0", "prefill"), ("decode-0", "decode"), ("decode-1", "decode"),
+    ]  # fmt: skip
+    assert {row["tokens_written_per_s"] for row in seen["workers"]} == {0.0}, "canaries are no tokens"
+    workers = {each["id"]: each for each in cluster.status()["workers"]}
+    assert workers["prefill-0"]["tokens_read"] >= 5 * 20
+    assert sum(workers[name]["tokens_written"] for name in ("decode-0", "decode-1")) >= 5 * 4
+
+
+def test_a_near_miss_is_named(cluster: Served) -> None:
+    for arguments, told in (
+        (("drain", "decode-00"), "did you mean decode-0?"),
+        (("logs", "router0"), "did you mean router-0?"),
+        (("scale", "decoder=2"), "did you mean decode?"),
+    ):
+        done = cluster.command(*arguments)
+        assert done.returncode != 0
+        assert told in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 def test_logs_are_json_and_have_no_prompt(cluster: Served) -> None:
     cluster.complete("the secret of the day", max_tokens=3)
     done = cluster.command("logs", "--json", "-n", "1000", "--level", "debug")
