@@ -75,7 +75,8 @@ def _cluster(ctx: typer.Context) -> RunFile | None:
     try:
         return running_cluster(ctx.params.get("run_dir"), ctx.params.get("port"))
     except SILENT as error:
-        return _nothing(error)
+        _keep_quiet(error)
+        return None
 
 
 def _status(ctx: typer.Context, *, ended: bool = False) -> pb.StatusResponse | None:
@@ -87,10 +88,11 @@ def _status(ctx: typer.Context, *, ended: bool = False) -> pb.StatusResponse | N
             asked = pb.StatusRequest(include_finished=ended)
             answer: pb.StatusResponse = stub.Status(asked, timeout=ANSWER_S)
     except SILENT as error:
-        return _nothing(error)
+        _keep_quiet(error)
+        return None
     return answer
 
 
-def _nothing(error: Exception) -> None:
+def _keep_quiet(error: Exception) -> None:
     """A shell shows what is printed here in the middle of the line that is being typed: so nothing is."""
     logging.getLogger(__name__).debug("nothing to complete: %s", error)

@@ -10,6 +10,7 @@ import termios
 import tty
 from enum import StrEnum
 from types import FrameType, TracebackType
+from typing import Any
 
 READ_BYTES = 256
 
@@ -84,11 +85,11 @@ class Keyboard:
         self._fd = sys.stdin.fileno() if self.is_terminal else -1
         self._wake_out, self._wake_in = os.pipe()
         os.set_blocking(self._wake_in, False)
-        self._saved: list[object] = []
+        self._saved: list[Any] = []
 
     def __enter__(self) -> Keyboard:
         if self.is_terminal:
-            self._saved = list(termios.tcgetattr(self._fd))
+            self._saved = termios.tcgetattr(self._fd)
             tty.setcbreak(self._fd)
             settings = termios.tcgetattr(self._fd)
             settings[6][termios.VSUSP] = b"\x00"  # a stopped process would leave the screen as it is
@@ -101,7 +102,7 @@ class Keyboard:
     ) -> None:
         signal.signal(signal.SIGWINCH, self._resized)
         if self.is_terminal:
-            termios.tcsetattr(self._fd, termios.TCSADRAIN, self._saved)  # type: ignore[arg-type]
+            termios.tcsetattr(self._fd, termios.TCSADRAIN, self._saved)
 
     def wake(self) -> None:
         """Ends the wait."""

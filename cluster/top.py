@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from router.request import ENDED, RequestState
 from tandem.v1 import admin_pb2 as pb
@@ -190,7 +191,7 @@ def changes(before: pb.StatusResponse, now: pb.StatusResponse) -> list[Change]:
 
 def sort_requests(rows: Iterable[RequestRow], by: Sort) -> list[RequestRow]:
     """The rows, largest first, by age where they are alike; by the name of their worker in the order of names."""
-    keys: dict[Sort, Callable[[RequestRow], tuple[object, ...]]] = {
+    keys: dict[Sort, Callable[[RequestRow], tuple[Any, ...]]] = {
         Sort.AGE: lambda row: (-row.age_ms,),
         Sort.TOKENS: lambda row: (-row.tokens, -row.age_ms),
         Sort.TTFT: lambda row: (-row.age_ms if row.ttft_ms is None else -row.ttft_ms, -row.age_ms),

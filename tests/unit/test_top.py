@@ -16,13 +16,14 @@ from tandem.v1 import admin_pb2 as pb
 
 
 def worker(name: str, role: str, **fields: Any) -> pb.WorkerStatus:
-    blocks = fields.pop("kv_blocks", pb.BlockCountsStatus(total=100, free=60, cached=10, owned=25, exported=5))
-    return pb.WorkerStatus(id=name, role=role, **{"state": "ready", "incarnation": 1, **fields}, kv_blocks=blocks)
+    blocks = pb.BlockCountsStatus(total=100, free=60, cached=10, owned=25, exported=5)
+    known: dict[str, Any] = {"state": "ready", "incarnation": 1, "kv_blocks": blocks}
+    return pb.WorkerStatus(id=name, role=role, **known | fields)
 
 
 def request(name: str, **fields: Any) -> pb.RequestStatus:
-    placed = {"state": "decoding", "prefill_worker": "prefill-0", "decode_worker": "decode-0", "router": "router-0"}
-    return pb.RequestStatus(id=name, **placed | fields)
+    known: dict[str, Any] = {"state": "decoding", "prefill_worker": "prefill-0", "decode_worker": "decode-0"}
+    return pb.RequestStatus(id=name, router="router-0", **known | fields)
 
 
 def router(name: str = "router-0", pid: int = 10, tokens: int = 0, **minute: Any) -> pb.RouterStatus:
@@ -30,9 +31,8 @@ def router(name: str = "router-0", pid: int = 10, tokens: int = 0, **minute: Any
 
 
 def moved(name: str, at_s: float, source: str, to: str, **fields: Any) -> pb.MoveStatus:
-    move = pb.MoveStatus(
-        request=name, to=to, at_ms=round(at_s * 1000), **{"outcome": "moved", "reason": "balance"} | fields
-    )
+    known: dict[str, Any] = {"outcome": "moved", "reason": "balance"}
+    move = pb.MoveStatus(request=name, to=to, at_ms=round(at_s * 1000), **known | fields)
     setattr(move, "from", source)
     return move
 
@@ -143,7 +143,7 @@ def test_moves_say_how_long_ago_and_why_and_requests_the_last_reason() -> None:
 def test_ended_requests_are_not_shown_and_one_taken_over_goes_on() -> None:
     top = Top()
     top.look(1.0, 1000.0, status(requests=[request("r", tokens=10), request("r", state="failed", tokens=4)]))
-    both = [request("r", tokens=16, router="router-1"), request("r", state="failed", tokens=10)]
+    both = [request("r", tokens=16), request("r", state="failed", tokens=10)]
     view = top.look(3.0, 1002.0, status(requests=[*both, request("x", state="finished")]))
     assert [(row.id, row.tokens_per_s) for row in view.requests] == [("r", 3.0)]
 
