@@ -51,13 +51,13 @@ class Terminal:
         environment = {**os.environ, "TANDEM_RUN_DIR": str(run_dir), "TERM": "xterm-256color", "NO_COLOR": "1"}
         self.process = subprocess.Popen(
             [*COMMAND, *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment
-        )
+        )  # fmt: skip
         self.shown = ""
 
     def until(self, pattern: str) -> None:
         """Reads on until that has been drawn since the last time."""
         until_s = time.monotonic() + DEADLINE_S
-        while (found := re.search(pattern, self.shown)) is None:
+        while (found := re.search(pattern, self.shown, re.DOTALL)) is None:
             assert time.monotonic() < until_s, f"{pattern!r} was not drawn, but {self.shown[-3000:]!r}"
             self._read()
         self.shown = self.shown[found.end() :]
@@ -107,7 +107,7 @@ def test_keys_and_a_router_that_comes_back(tmp_path: Path) -> None:
         shown.until("decode-0.*request-39.*sort .age.")
         shown.press("s")
         shown.until("sort .tokens.")
-        shown.press("\x1b[6~")
+        shown.press("\x1b[6~\x1b[6~")
         shown.until("request-00")
         shown.press("p")
         shown.until("paused: what is shown stands still")
