@@ -21,6 +21,7 @@ from cluster.member_access import client_options, dial_routers, key_metadata
 from tandem import Client
 
 TIMEOUT_S = 10.0
+TELL_S = 0.1  # more often would cost what is measured
 
 
 def bench(
@@ -82,13 +83,19 @@ def bench(
 def run_shown(options: ServingOptions) -> Served:
     """The run, with its progress on standard error where that is a terminal."""
     errors = Console(stderr=True)
+    if not errors.is_terminal:
+        return run(options)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+    with Progress(*columns, console=errors, transient=True) as progress:
         task = progress.add_task("requests", total=options.num_requests)
-        began_s = time.monotonic()
+        began_s = told_s = time.monotonic()
 
         def tell(ongoing: Ongoing) -> None:
-            seconds = max(1.0, time.monotonic() - began_s)
+            nonlocal told_s
+            now_s = time.monotonic()
+            if now_s < told_s + TELL_S and ongoing.ended < ongoing.num_requests:
+                return
+            told_s, seconds = now_s, max(1.0, now_s - began_s)
             failed = f", {ongoing.failed} failed" if ongoing.failed else ""
             what = f"{ongoing.sent - ongoing.ended} run{failed}, {ongoing.tokens / seconds:.0f} tokens/s"
             progress.update(task, total=ongoing.num_requests, completed=ongoing.ended, description=what)

@@ -87,8 +87,8 @@ def find_request(name: str, requests: Iterable[_HasId]) -> _HasId:
     if len(running) > 1 and not exactly:
         raise InvalidRequest("request_id", f"{len(running)} requests end in {name!r}; give the whole id")
     if not running:
-        # As it was named: by the whole id, or by so much of its end.
-        like = did_you_mean(name, [*(each.id for each in known), *(each.id[-len(name) :] for each in known)])
+        # As it was named: by the whole id, or by so much of its end. The newest are the last.
+        like = did_you_mean(name, (part for each in reversed(known) for part in (each.id, each.id[-len(name) :])))
         raise UnknownRequest(f"no request of id {name!r} is known{like}")
     return running[0]
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
+
+GIVEN_MAX = 100  # characters: nobody mistypes more, and likeness costs the square of it
+KNOWN_MAX = 200  # words
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
-    """The known word that is most like the given one, whatever its case; empty when none is."""
-    words = {each.casefold(): each for each in known}
+    """The known word that is most like the given one, whatever its case; empty when none is.
+
+    Of many words the first KNOWN_MAX are looked at: a router has other things to do.
+    """
+    if len(given) > GIVEN_MAX:
+        return ""
+    words = {each.casefold(): each for each in islice(known, KNOWN_MAX)}
     found = difflib.get_close_matches(given.casefold(), words, n=1)
     return words[found[0]] if found else ""
 

@@ -16,7 +16,7 @@ from cluster.config import ConfigError, load
 from cluster.operations import Named, find_request
 from cluster.scaling import parse_sizes
 from tandem.errors import InvalidRequest, UnknownRequest
-from tandem.near_miss import did_you_mean, nearest
+from tandem.near_miss import GIVEN_MAX, KNOWN_MAX, did_you_mean, nearest
 
 RUNNER = CliRunner()
 
@@ -26,6 +26,10 @@ def test_only_a_near_word_is_proposed() -> None:
     assert did_you_mean("decode-00", ["decode-0", "prefill-0"]) == "; did you mean decode-0?"
     assert did_you_mean("xyz", ["decode-0", "prefill-0"]) == ""
     assert did_you_mean("", []) == ""
+    many = [f"request-{number:04}" for number in range(KNOWN_MAX + 1)]
+    assert nearest("request0199", many) == "request-0199"
+    assert nearest("request-0200x", many) != "request-0200", "it is one too many to be looked at"
+    assert nearest("x" * (GIVEN_MAX + 1), ["x" * (GIVEN_MAX + 2)]) == ""
 
 
 @pytest.mark.parametrize(
