@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from rich.console import Console
@@ -21,8 +21,8 @@ def plain(message: Message) -> dict[str, Any]:
     return document
 
 
-def _as_numbers(kind: Descriptor, document: dict[str, Any]) -> None:
-    """Protobuf's own JSON has whole numbers of 64 bits as text."""
+def _as_numbers(kind: Any, document: dict[str, Any]) -> None:
+    """Of a message of that descriptor: protobuf's own JSON has whole numbers of 64 bits as text."""
     for field in kind.fields:
         value = document.get(field.name)
         if field.message_type is not None:

@@ -50,7 +50,9 @@ def test_only_curves_with_points_are_drawn() -> None:
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_a_plot_fits_the_terminal(width: int) -> None:
+def test_a_plot_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a terminal, which the test has none of
     for curve in curves(outcomes(), SLO):
         lines = in_terminal(curve, width, colours=False).split("\n")
         assert HEIGHT < len(lines) <= HEIGHT + 6
