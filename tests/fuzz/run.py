@@ -54,7 +54,8 @@ def guided(name: str, goal: int, *, frames: bool, seed: int, jobs: int, folder: 
         seeds = [seed + number + job for job in range(jobs)]
         number += jobs
         left = goal - (held if frames else inputs)
-        runs = min(CHUNK_RUNS, max(500, left // jobs if not frames else CHUNK_RUNS))
+        kept = len(list(corpus.iterdir()))  # read first by each process, which counts them as runs
+        runs = CHUNK_RUNS if frames else min(CHUNK_RUNS, max(500, left // jobs) + kept)
         with ThreadPoolExecutor(jobs) as pool:
             for done in pool.map(partial(chunk, name, runs=runs, corpus=corpus, folder=folder), seeds):
                 inputs, held, covered = inputs + done[0], held + done[1], max(covered, done[2])
