@@ -81,9 +81,8 @@ class Peers:
         return answer.found
 
     async def metrics(self) -> list[str]:
-        """The metrics of each that answers in time."""
-        pages = await asyncio.gather(*(self._metrics(name) for name in self._channels))
-        return [page for page in pages if page]
+        """The metrics of each; an empty page of one that does not answer in time."""
+        return list(await asyncio.gather(*(self._metrics(name) for name in self._channels)))
 
     async def _metrics(self, name: str) -> str:
         try:

@@ -1,13 +1,18 @@
 """Pages of documentation that are printed from tables which production runs, so that they cannot lie.
 
-`python -m cluster.pictures` writes docs/protocol.md (the state machines) and docs/metrics.md.
+`python -m cluster.pictures` writes docs/protocol.md (the state machines), docs/metrics.md, docs/configuration.md and
+Grafana's boards in helm/tandem/dashboards.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from cluster.boards import as_json
 from cluster.membership import TRANSITIONS, MemberState
+from cluster.panels import BOARDS
 from kv_transfer.handoff import mermaid
 from kv_transfer.handoff_source import SOURCE_TABLE, SourceState
 from kv_transfer.handoff_target import TARGET_TABLE, TargetState
@@ -78,9 +83,14 @@ def metrics_page() -> str:
     return "\n".join(parts)
 
 
-PAGES = {"protocol.md": page, "metrics.md": metrics_page}
+PAGES: dict[str, Callable[[], str]] = {
+    "docs/protocol.md": page,
+    "docs/metrics.md": metrics_page,
+    **{f"helm/tandem/dashboards/{board.name}.json": partial(as_json, board) for board in BOARDS},
+}
 
 
 if __name__ == "__main__":
     for name, printed in PAGES.items():
-        Path("docs", name).write_text(printed())
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(printed())

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from cluster.membership import OVER, Member, Membership
+from cluster.membership import OVER, Member, Membership, MemberState
 from router.fleet import Fleet
 from tandem import metrics as table
-from tandem.messages import WorkerLoad
+from tandem.messages import Role, WorkerLoad
 from tandem.metrics import Metric, MetricKind
 
 BLOCK_STATES = ("free", "cached", "owned", "exported", "granted", "quarantined")
@@ -40,8 +41,8 @@ class ClusterMetrics(Collector):
             if member.state not in OVER and worker is not None and worker.load is not None:
                 page.worker(member, worker.load)
         page.add(table.READY_PAIRS, (), self._ready_pairs())
-        for labels, num in states.items():
-            page.add(table.WORKERS, labels, num)
+        for labels in product(Role, MemberState):  # zeros, too: a state that was never seen is no missing series
+            page.add(table.WORKERS, labels, states[labels])
         yield from page.families.values()
 
 

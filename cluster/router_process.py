@@ -85,15 +85,18 @@ class Supervisor:
             sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
             sys.stdout.flush()
 
-    async def beat(self) -> None:
-        """Says each second, from the event loop, that this one gets round.
+    async def beat(self, on_late: Callable[[float], None]) -> None:
+        """Says each second, from the event loop, that this one gets round; `on_late`: by how many seconds too late.
 
         A supervisor that stands still reads nothing: it must not stop the event loop, too, once the pipe is full.
         """
+        loop = asyncio.get_running_loop()
         while True:
             if is_heard(sys.stdout.fileno()):
                 self.say("beat")
+            due_s = loop.time() + BEAT_S
             await asyncio.sleep(BEAT_S)
+            on_late(max(0.0, loop.time() - due_s))
 
     async def listen(self, on_command: Callable[[dict[str, Any]], None]) -> None:
         """Takes commands until stdin ends."""
@@ -210,8 +213,10 @@ class RouterProcess:
 
     def _wire_metrics(self) -> None:
         """What is counted elsewhere is asked for at each scrape."""
-        metrics, driver = self.service.metrics, self.driver
+        metrics, driver, journal = self.service.metrics, self.driver, self.journal
         metrics.follow_line(lambda: driver.num_waiting, lambda: driver.queued_tokens)
+        if journal is not None:
+            metrics.follow_store(lambda: journal.away_s)
         metrics.cluster = ClusterMetrics(
             self.membership,
             driver.fleet,
@@ -272,7 +277,7 @@ class RouterProcess:
                 if self.keys is not None:
                     tasks.append(asyncio.create_task(self.keys.follow(self._take_keys)))
                 self.supervisor.say("listening", pid=os.getpid())
-                tasks.append(asyncio.create_task(self.supervisor.beat()))
+                tasks.append(asyncio.create_task(self.supervisor.beat(self.service.metrics.came_late)))
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()

@@ -88,10 +88,16 @@ class Journal:
 
     def __init__(self, driver: Requests, store: RequestStore, *, period_s: float = PERIOD_S) -> None:
         self.problem = ""
+        self._since_s = 0.0  # when the problem began
         self._period_s = period_s
         self._driver = driver
         self._store = store
         self._claiming: set[RequestId] = set()
+
+    @property
+    def away_s(self) -> float:
+        """For how long the store has not answered; 0 while it does."""
+        return asyncio.get_running_loop().time() - self._since_s if self.problem else 0.0
 
     async def claim(self, new: NewRequest, keep: Keep) -> int | Kept | None:
         """Claims the request for this router: its fence; None when the store is away; or who came with the key before.
@@ -193,4 +199,5 @@ class Journal:
     def _is_down(self, error: StoreDown) -> None:
         if not self.problem:
             log.warning("the shared store does not answer, requests go on without it: %s", error)
+            self._since_s = asyncio.get_running_loop().time()
         self.problem = str(error)

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
+from itertools import product
 from typing import TypeVar, assert_never
 
 import prometheus_client
+import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from router.events import HandedOver, Note, Placed, Recovering
+from router.events import Cause, HandedOver, Note, Placed, Recovering
 from router.lately import Counted, LastMinute, Lately, Timed
-from router.move import MoveOutcome, MoveRecord
-from router.stages import FirstToken
+from router.move import MoveOutcome, MoveReason, MoveRecord
+from router.stages import FirstToken, Stage
 from tandem import metrics as table
-from tandem.errors import TandemError
-from tandem.messages import TransferStats
+from tandem.errors import ERRORS, TandemError
+from tandem.messages import AssignMode, TransferStats
 from tandem.metrics import Metric
-from tandem.request import Slo
+from tandem.request import FinishReason, Slo, SloClass
 
-_Kind = TypeVar("_Kind", Counter, Gauge)
+_Kind = TypeVar("_Kind", Counter, Gauge, Histogram)
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+prometheus_client.disable_created_metrics()  # the time at which each series began: as many lines again, for nobody
 
 
 class Api(StrEnum):
@@ -36,11 +40,30 @@ class Api(StrEnum):
     HTTP = "http"  # its other pages
 
 
+# What each label of a router's own metrics may say. All of it is on the page from the start: a counter that came into
+# being with its first event would hide that event from whoever asks for its increase.
+VALUES: dict[str, tuple[str, ...]] = {
+    "api": tuple(Api),
+    "outcome": (*FinishReason, *ERRORS),
+    "code": tuple(ERRORS),
+    "mode": (AssignMode.PREFILL, AssignMode.LOCAL),
+    "cause": tuple(Cause),
+    "reason": tuple(MoveReason),
+    "result": tuple(each for each in MoveOutcome if each is not MoveOutcome.MOVING),
+    "phase": ("precopy", "fence", "pause"),
+    "how": ("moved", "reused"),
+    "slo_class": (*SloClass, "none"),
+    "slo": ("met", "ttft", "tpot", "both", "failed"),
+    "stage": tuple(Stage),
+}
+
+
 class EdgeMetrics:
     """The edge's metrics, in a registry of their own; others may add theirs to `registry`.
 
     On the page each carries the name of its router. Several may answer at one address: `others` are the pages of those
-    that do not answer this time. `cluster` has what any router would say of all, and is on the whole page alone.
+    that do not answer this time, an empty one of each that is silent. `cluster` has what any router would say of all,
+    and is on the whole page alone.
     """
 
     def __init__(self, router_id: str = "router-0", *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -77,6 +100,9 @@ class EdgeMetrics:
         self._migration = self._histogram(table.MIGRATION_SECONDS)
         self._migration_bytes = self._plain(Counter, table.MIGRATION_BYTES)
         self._slo = self._plain(Counter, table.SLO_REQUESTS)
+        self._store_away = self._plain(Gauge, table.STORE_AWAY_SECONDS)
+        self._loop_late = self._histogram(table.LOOP_LATE_SECONDS)
+        self.registry.register(_Process())
 
     def admitted(self, num_prompt_tokens: int) -> None:
         """A request was taken in."""
@@ -144,6 +170,10 @@ class EdgeMetrics:
         slo_class = "none" if slo is None else slo.slo_class.value
         self._slo.labels(slo_class, missed[late, slow] if whole else "failed").inc()
 
+    def came_late(self, late_s: float) -> None:
+        """The event loop came so late to what was due."""
+        self._loop_late.observe(late_s)
+
     # ---- as the driver tells ---------------------------------------------------------------------------------------
 
     def noted(self, note: Note) -> None:
@@ -182,6 +212,10 @@ class EdgeMetrics:
         self._waiting.set_function(waiting)
         self._queued.set_function(queued_tokens)
 
+    def follow_store(self, away_s: Callable[[], float]) -> None:
+        """What is asked at each scrape: for how long the store that routers share has not answered."""
+        self._store_away.set_function(away_s)
+
     def lately(self) -> Lately:
         """What this router's clients saw in the last minute."""
         return self._last_minute.look(self._clock())
@@ -198,17 +232,56 @@ class EdgeMetrics:
 
     async def whole_page(self) -> bytes:
         """The metrics of all routers, of this one alone when there is no other; and those of the cluster, once."""
-        others = [] if self.others is None else await self.others()
+        asked = [] if self.others is None else await self.others()
+        others = [each for each in asked if each]
         page = self.page()
         if others:
             page = prometheus_client.generate_latest(_Merged([page.decode(), *others]))
-        return page if self.cluster is None else page + prometheus_client.generate_latest(self.cluster)
+        if self.cluster is None:
+            return page
+        routers = _Routers(answering=1 + len(others), silent=len(asked) - len(others))
+        return page + prometheus_client.generate_latest(routers) + prometheus_client.generate_latest(self.cluster)
 
     def _plain(self, kind: type[_Kind], metric: Metric) -> _Kind:
-        return kind(metric.name, metric.help, metric.labels, registry=self.registry)
+        return _from_zero(kind(metric.name, metric.help, metric.labels, registry=self.registry), metric)
 
     def _histogram(self, metric: Metric) -> Histogram:
-        return Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self.registry)
+        made = Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self.registry)
+        return _from_zero(made, metric)
+
+
+def _from_zero(made: _Kind, metric: Metric) -> _Kind:
+    """The same, with a series for every combination of what its labels may say."""
+    for values in product(*(VALUES[name] for name in metric.labels)) if metric.labels else ():
+        made.labels(*values)
+    return made
+
+
+class _Process(Collector):
+    """What this process takes, asked of the system at each scrape."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+
+    def collect(self) -> Iterator[prometheus_client.Metric]:
+        """Processor time and memory."""
+        cpu, memory = table.CPU_SECONDS, table.RESIDENT_BYTES
+        yield CounterMetricFamily(cpu.name, cpu.help, value=time.process_time())
+        yield GaugeMetricFamily(memory.name, memory.help, value=self._process.memory_info().rss)
+
+
+class _Routers(Collector):
+    """How many routers have answered one scrape, and how many have not."""
+
+    def __init__(self, *, answering: int, silent: int) -> None:
+        self._counted = {"answering": answering, "silent": silent}
+
+    def collect(self) -> Iterable[prometheus_client.Metric]:
+        """The one metric."""
+        family = GaugeMetricFamily(table.ROUTERS.name, table.ROUTERS.help, labels=table.ROUTERS.labels)
+        for state, num in self._counted.items():
+            family.add_metric((state,), num)
+        return [family]
 
 
 class _Labelled(Collector):

@@ -29,6 +29,7 @@ class Unit(StrEnum):
     ATTEMPTS = "attempts"
     MIGRATIONS = "migrations"
     WORKERS = "workers"
+    ROUTERS = "routers"
     PAIRS = "pairs"
     FRAMES = "frames"
     FINDINGS = "findings"
@@ -61,7 +62,7 @@ LABEL_VALUES: dict[str, str] = {
     "worker": "the name of a worker; a pool has at most 64",
     "role": "prefill, decode or mixed",
     "state": "of a worker: joining, ready, suspect, draining, left or dead; of blocks: free, cached, owned, exported, "
-    "granted or quarantined",
+    "granted or quarantined; of a router: answering or silent",
     "what": "swapped_out, brought_back or recomputed",
     "stage": "edge, line, retry, wire, queue, prefill, deliver, or other for the rest",
     "outcome": "stop, length, or a code of tandem.errors",
@@ -254,11 +255,43 @@ SLO_REQUESTS = Metric(
     labels=("slo_class", "slo"),
     help="Requests that ended, but for cancelled ones, by whether they met their targets; those met are the goodput.",
 )
+STORE_AWAY_SECONDS = Metric(
+    name="tandem_router_store_away_seconds",
+    kind=MetricKind.GAUGE,
+    unit=Unit.SECONDS,
+    help="For how long the store that routers share has not answered; 0 while it does, and where there is none.",
+)
+LOOP_LATE_SECONDS = Metric(
+    name="tandem_router_loop_late_seconds",
+    kind=MetricKind.HISTOGRAM,
+    unit=Unit.SECONDS,
+    buckets=_ITL_BUCKETS,
+    help="How late the router's event loop came to what is due each second: all that it does waits as long.",
+)
+CPU_SECONDS = Metric(
+    name="tandem_router_cpu_seconds_total",
+    kind=MetricKind.COUNTER,
+    unit=Unit.SECONDS,
+    help="Processor time of the router's process; its event loop has one core at most.",
+)
+RESIDENT_BYTES = Metric(
+    name="tandem_router_resident_bytes",
+    kind=MetricKind.GAUGE,
+    unit=Unit.BYTES,
+    help="Memory of the router's process that is resident.",
+)
 READY_PAIRS = Metric(
     name="tandem_router_ready_pairs",
     kind=MetricKind.GAUGE,
     unit=Unit.PAIRS,
     help="Pairs of workers that have served lately.",
+)
+ROUTERS = Metric(
+    name="tandem_routers",
+    kind=MetricKind.GAUGE,
+    unit=Unit.ROUTERS,
+    labels=("state",),
+    help="Routers of the cluster, by whether their metrics are on this page: a silent one did not answer in time.",
 )
 WORKERS = Metric(
     name="tandem_workers",
@@ -366,10 +399,15 @@ ROUTER_METRICS: tuple[Metric, ...] = (
     MIGRATION_SECONDS,
     MIGRATION_BYTES,
     SLO_REQUESTS,
+    STORE_AWAY_SECONDS,
+    LOOP_LATE_SECONDS,
+    CPU_SECONDS,
+    RESIDENT_BYTES,
 )
 # Told once, by the router that answers: each would say the same.
 CLUSTER_METRICS: tuple[Metric, ...] = (
     READY_PAIRS,
+    ROUTERS,
     WORKERS,
     WORKER_BLOCKS,
     WORKER_RUNNING,

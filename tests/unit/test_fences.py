@@ -11,7 +11,7 @@ from router_rig import R, Rig, request, token
 from router.config import RouterConfig
 from router.driver import Driver
 from router.events import FenceRaised, Submitted, Tick, WorkerLost
-from router.journal import Journal
+from router.journal import Journal, StoreDown
 from router.move import EPOCHS_PER_FENCE
 from router.transcripts import Behind, Ended, Keep, Kept, Transcripts, Verdict, Write
 from tandem.errors import RequestLost
@@ -142,5 +142,37 @@ def test_what_is_over_is_not_renewed_above_the_claim_of_its_ids_next_life() -> N
         kept = driver.transcripts.find(R)
         assert kept is not None
         assert kept.fence > 6, "else the store would never hear of its end"
+
+    asyncio.run(main())
+
+
+class AwayStore:
+    """One that answers nothing until it may."""
+
+    def __init__(self) -> None:
+        self.back = False
+
+    async def renew(self) -> bool:
+        if not self.back:
+            raise StoreDown("it is away")
+        return True
+
+
+def test_how_long_the_store_is_away_is_known_until_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.journal.BACKOFF_S", 0.01)
+
+    async def main() -> None:
+        store = AwayStore()
+        journal = Journal(Driver(transcripts=Transcripts(shared=True)), store)  # type: ignore[arg-type]
+        assert journal.away_s == 0.0
+        running = asyncio.create_task(journal.run())
+        async with asyncio.timeout(10):
+            while journal.away_s < 0.05:
+                await asyncio.sleep(0)
+            store.back = True
+            while journal.away_s:
+                await asyncio.sleep(0)
+        assert journal.problem == ""
+        running.cancel()
 
     asyncio.run(main())

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections import Counter
 
 import pytest
-from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from router_rig import Rig, info, request
 
-from cluster.membership import Membership, Registered
+from cluster.membership import Membership, MemberState, Registered
 from cluster.prometheus import ClusterMetrics
 from router.events import Cause, HandedOver, Note, Placed, Recovering, Submitted, WorkerLost
-from router.metrics import EdgeMetrics
+from router.metrics import VALUES, EdgeMetrics
 from router.move import MoveOutcome, MoveReason, MoveRecord
 from router.stages import FirstToken, Stage
 from tandem.messages import AssignMode, BlockCounts, Role, SwapCounts, TransferStats, WorkerLoad
@@ -50,6 +51,30 @@ def test_a_router_tells_every_metric_of_its_own() -> None:
         assert f"# HELP {metric.name} " in page
     for metric in CLUSTER_METRICS:
         assert metric.name not in page
+
+
+def test_everything_that_may_be_counted_is_there_from_the_start_as_zero() -> None:
+    page = EdgeMetrics("router-7").page()
+    found = Counter(name for name, _ in samples(page))
+    labelled = [each for each in ROUTER_METRICS if each.labels]
+    assert len(labelled) > 5
+    for metric in labelled:
+        num = math.prod(len(VALUES[label]) for label in metric.labels)
+        name = f"{metric.name}_count" if metric.kind is MetricKind.HISTOGRAM else metric.name
+        assert found[name] == num, name
+    living = ("tandem_router_cpu_seconds_total", "tandem_router_resident_bytes")
+    counts = {name: value for (name, _), value in samples(page).items() if name not in living}
+    assert set(counts.values()) == {0.0}
+    assert all(value > 0 for (name, _), value in samples(page).items() if name in living)
+
+
+def test_how_long_the_store_is_away_and_how_late_the_loop_comes_is_told() -> None:
+    metrics = EdgeMetrics()
+    metrics.follow_store(lambda: 12.5)
+    metrics.came_late(0.02)
+    found = samples(metrics.page())
+    assert found["tandem_router_store_away_seconds", ()] == 12.5
+    assert found["tandem_router_loop_late_seconds_sum", ()] == 0.02
 
 
 def test_what_the_core_tells_for_the_record_is_counted() -> None:
@@ -168,7 +193,9 @@ def test_each_worker_is_told_once_with_blocks_that_sum_to_its_pool() -> None:
         rig.core.fleet,
         ready_pairs=lambda: 1,
     )
-    found = samples(generate_latest(cluster))
+    edge = EdgeMetrics()
+    edge.cluster = cluster
+    found = samples(asyncio.run(edge.whole_page()))
     for metric in CLUSTER_METRICS:
         assert any(name == metric.name for name, _ in found), metric.name
     blocks = {labels: value for (name, labels), value in found.items() if name == "tandem_worker_kv_blocks"}
@@ -180,7 +207,8 @@ def test_each_worker_is_told_once_with_blocks_that_sum_to_its_pool() -> None:
     assert found["tandem_worker_preempted_requests_total", ("decode", "swapped_out", "d0")] == 4
     assert found["tandem_worker_audit_findings", ("decode", "d0")] == 1
     assert found["tandem_router_ready_pairs", ()] == 1
-    assert {labels for name, labels in found if name == "tandem_workers"} == {
-        ("prefill", "joining"),
-        ("decode", "joining"),
-    }
+    workers = {labels: value for (name, labels), value in found.items() if name == "tandem_workers"}
+    assert {labels for labels, value in workers.items() if value} == {("prefill", "joining"), ("decode", "joining")}
+    assert set(workers) == {(role.value, state.value) for role in Role for state in MemberState}
+    assert found["tandem_routers", ("answering",)] == 1
+    assert found["tandem_routers", ("silent",)] == 0

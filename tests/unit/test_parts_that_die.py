@@ -59,10 +59,13 @@ def test_a_router_goes_round_though_nobody_reads_what_it_says(monkeypatch: pytes
     reads, writes = os.pipe()
 
     async def turns() -> None:
-        beating = asyncio.create_task(router_process.Supervisor().beat())
+        late: list[float] = []
+        beating = asyncio.create_task(router_process.Supervisor().beat(late.append))
         for _ in range(BEATS):
             await asyncio.sleep(0)
         beating.cancel()
+        assert len(late) > 100
+        assert min(late) >= 0
 
     monkeypatch.setattr(router_process, "BEAT_S", 0.0)
     with os.fdopen(writes, "w") as out, os.fdopen(reads) as supervisor:

@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import grpc
+import prometheus_client
 import pytest
+from prometheus_client.registry import Collector
 from test_admin import Place, drained, place, refused
 
 from cluster.drain_relay import DrainRelay, DrainWord, Tell
 from cluster.membership import MemberState
+from cluster.peers import Peers
 from cluster.processes import pick_port
 from router.events import NewRequest
 from router.metrics import EdgeMetrics
@@ -207,7 +210,29 @@ def test_one_scrape_has_the_metrics_of_both() -> None:
         alone = mine.page().decode().splitlines()
         kinds = [line for line in alone if line.startswith("# TYPE")]
         assert [line for line in lines if line.startswith("# TYPE")] == kinds, "each metric once"
-        assert set(alone) <= set(lines)
+        counted = {line for line in alone if "cpu_seconds" not in line and "resident_bytes" not in line}
+        assert counted <= set(lines)
+
+    run(case)
+
+
+def test_a_scrape_says_how_many_routers_are_not_on_the_page() -> None:
+    class Nothing(Collector):
+        def collect(self) -> list[prometheus_client.Metric]:
+            return []
+
+    async def case(one: Place, two: Place) -> None:
+        async def counted(routers: dict[str, str]) -> set[str]:
+            mine, peers = EdgeMetrics("router-0"), Peers("router-0", routers)
+            mine.others, mine.cluster = peers.metrics, Nothing()
+            lines = (await mine.whole_page()).decode().splitlines()
+            await peers.close()
+            return {line for line in lines if line.startswith("tandem_routers{")}
+
+        both = {"router-0": one.address, "router-1": two.address}
+        assert await counted(both) == {'tandem_routers{state="answering"} 2.0', 'tandem_routers{state="silent"} 0.0'}
+        gone = both | {"router-2": f"127.0.0.1:{pick_port('127.0.0.1', 0, '--host')}"}
+        assert await counted(gone) == {'tandem_routers{state="answering"} 2.0', 'tandem_routers{state="silent"} 1.0'}
 
     run(case)
 

@@ -1,4 +1,4 @@
-"""The pages of docs/ that are printed from tables are those of the tables."""
+"""The files that are printed from tables, pages of docs/ and Grafana's boards, are those of the tables."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 
 from cluster.pictures import PAGES
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_committed_page_is_printed_from_the_tables(name: str) -> None:
-    assert (DOCS / name).read_text() == PAGES[name](), "stale: python -m cluster.pictures"
+    assert (ROOT / name).read_text() == PAGES[name](), "stale: python -m cluster.pictures"
