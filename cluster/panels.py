@@ -22,7 +22,7 @@ from tandem import metrics as table
 
 ROUTER = Variable(name="router", selector=f"{table.REQUESTS_RUNNING.name}{{{CLUSTER}}}", label="router")
 ROLE = Variable(name="role", selector=f"{table.WORKERS.name}{{{CLUSTER}}}", label="role")
-WORKER = Variable(name="worker", selector=series(table.WORKER_STEPS, 'role=~"$role"'), label="worker")
+WORKER = Variable(name="worker", selector=series(table.WORKER_RUNNING, 'role=~"$role"'), label="worker")
 OF_WORKERS = ('role=~"$role"', 'worker=~"$worker"')
 HELD = 'state!~"free|cached"'  # blocks that somebody has: what is cached goes when memory is asked for
 

@@ -1,7 +1,7 @@
 """Pages of documentation that are printed from tables which production runs, so that they cannot lie.
 
-`python -m cluster.pictures` writes docs/protocol.md (the state machines), docs/metrics.md, docs/configuration.md and
-Grafana's boards in helm/tandem/dashboards.
+`python -m cluster.pictures` writes docs/protocol.md (the state machines), docs/metrics.md, docs/configuration.md, the
+docs/api-*.md and Grafana's boards in helm/tandem/dashboards.
 """
 
 from __future__ import annotations
@@ -9,8 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import NoneType
+from typing import get_args
 
+from pydantic import ByteSize
+from pydantic.fields import FieldInfo
+
+from cluster.api_pages import grpc_page, http_page, python_page
 from cluster.boards import as_json
+from cluster.config import ENVIRONMENT_PREFIX, ClusterConfig, flag_of
 from cluster.membership import TRANSITIONS, MemberState
 from cluster.panels import BOARDS
 from kv_transfer.handoff import mermaid
@@ -32,6 +39,15 @@ METRICS_HEAD = """# Metrics
 Printed by `python -m cluster.pictures` from the table in tandem/metrics.py; a test compares. `GET /metrics` has them in
 Prometheus' text format: those of every router, whichever one answers, each with its name as label `router`, and those
 of the cluster once, as the answering router sees it. Labels take their values from closed sets.
+"""
+
+
+CONFIGURATION_HEAD = """# Configuration
+
+Printed by `python -m cluster.pictures` from the settings that `tandem config` knows; a test compares. Each is a flag of
+`tandem serve` (`--kv-memory 1GiB`), a variable (`TANDEM_KV_MEMORY=1GiB`) and a key of the YAML file that `--config` or
+`TANDEM_CONFIG` names (`kv_memory: 1GiB`). A flag beats a variable, a variable beats the file, the file the default. A
+switch has a flag for either: `--exact`, `--no-exact`. How they work together is in [operating](operating.md).
 """
 
 
@@ -83,9 +99,52 @@ def metrics_page() -> str:
     return "\n".join(parts)
 
 
+def configuration_page() -> str:
+    """All settings, as a Markdown table."""
+    rows = ["| flag | variable | value | default | meaning |", "|---|---|---|---|---|"]
+    for key, info in ClusterConfig.model_fields.items():
+        cells = (
+            f"`{flag_of(key)}`",
+            f"`{ENVIRONMENT_PREFIX}{key.upper()}`",
+            _value(info),
+            _default(info),
+            str(info.description),
+        )
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return f"{CONFIGURATION_HEAD}\n" + "\n".join(rows) + "\n"
+
+
+def _value(info: FieldInfo) -> str:
+    """Type and limits of a setting."""
+    kinds = [kind for kind in (get_args(info.annotation) or (info.annotation,)) if kind is not NoneType]
+    if not all(isinstance(kind, type) for kind in kinds):  # what a Literal allows
+        return ", ".join(f"`{kind}`" for kind in kinds)
+    names = {bool: "switch", int: "whole number", float: "number", str: "text", Path: "path", ByteSize: "size"}
+    words = [names[kind] for kind in kinds]
+    for limit in info.metadata:
+        for name, word in (("ge", "from"), ("le", "to")):
+            if (value := getattr(limit, name, None)) is not None:
+                words.append(f"{word} {value}")
+    return " ".join(words)
+
+
+def _default(info: FieldInfo) -> str:
+    if info.default_factory is not None:
+        return "`$XDG_RUNTIME_DIR/tandem`, else `~/.cache/tandem/run`"
+    value = info.default
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    shown = value.human_readable() if isinstance(value, ByteSize) else value
+    return "" if shown in ("", None) else f"`{shown}`"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "docs/protocol.md": page,
     "docs/metrics.md": metrics_page,
+    "docs/configuration.md": configuration_page,
+    "docs/api-grpc.md": grpc_page,
+    "docs/api-http.md": http_page,
+    "docs/api-python.md": python_page,
     **{f"helm/tandem/dashboards/{board.name}.json": partial(as_json, board) for board in BOARDS},
 }
 

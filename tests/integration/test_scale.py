@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from checked_streams import CheckedStreams
 from cluster_under_test import ClusterUnderTest
+from prometheus_server import Prometheus, prometheus
+from promql import GRAFANA, filled
 from served import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -136,3 +142,72 @@ def test_a_worker_that_dies_comes_back_in_the_role_that_it_was_given(cluster: Cl
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: process_of(cluster, worker)[1] > incarnation and worker in pools(cluster).get("mixed", []), 60)
     assert process_of(cluster, worker)[1] == incarnation + 1
+
+
+BOARDS = sorted((Path(__file__).resolve().parents[2] / "helm/tandem/dashboards").glob("*.json"))
+WINDOW = GRAFANA | {"$__rate_interval": "5m", "$cluster": "laptop|"}
+# What the load below does, and so may not stay at zero: a panel that shows a line of zeros has data, too.
+SEEN = (
+    'sum(increase(tandem_router_migrations_total{reason="operator", result="moved"}[5m]))',
+    'sum(increase(tandem_router_migrations_total{reason="drain"}[5m]))',
+    'sum(increase(tandem_router_refused_requests_total{code="invalid_request"}[5m]))',
+    'sum(increase(tandem_router_slo_requests_total{slo="ttft", slo_class="batch"}[5m]))',
+    "sum(increase(tandem_router_handoff_seconds_count[5m]))",
+    'sum(increase(tandem_router_transferred_blocks_total{how="moved"}[5m]))',
+    "sum(increase(tandem_router_cpu_seconds_total[5m]))",
+    "sum(tandem_router_resident_bytes) > 10e6",
+    "sum(increase(tandem_router_loop_late_seconds_count[5m]))",
+    'tandem_routers{state="answering"}',
+    'sum(tandem_workers{state="left"})',
+)
+
+
+def queries() -> Iterator[tuple[str, str]]:
+    """What every panel and every variable of every board asks, with the names of both."""
+    for path in BOARDS:
+        board = json.loads(path.read_text())
+        for panel in board["panels"]:
+            for target in panel.get("targets", ()):
+                yield f"{path.stem}: {panel['title']}", filled(target["expr"], WINDOW)
+        for each in board["templating"]["list"]:
+            if each["type"] == "query":
+                selector = re.sub(r"label_values\((.*), \w+\)", r"\1", each["definition"])
+                yield f"{path.stem}: ${each['name']}", filled(selector, WINDOW)
+
+
+def move_one(cluster: ClusterUnderTest) -> None:
+    """Moves a request that is being decoded; one that ends meanwhile makes room for the next."""
+
+    def moved() -> bool:
+        running = [each["id"] for each in cluster.document()["requests"] if each["state"] == "decoding"]
+        return any(cluster.command("migrate", each).returncode == 0 for each in running[-1:])
+
+    wait_until(moved, 60)
+
+
+@pytest.mark.prometheus
+def test_every_panel_of_every_board_has_data(cluster: ClusterUnderTest) -> None:
+    """A real Prometheus scrapes while requests run, move, are refused and miss their targets, and pools change."""
+    with prometheus(urlsplit(cluster.url).netloc, cluster="laptop") as asked:
+        wait_until(lambda: asked.value("count_over_time(tandem_router_ready_pairs[1m])") >= 2, 30)
+        with CheckedStreams(cluster.grpc_address, tokens=400) as streams:
+            scale(cluster, "decode=2")
+            move_one(cluster)
+            body = {"prompt": "late", "max_tokens": 3, "ttft_target_ms": 1, "slo_class": "batch"}
+            assert cluster.post("/v1/completions", body).status_code == 200
+            assert cluster.post("/v1/completions", {"prompt": "hot", "temperature": 7}).status_code == 400
+            scale(cluster, "decode=1")
+            streams.wait_for_finished(2, 60)
+        wait_until(lambda: all(asked.value(expr) > 0 for expr in SEEN), 20)
+        assert empty(asked) == []
+        assert {rule["health"] for group in asked.ask("rules")["groups"] for rule in group["rules"]} == {"ok"}
+        assert asked.values('ALERTS{alertstate="firing"}') == {}
+
+
+def empty(asked: Prometheus) -> list[str]:
+    """Queries without a series, or with nothing but NaN."""
+    asking = list(queries())
+    assert len(asking) > 60
+    return [
+        f"{name}: {expr}" for name, expr in asking if all(math.isnan(value) for value in asked.values(expr).values())
+    ]  # fmt: skip

@@ -65,10 +65,11 @@ class _Reader:
                 return found
             case ql.BinaryExpr():
                 sides = self.labels(node.lhs, grows=False), self.labels(node.rhs, grows=False)
-                vectors = [side for side in (node.lhs, node.rhs) if not isinstance(side, ql.NumberLiteral)]
-                if len(vectors) == 2 and node.modifier is None and sides[0] != sides[1]:
+                if _is_number(node.lhs) or _is_number(node.rhs):
+                    return sides[0] | sides[1]
+                if node.modifier is None and sides[0] != sides[1]:
                     raise Wrong(f"{node.prettify()}: {sides[0]} never matches {sides[1]}")
-                return sides[0] | (sides[1] if isinstance(node.lhs, ql.NumberLiteral) else set())
+                return sides[0]
             case ql.ParenExpr() | ql.UnaryExpr() | ql.SubqueryExpr():
                 return self.labels(node.expr, grows=grows)
             case ql.NumberLiteral() | ql.StringLiteral():
@@ -110,6 +111,12 @@ class _Reader:
             raise Wrong(f"{name}: {metric.name} is a {metric.kind}")
         if grows is (metric.kind is MetricKind.GAUGE):
             raise Wrong(f"{name}: a {metric.kind} is not asked like this")
+
+
+def _is_number(node: ql.Expr) -> bool:
+    if isinstance(node, ql.BinaryExpr):
+        return _is_number(node.lhs) and _is_number(node.rhs)
+    return _is_number(node.expr) if isinstance(node, ql.ParenExpr) else isinstance(node, ql.NumberLiteral)
 
 
 def metric_of(name: str) -> tuple[Metric | None, str]:
