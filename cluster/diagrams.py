@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
+
+BACKEND = "merman"  # what begins every id of its SVG
 
 
 def picture(source: str, language: str, css_class: str, options: Mapping[str, str], md: object, **others: Any) -> str:
@@ -11,4 +14,5 @@ def picture(source: str, language: str, css_class: str, options: Mapping[str, st
     import mmdr
 
     svg: str = mmdr.render(source).svg()
-    return f'<div class="{css_class}">{svg}</div>'
+    own = f"picture-{hashlib.sha256(source.encode()).hexdigest()[:8]}"  # ids hold for the whole page
+    return f'<div class="{css_class}" style="background: #fff">{svg.replace(BACKEND, own)}</div>'

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import grpc
 import pytest
 from checked_streams import CheckedStreams
 from cluster_under_test import ClusterUnderTest
 from prometheus_server import Prometheus, prometheus
 from promql import GRAFANA, filled
 from served import wait_until
+
+from tandem.v1 import admin_pb2, admin_pb2_grpc
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -180,7 +183,13 @@ def move_one(cluster: ClusterUnderTest) -> None:
 
     def moved() -> bool:
         running = [each["id"] for each in cluster.document()["requests"] if each["state"] == "decoding"]
-        return any(cluster.command("migrate", each).returncode == 0 for each in running[-1:])
+        with grpc.insecure_channel(cluster.grpc_address) as channel:
+            stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+            try:
+                answer = stub.Migrate(admin_pb2.MigrateRequest(request_id=running[-1]), timeout=30)
+            except (grpc.RpcError, IndexError):
+                return False
+            return bool(answer.outcome == "moved")
 
     wait_until(moved, 60)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from cli import reference
 from cluster.config import ClusterConfig
+from cluster.diagrams import picture
 from cluster.pictures import PAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +24,20 @@ PRINTED: dict[str, tuple[Callable[[], str], str]] = {
 def test_the_committed_file_is_printed_from_the_tables(name: str) -> None:
     printed, module = PRINTED[name]
     assert (ROOT / name).read_text() == printed(), f"stale: python -m {module}"
+
+
+def test_diagrams_become_pictures_that_fetch_nothing() -> None:
+    diagrams = re.findall(r"```mermaid\n(.*?)```", (ROOT / "docs/protocol.md").read_text(), re.DOTALL)
+    assert len(diagrams) == 4
+    pictures = [picture(each, "mermaid", "picture", {}, None) for each in diagrams]
+    for each in pictures:
+        assert each.count("<svg") == 1
+        assert set(re.findall(r"https?://[^/\"]+", each)) == {"http://www.w3.org"}, (
+            "names of formats, which nobody opens"
+        )
+    assert "QUARANTINE" in pictures[2]
+    ids = [set(re.findall(r' id="([^"]+)"', each)) for each in pictures]
+    assert sum(map(len, ids)) == len(set().union(*ids)), "one page has them all"
 
 
 def test_every_setting_and_every_command_is_on_its_page() -> None:
