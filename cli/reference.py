@@ -24,7 +24,7 @@ SETTINGS = "Takes every [setting](configuration.md) as a flag."
 def page() -> str:
     """The whole page."""
     root = get_command(app)
-    context = typer.Context(root, info_name="tandem")  # type: ignore[arg-type]
+    context = typer.Context(root, info_name="tandem")
     parts = [HEAD]
     for name in VERBS:
         parts += _command(root.get_command(context, name), name, context)  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from router.driver import Driver
 from router.metrics import EdgeMetrics
 from router.openai_api import build_app
 from router.service import ServedModel, Service
-from tandem import client
+from tandem import client, errors
 
 PROTO = Path(__file__).resolve().parent.parent / "proto"
 
@@ -217,18 +217,20 @@ _LIMITS = {
 # ---- Python ----------------------------------------------------------------------------------------------------------
 
 
+CLIENTS = (client.Client, client.AsyncClient)
+OPTIONS = (client.SamplingOptions, client.RequestOptions, client.SecurityOptions)
+GIVEN = (client.Chunk, client.Completion, client.Usage, client.TokenLogprobs, client.Logprob, client.ModelInfo)
+
+
 def python_page() -> str:
     """The clients, their options and what they give, then the errors."""
     parts = [PYTHON_HEAD]
-    for kind in (client.Client, client.AsyncClient):
+    for kind in CLIENTS:
         parts += _class(kind)
-    for kind in (client.SamplingOptions, client.RequestOptions, client.SecurityOptions):
-        parts += _record(kind)
-    for kind in (client.Chunk, client.Completion, client.Usage, client.TokenLogprobs, client.Logprob, client.ModelInfo):
-        parts += _record(kind)
-    parts.append("## Errors\n\n```")
-    tree = (inspect.getmodule(client.TandemError).__doc__ or "").split("\n\n", 1)[1]  # type: ignore[union-attr]
-    parts.append(f"{tree.rstrip()}\n```\n")
+    for record in (*OPTIONS, *GIVEN):
+        parts += _record(record)
+    tree = (errors.__doc__ or "").split("\n\n", 1)[1]
+    parts.append(f"## Errors\n\n```\n{tree.rstrip()}\n```\n")
     return "\n".join(parts)
 
 

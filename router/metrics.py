@@ -28,7 +28,8 @@ from tandem.request import FinishReason, Slo, SloClass
 _Kind = TypeVar("_Kind", Counter, Gauge, Histogram)
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
-prometheus_client.disable_created_metrics()  # the time at which each series began: as many lines again, for nobody
+# The time at which each series began: as many lines again, for nobody.
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Api(StrEnum):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class Case:
     """What is otherwise from some minute on, and what fires at `at`. A series that is None is missing."""
 
     name: str
-    other: dict[str, str | None]
+    other: Mapping[str, str | None]
     at: str
     fires: set[tuple[str, str]] = field(default_factory=set)
 
@@ -227,7 +228,7 @@ def _as_test(*cases: Case) -> dict[str, Any]:
     """The cases beside one another: each is a cluster of its own."""
     given, asked = [], []
     for case in cases:
-        for name, value in (WELL | case.other).items():
+        for name, value in {**WELL, **case.other}.items():
             if value is not None:
                 given.append({"series": name.replace('cluster="c"', f'cluster="{case.name}"'), "values": value})
         mine = f'ALERTS{{alertstate="firing", cluster=~"{case.name}|"}}'  # one that is absent has no cluster
