@@ -98,7 +98,7 @@ def test_roles_go_back_and_forth_under_load_and_no_stream_notices(cluster: Clust
             assert (told["state"], told["worker"]) == ("done", worker)
             assert told["elapsed_ms"] < 1000 * FLIPS_S, role
             assert worker in pools(cluster)[role]
-        wait_until(lambda: worker in [each["prefill"] for each in cluster.document()["requests"]], 60)
+        wait_until(lambda: worker in [each["prefill_worker"] for each in cluster.document()["requests"]], 60)
         assert process_of(cluster, worker) == before, "its weights stay where they are"
         scale(cluster, "prefill=1", "decode=2")  # by their roles, whatever their names are
         assert {role: len(each) for role, each in pools(cluster).items()} == {"prefill": 1, "decode": 2}
