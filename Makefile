@@ -38,11 +38,7 @@ test: install  ## all tests that need no GPU, in about twenty minutes on two cor
 ifdef ARGS
 	@$(BIN)/python -m pytest -m "not gpu and not long" $(ARGS)
 else
-	@# Real clusters apart from what computes, and CLUSTERS at a time: their tests hold them to seconds.
-	@run="$(BIN)/python -m pytest -m 'not gpu and not long'"; failed=0; \
-	eval $$run -n $(JOBS) --dist worksteal tests --ignore=tests/integration || failed=1; \
-	eval $$run $(if $(filter-out 1,$(CLUSTERS)),-n $(CLUSTERS) --dist loadfile) tests/integration || failed=1; \
-	exit $$failed
+	@$(BIN)/python tests/run_all.py --jobs $(JOBS) --clusters $(CLUSTERS) $(if $(BESIDE),--beside "$(BESIDE)")
 endif
 
 check: install docs  ## format, lint, types, and that the documentation hangs together

@@ -26,6 +26,22 @@ RUN_VARIABLE = "TEST_RUN_FOLDER"  # a folder that the processes of this run shar
 REQUIRED = set(filter(None, os.environ.get("TANDEM_REQUIRE", "").split(",")))
 
 
+# Folders and files whose tests look at no clock and start no process: tests/run_all.py runs them behind others.
+COMPUTES = {
+    "worlds", "machines", "test_blocks", "test_fake_runner", "test_kernels_copy", "test_kernels_elementwise",
+    "test_model_families", "test_model_files", "test_model_smollm2", "test_not_finite", "test_rebalancer",
+    "test_router_attack", "test_runner_exact", "test_sampler", "test_step", "test_step_rows", "test_step_under_way",
+    "test_swapping_model", "test_tokenizer", "test_weights", "test_wire", "test_worlds_state",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what only computes."""
+    for item in items:
+        if {item.path.stem, item.path.parent.name} & COMPUTES:
+            item.add_marker("computes")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The first process of the run makes the folder that the others inherit the name of."""
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):

@@ -20,6 +20,7 @@ from typing import IO
 
 WANTED = "not gpu and not long"
 END_S = 10.0
+PATIENCE_S = 1200  # with a test that runs only when nobody else does
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pytest(f"{WANTED} and not computes", options.jobs, "worksteal", "tests", "--ignore=tests/integration"),
         pytest(f"{WANTED} and not computes", options.clusters, "loadfile", "tests/integration"),
     ]
-    behind = [*map(shlex.split, options.beside), pytest(f"{WANTED} and computes", options.jobs, "worksteal", "tests")]
+    patient = ("tests", "-o", f"timeout={PATIENCE_S}")
+    behind = [*map(shlex.split, options.beside), pytest(f"{WANTED} and computes", options.jobs, "worksteal", *patient)]
     with tempfile.TemporaryFile("w+") as output:
         beside = start_behind(behind, output)
         try:
