@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(INSTALL) -e '.[dev]'
+	$(INSTALL) -e '.[dev,helm]'
 	@touch $@
 
 install: $(VENV)/.installed-dev  ## build .venv with everything
