@@ -19,6 +19,7 @@ CHART = ROOT / "helm" / "tandem"
 RELEASE, NAMESPACE = "demo", "llm"
 NAME = "demo-tandem"
 
+CHOSEN = ("Secret",)  # kinds that are drawn anew at each rendering
 Object = dict[str, Any]
 
 

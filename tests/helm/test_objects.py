@@ -61,7 +61,12 @@ def test_kubernetes_takes_the_pods_of_a_ray_cluster(name: str, version: str) -> 
     [cluster] = case(name).of("RayCluster")
     groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
     for group in groups:
-        as_template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": group["template"]}
+        as_template = {
+            "apiVersion": "v1",
+            "kind": "PodTemplate",
+            "metadata": {"name": "x"},
+            "template": group["template"],
+        }
         kubernetes_validate.validate(as_template, version, strict=True)
 
 
@@ -93,7 +98,9 @@ def test_every_selector_finds_its_own_pods_and_no_others(name: str) -> None:
         own = [pod for pod in release.pods() if selects(each["spec"]["selector"], pod.labels)]
         assert [pod.owner for pod in own] == [f"{each['kind']}/{each['metadata']['name']}"]
     for service in release.of("Service"):
-        found = {pod.part for pod in release.pods() if selects({"matchLabels": service["spec"]["selector"]}, pod.labels)}
+        found = {
+            pod.part for pod in release.pods() if selects({"matchLabels": service["spec"]["selector"]}, pod.labels)
+        }
         assert found == {"redis" if service["metadata"]["name"].endswith("-redis") else "serve"}
     parts = {
         NAME: {"serve"}, f"{NAME}-workers": {"ray-worker"}, f"{NAME}-serve": {"serve"}, f"{NAME}-redis": {"redis"},
@@ -111,7 +118,9 @@ def test_every_selector_finds_its_own_pods_and_no_others(name: str) -> None:
 def test_every_port_that_is_named_is_a_containers(name: str) -> None:
     release = case(name)
     for service in release.of("Service"):
-        for pod in [each for each in release.pods() if selects({"matchLabels": service["spec"]["selector"]}, each.labels)]:
+        for pod in [
+            each for each in release.pods() if selects({"matchLabels": service["spec"]["selector"]}, each.labels)
+        ]:
             for port in service["spec"]["ports"]:
                 assert port["targetPort"] in pod.ports
                 if service["spec"].get("clusterIP") == "None":  # its port is the pod's
