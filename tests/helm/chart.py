@@ -104,7 +104,7 @@ def loaded(folder: Path = CHART) -> Any:
 
 
 def render(values: Object | None = None, *, folder: Path = CHART) -> Release:
-    """Raises helm.HelmValuesError for values that the schema refuses, HelmRenderError for those that a template does."""
+    """Raises helm.HelmValuesError where the schema refuses the values, HelmRenderError where a template does."""
     pages = loaded(folder).render(values or {}, name=RELEASE, namespace=NAMESPACE)
     notes = next(page for name, page in pages.items() if name.endswith("NOTES.txt"))
     objects = [
@@ -165,7 +165,9 @@ CASES: dict[str, Object] = {
         "workers": {"prefill": {"resources": GPU}, "decode": {"resources": GPU, "runtimeClassName": "nvidia"}},
     },
     "autoscaling": {"autoscaling": {"enabled": True, "minReplicas": 2, "maxReplicas": 5}},
-    "several pods": {"serve": {"replicas": 3, "drainSeconds": 600, "maxSurge": 1}, "workers": {"decode": {"replicas": 4}}},
+    "several pods": {
+        "serve": {"replicas": 3, "drainSeconds": 600, "maxSurge": 1}, "workers": {"decode": {"replicas": 4}}
+    },
     "closed network": merged(
         MONITORED,
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -274,7 +275,7 @@ def _file(name: str) -> Path:
 
 
 def flags_of(words: list[str]) -> dict[str, str]:
-    return {flag: value for flag, value in zip(words, words[1:], strict=False) if flag.startswith("--")}
+    return {flag: value for flag, value in itertools.pairwise(words) if flag.startswith("--")}
 
 
 @EVERY_CASE

@@ -19,9 +19,9 @@ SCHEMA: Object = json.loads((CHART / "values.schema.json").read_text())
 DEFAULTS: Object = yaml.safe_load((CHART / "values.yaml").read_text())
 # Settings that the chart itself gives, or that no pod may have.
 OURS = {
-    "model", "host", "port", "grpc_port", "prefill", "decode", "mixed", "routers", "kv_memory", "swap_memory", "threads",
-    "api_keys", "tls_cert", "tls_key", "tls_ca", "tls_client_ca", "tls_name", "join_token_file", "redis", "redis_prefix",
-    "address", "worker_host", "start_timeout_s", "stop_timeout_s", "allow_faults", "run_dir",
+    "model", "host", "port", "grpc_port", "prefill", "decode", "mixed", "routers", "kv_memory", "swap_memory",
+    "threads", "api_keys", "tls_cert", "tls_key", "tls_ca", "tls_client_ca", "tls_name", "join_token_file", "redis",
+    "redis_prefix", "address", "worker_host", "start_timeout_s", "stop_timeout_s", "allow_faults", "run_dir",
 }  # fmt: skip
 
 
