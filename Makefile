@@ -12,7 +12,7 @@ CLUSTERS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve test check format proto equality equality-moves bench bench-migration bench-rebalance bench-transfer \
-	bench-rivals bench-worlds chaos chaos-long soak worlds fuzz clean
+	bench-rivals bench-worlds chaos chaos-long soak worlds fuzz helm-test clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -99,6 +99,9 @@ $(VENV)/.installed-fuzz: $(VENV)/.installed-dev
 
 fuzz: $(VENV)/.installed-fuzz  ## a million transfer frames, 50,000 HTTP and 50,000 gRPC inputs, thousands of idle clients
 	PYTHONPATH=.:tests/integration $(BIN)/python tests/fuzz/run.py $(ARGS)
+
+helm-test: install  ## the Helm chart and the Dockerfile: rendered, validated, linted, and the pods run as processes
+	@$(BIN)/python -m pytest tests/helm tests/integration/test_helm.py $(ARGS)
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis
