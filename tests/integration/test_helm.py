@@ -182,7 +182,8 @@ def test_a_release_answers_and_passes_its_probes(pods: Pods) -> None:
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert pods.serve.passes(probe)
         assert all(worker.passes(probe) for worker in pods.workers.values())
-    assert {each.partition("#")[0] for each in pods.ready()} == {"prefill-0", "decode-0"}
+    # The first that is ready serves alone until the other one is.
+    wait_until(lambda: {each.partition("#")[0] for each in pods.ready()} == {"prefill-0", "decode-0"}, UP_S)
     with Client(pods.grpc_address, timeout_s=60) as client:
         assert Answer(PROMPT, num_tokens=50).read(client) == ""
     assert "redis" in pods.document()["store"]
