@@ -6,6 +6,7 @@ went. Each pod has a loopback address of its own, and a port of its own for its 
 
 from __future__ import annotations
 
+import base64
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -113,13 +115,12 @@ class Starter:
 
 
 @pytest.fixture(scope="module")
-def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
+def pods() -> Iterator[Pods]:
     """The release, up: Redis, Ray's head, a pod for each of two workers, and the serve pod with all its containers."""
-    import base64
-    import tempfile
-
-    executable()
-    folder = Path(tempfile.mkdtemp(prefix="th-", dir="/tmp"))  # paths of Ray's sockets must be short
+    try:
+        executable()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
     ports = {name: free_port() for name in ("http", "grpc", "gcs", "raylet", "redis")}
     release = render({
         "model": {"name": "fake"},
@@ -130,10 +131,12 @@ def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
         "workers": {"threads": 1, "kvMemory": "1MiB", "decode": {"replicas": 1}},
         "settings": {"heartbeat_ms": 300, "fake_step_ms": 20, "max_restarts": 100},
     })  # fmt: skip
-    starter = Starter(release, folder, ports)
-    spec = starter.cluster["spec"]
-    groups = {each["groupName"]: each for each in spec["workerGroupSpecs"]}
     with ExitStack() as running:
+        # Not pytest's own: the paths of Ray's sockets must be short.
+        folder = Path(running.enter_context(TemporaryDirectory(prefix="th-", dir="/tmp", ignore_cleanup_errors=True)))
+        starter = Starter(release, folder, ports)
+        spec = starter.cluster["spec"]
+        groups = {each["groupName"]: each for each in spec["workerGroupSpecs"]}
         redis = release.pod("redis").container("redis")
         places = {"port 6379": f"port {ports['redis']}", "/etc/redis/": f"{folder}/", "dir /data": f"dir {folder}"}
         ours = Substitutions({**places, "redis-cli": f"redis-cli -p {ports['redis']}"})

@@ -41,7 +41,8 @@ def test_requests_of_all_routers_count() -> None:
 
 
 def test_idle_is_waited_for_and_told_of_once_for_each_number() -> None:
-    numbers, told = iter([2, 2, 1, 0]), []
+    numbers = iter([2, 2, 1, 0])
+    told: list[str] = []
     assert wait_until_idle(lambda: next(numbers), settle_s=0, within_s=60, say=told.append)
     assert told == ["2 requests run", "1 requests run"]
 
@@ -66,13 +67,11 @@ class _Router(admin_pb2_grpc.AdminServicer):
         self.drains: list[pb.DrainRequest] = []
         self.keys: list[str] = []
 
-    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:  # type: ignore[override]
+    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
         self.keys.append(str(dict(context.invocation_metadata()).get("authorization", "")))
         return self.answer
 
-    def Drain(  # type: ignore[override]
-        self, request: pb.DrainRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.DrainProgress]:
+    def Drain(self, request: pb.DrainRequest, context: grpc.ServicerContext) -> Iterator[pb.DrainProgress]:
         self.drains.append(request)
         if self.refusal:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.refusal)
