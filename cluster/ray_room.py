@@ -42,7 +42,7 @@ def _reserve(num_workers: int, until_s: float, say: Callable[[str], None]) -> No
     group = placement_group([{"CPU": 1}] * num_workers, strategy="SPREAD")
     told_s = float("-inf")
     try:
-        while not group.wait(LOOK_S) and time.monotonic() < until_s:  # type: ignore[no-untyped-call]
+        while not group.wait(LOOK_S) and time.monotonic() < until_s:
             if time.monotonic() - told_s >= TELL_S:
                 told_s = time.monotonic()
                 say(f"{num_workers} workers wait for machines: {_free_cpus():g} CPUs of the Ray cluster are free")

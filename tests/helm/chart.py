@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-helm = pytest.importorskip("helm_python", reason="needs helm-python-sdk")
+
+def needed(module: str) -> Any:
+    """A module of the extra `helm`. Without it the tests are skipped, unless TANDEM_REQUIRE names them."""
+    if "helm" in os.environ.get("TANDEM_REQUIRE", "").split(","):
+        return import_module(module)
+    return pytest.importorskip(module, reason="pip install -e '.[helm]'")
+
+
+helm = needed("helm_python")
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHART = ROOT / "helm" / "tandem"

@@ -111,7 +111,7 @@ class Container:
         if "grpc" in asked:
             with grpc.insecure_channel(f"{self._ip}:{port}") as channel:
                 try:
-                    answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[no-untyped-call]
+                    answer = health_pb2_grpc.HealthStub(channel).Check(
                         health_pb2.HealthCheckRequest(), timeout=timeout_s
                     )
                 except grpc.RpcError:

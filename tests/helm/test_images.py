@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from chart import CHART, ROOT, case
+from chart import CHART, ROOT, case, needed
 
-dockerfile_parse = pytest.importorskip("dockerfile_parse")
+dockerfile_parse = needed("dockerfile_parse")
 
 pytestmark = pytest.mark.helm
 

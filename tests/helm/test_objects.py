@@ -9,9 +9,9 @@ from typing import Any
 
 import jsonschema
 import pytest
-from chart import CASES, CHART, NAME, NAMESPACE, Object, Release, case, helm
+from chart import CASES, CHART, NAME, NAMESPACE, Object, Release, case, helm, needed
 
-kubernetes_validate = pytest.importorskip("kubernetes_validate")
+kubernetes_validate = needed("kubernetes_validate")
 
 pytestmark = pytest.mark.helm
 

@@ -19,9 +19,6 @@ from typing import Any
 
 import psutil
 import pytest
-
-pytest.importorskip("helm_python", reason="needs helm-python-sdk")
-
 from chart import NAME, NAMESPACE, Object, Release, render
 from checked_streams import Answer
 from processes import Container, Substitutions, ray_start
