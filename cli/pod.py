@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from cli.down import run_dir_of
+from cli.options import Port, RunDir, running_cluster
 from cli.status import ask
 from cluster.config import ConfigError
 from cluster.member_access import key_metadata
 from cluster.pod_end import PodLeaves, addresses_of, requests_of, wait_until_idle
-from cluster.run_file import NoCluster, find
+from cluster.run_file import NoCluster
 from tandem.errors import CommandError
 from tandem.tls import load_tls
 
@@ -58,11 +58,11 @@ def room(
 def idle(
     settle: Annotated[float, typer.Option(help="seconds until no new connection comes", min=0)] = 5,
     within: Within = 120,
-    port: Annotated[int | None, typer.Option(help="HTTP port of the cluster; needed when several run")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="folder of run files (or TANDEM_RUN_DIR)")] = None,
+    port: Port = None,
+    run_dir: RunDir = None,
 ) -> None:
     """Before the cluster here is stopped: wait until its requests have ended."""
-    run = find(run_dir_of(run_dir), port)
+    run = running_cluster(run_dir, port)
 
     def num_running() -> int:
         try:

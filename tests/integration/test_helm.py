@@ -26,7 +26,8 @@ from served import wait_until
 
 from benchmarks.local_cluster import free_port
 from benchmarks.local_redis import executable
-from cli.status import ask, to_document
+from cli.shown import plain
+from cli.status import ask
 from cluster.run_file import find
 from tandem.client import Client
 
@@ -52,7 +53,7 @@ class Pods:
 
     def document(self) -> dict[str, Any]:
         """What `tandem status --json` says in the serve pod."""
-        return dict(to_document(ask(find(self.run_dir, self.http))))
+        return dict(plain(ask(find(self.run_dir, self.http))))
 
     def ready(self) -> set[str]:
         """Workers that are ready, with their incarnations."""
