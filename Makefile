@@ -12,7 +12,7 @@ CLUSTERS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve test check format proto equality equality-moves bench bench-migration bench-rebalance bench-transfer \
-	bench-rivals bench-worlds chaos chaos-long soak worlds fuzz docs docs-serve clean
+	bench-rivals bench-worlds chaos chaos-long soak worlds fuzz docs docs-serve helm-test clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(INSTALL) -e '.[dev]'
+	$(INSTALL) -e '.[dev,helm]'
 	@touch $@
 
 install: $(VENV)/.installed-dev  ## build .venv with everything
@@ -101,6 +101,9 @@ docs: install  ## the documentation as a site in build/site; broken links and pa
 
 docs-serve: install  ## the same at http://127.0.0.1:8001, with what you change
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict -a 127.0.0.1:8001
+
+helm-test: install  ## the Helm chart and the Dockerfile: rendered, validated, linted, and the pods run as processes
+	@$(BIN)/python -m pytest tests/helm tests/integration/test_helm.py $(ARGS)
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis

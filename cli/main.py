@@ -29,6 +29,7 @@ VERBS = {
     "chaos": ("cli.chaos", "chaos"),
     "keys": ("cli.keys", "keys"),
     "doctor": ("cli.doctor", "doctor"),
+    "pod": ("cli.pod", "pod"),
     "config": ("cli.configuration", "show_config"),
 }
 
