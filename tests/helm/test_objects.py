@@ -155,6 +155,20 @@ def test_what_is_referred_to_is_there_or_is_the_users(name: str) -> None:
         assert (kind, referred) in rendered or f'"{referred}"' in given, f"{kind} {referred}"
 
 
+@EVERY_CASE
+def test_keys_that_are_asked_of_a_secret_are_in_it(name: str) -> None:
+    release = case(name)
+    made = {each["metadata"]["name"]: set(each["data"]) for each in release.of("Secret")}
+    for pod in release.pods():
+        variables = [each for container in pod.containers() for each in container.get("env", [])]
+        asked = [each["valueFrom"]["secretKeyRef"] for each in variables if "secretKeyRef" in each.get("valueFrom", {})]
+        for each in asked:
+            assert each["key"] in made.get(each["name"], {each["key"]}), each
+        for volume in [each["secret"] for each in pod.spec.get("volumes", []) if "secret" in each]:
+            for item in volume.get("items", []):
+                assert item["key"] in made.get(volume["secretName"], {item["key"]}), item
+
+
 def _references(node: Any) -> list[tuple[str, str]]:
     found = []
     if isinstance(node, list):
