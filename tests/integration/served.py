@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import psutil
 
-from cli.shown import plain
+from cluster.documents import plain
 from cli.status import ask
 from cluster.member_access import access_here
 from cluster.run_file import find

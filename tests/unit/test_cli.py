@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cli import drain, migrate
 from cli.main import VERBS, app, main
-from cli.shown import plain
+from cluster.documents import plain
 from cli.status import move_table
 from cluster.config import ClusterConfig, flag_of
 from cluster.draining import DrainState
