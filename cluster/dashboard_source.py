@@ -82,8 +82,9 @@ class RealCluster:
         self._tasks = Tasks()
         self._others: dict[str, pb.StatusResponse | None] = {}
         # Both clocks once: else what began at one time would seem to begin at another with each look.
-        to_unix_ms = time.time_ns() // 1_000_000 - time.monotonic_ns() // 1_000_000
-        self._viewer = Viewer(router=peers.me, model=model, to_unix_ms=to_unix_ms)
+        now_ms = time.time_ns() // 1_000_000
+        to_unix_ms = now_ms - time.monotonic_ns() // 1_000_000
+        self._viewer = Viewer(router=peers.me, model=model, since_ms=now_ms, to_unix_ms=to_unix_ms)
 
     def view(self) -> View:
         """How things are now."""

@@ -51,10 +51,11 @@ class View:
 
 @dataclass(slots=True, kw_only=True)
 class Viewer:
-    """Makes views. `to_unix_ms`: from the clock of the router's snapshots to Unix time."""
+    """Makes views. `since_ms`: when this router began. `to_unix_ms`: from its snapshots' clock to Unix time."""
 
     router: str
     model: str
+    since_ms: int
     to_unix_ms: int
     _began: dict[tuple[str, str, str, str], list[int]] = field(default_factory=dict)  # moves of others, as first told
 
@@ -90,6 +91,7 @@ class Viewer:
         head = {
             "router": self.router,
             "model": self.model,
+            "since_ms": self.since_ms,
             "routers": sorted(routers),
             "not_ready": not_ready,
             "hidden_requests": hidden,
