@@ -8,6 +8,7 @@ const FRAME_MS = 33;
 const PASS_MS = 1100;
 const SHOWN_MS = 2600; // a move is often over before it can be seen
 const HANDOFF_MS = 700;
+const LABELS_AT = [0.5, 0.3, 0.7];
 const STUCK_MS = 60_000; // whatever becomes of a move, its arc ends
 
 export class Arcs {
@@ -18,6 +19,7 @@ export class Arcs {
     stage.append(this.layer);
     this.arcs = new Map();
     this.drawnMs = 0;
+    this.labels = 0;
     this.frame = null;
     this.still = matchMedia("(prefers-reduced-motion: reduce)");
   }
@@ -59,7 +61,7 @@ export class Arcs {
     const c = { x: (a.x + b.x) / 2 + (across ? 0 : bend), y: (a.y + b.y) / 2 - (across ? bend : 0) };
     const path = svg("path", { class: `arc ${arc.reason === "handoff" ? "handoff" : ""} ${arc.outcome}`, d: `M${a.x} ${a.y}Q${c.x} ${c.y} ${b.x} ${b.y}` });
     const dot = svg("circle", { class: "arc-dot", r: arc.reason === "handoff" ? 3 : 5.5 });
-    const at = on(a, c, b, 0.5);
+    const at = on(a, c, b, LABELS_AT[this.labels++ % LABELS_AT.length]); // two arcs of one way keep their words apart
     const label = arc.text && svg("text", { class: "arc-label", x: at.x, y: at.y - 8 }, arc.text);
     const group = svg("g", { "data-why": arc.reason, "data-move": key }, path, dot, label);
     this.layer.append(group);

@@ -154,7 +154,7 @@ export class Pools {
       total += worker.total;
       used += worker.total - worker.free - worker.cached;
     }
-    say(pool.note, `${ready} of ${all} ready · ${plural(running, "request")} in batches · ${count(waiting)} waiting · KV ${percent(used, total)} in use`);
+    say(pool.note, `${ready} of ${all} ready · ${plural(running, "request")} in batches${waiting ? ` · ${count(waiting)} waiting` : ""} · KV ${percent(used, total)} in use`);
   }
 }
 
