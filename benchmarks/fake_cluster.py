@@ -330,7 +330,7 @@ class FakeCluster:
         )
         return PlacementRecord(at_ms=2, epoch=1, placement=placement)
 
-    # ---- what its buttons do -------------------------------------------------------------------------------------------
+    # ---- what its buttons do -----------------------------------------------------------------------------------------
 
     async def migrate(self, request: str, to: str, by: str) -> dict[str, object]:
         """Moves it at once."""
@@ -370,8 +370,8 @@ async def _said(what: str) -> AsyncGenerator[str, None]:
 
 def _member(name: str, role: Role) -> Member:
     info = WorkerInfo(
-        worker_id=WorkerId(name), role=role, control="127.0.0.1:1", endpoint="e", pid=sum(map(ord, name)) * 37, agent_pid=2,
-        model="fake", namespace="n", fingerprint="f", exact=True, dtype="float32", block_size=BLOCK_TOKENS,
+        worker_id=WorkerId(name), role=role, control="127.0.0.1:1", endpoint="e", pid=sum(map(ord, name)) * 37,
+        agent_pid=2, model="fake", namespace="n", fingerprint="f", exact=True, dtype="float32", block_size=BLOCK_TOKENS,
         total_blocks=BLOCKS, context_tokens=32768, block_bytes=737_280,
     )  # fmt: skip
     return Member(info=info, incarnation=1, state=MemberState.READY, heard_ms=0)

@@ -26,6 +26,11 @@ RUN_VARIABLE = "TEST_RUN_FOLDER"  # a folder that the processes of this run shar
 REQUIRED = set(filter(None, os.environ.get("TANDEM_REQUIRE", "").split(",")))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What only a person asks for."""
+    parser.addoption("--screenshots", metavar="FOLDER", help="take the documentation's pictures of the dashboard")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The first process of the run makes the folder that the others inherit the name of."""
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):

@@ -66,6 +66,7 @@ function onFrame(frame) {
     throw error;
   }
   element("main").dataset.stale = "false";
+  element("main").dataset.frame = frame.number;
   if (frame.head || changed.all) onHead();
   pools.render(changed);
   if (frame.tokens) pools.renderTokens();

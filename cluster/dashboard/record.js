@@ -22,10 +22,10 @@ export class RecordPanel {
   }
 
   open(id) {
-    this.id = id;
     this.controls = migrateControls(this.store, id, () => this.load());
     this.body = h("div", {}, h("p", { class: "empty" }, "Asking the router that has it."));
-    this.drawer.show(id, this.controls.element, this.body, () => this.close());
+    this.drawer.show(id, this.controls.element, this.body, () => this.close()); // which closes what was there before
+    this.id = id;
     this.shown = "";
     this.load();
   }

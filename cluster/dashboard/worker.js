@@ -15,11 +15,11 @@ export class WorkerPanel {
   }
 
   open(id) {
-    this.id = id;
     this.body = h("div", {});
     this.shown = "";
     const actions = WORKER_ACTIONS.map((action) => h("button", { type: "button", class: action.danger ? "danger" : "", click: () => action.run(this.store, id) }, action.label));
     this.drawer.show(id, h("div", { class: "act" }, actions), this.body, () => { this.id = null; });
+    this.id = id;
     this.render();
   }
 

@@ -1,4 +1,4 @@
-"""What the tests of the dashboard share: a served one over a made-up cluster, keys, and a browser to look at it with."""
+"""What the tests of the dashboard share: one over a made-up cluster, keys, and a browser."""
 
 from __future__ import annotations
 

@@ -18,6 +18,22 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 expect.set_options(timeout=60_000)
 WIDE = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
+# All that a page may keep.
+KEPT = "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, document.documentElement.outerHTML])"
+# What can have the focus and has no name for who does not see it.
+NAMELESS = """[...document.querySelectorAll("button, a, input, select, canvas, [tabindex='0']")]
+    .filter(e => !(e.innerText || e.getAttribute("aria-label") || e.labels?.length ||
+                   e.getAttribute("aria-labelledby")))
+    .map(e => e.outerHTML)"""
+# In how many places an arc's dot is seen.
+PLACES = """async e => {
+    const seen = new Set();
+    for (let frame = 0; frame < 10 && e.isConnected; frame++) {
+        await new Promise(requestAnimationFrame);
+        if (e.getAttribute("cx")) seen.add(e.getAttribute("cx"));
+    }
+    return seen.size;
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +96,7 @@ def test_a_record_shows_stages_placements_moves_and_story(page: Page, served: Se
     page.goto(f"{served.url}/dashboard#/request/{running_request(served)}")
     drawer = page.locator("#drawer")
     expect(drawer.locator(".stage-list li")).to_have_count(8)
-    expect(drawer.locator(".timeline .lane").first).to_have_text(
-        "prefill-0" if drawer.locator(".lane", has_text="prefill-0").count() else "prefill-1"
-    )
+    expect(drawer.locator(".timeline .lane").first).to_contain_text("prefill-")
     expect(drawer.locator("tr.chosen")).to_have_count(2)
     expect(drawer.locator("tr.chosen").first).to_contain_text("290 ms")
     expect(drawer.locator(".story li").first).to_contain_text("admitted")
@@ -104,6 +118,7 @@ def test_a_worker_is_drained_only_after_a_question(browser: Browser) -> None:
         expect(page.locator("#tasks")).to_contain_text("drain decode-1")
         expect(page.locator(".tile[data-state=draining]")).to_contain_text("decode-1")
         assert served.fake.acted == [("drain", "decode-1", False, "")]
+        page.keyboard.press("Escape")
         page.locator("#scale").click()
         page.locator("#dialog input[name=prefill]").fill("3")
         page.locator("#dialog").get_by_role("button", name="Scale").click()
@@ -124,8 +139,7 @@ def test_keys_ask_for_an_operator_and_stay_in_memory(browser: Browser) -> None:
         live(page)
         expect(page.locator(".tile")).to_have_count(8)
         assert OPERATOR not in page.url
-        kept = "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, document.documentElement.outerHTML])"
-        assert OPERATOR not in page.evaluate(kept)
+        assert OPERATOR not in page.evaluate(KEPT)
         served.running.door.ring = KeyRing([])  # the key is taken back: the page loses its feed
         expect(page.locator("#banner")).to_contain_text("is not known here")
         served.running.door.ring = ring()
@@ -137,14 +151,11 @@ def test_keys_ask_for_an_operator_and_stay_in_memory(browser: Browser) -> None:
 def test_a_router_that_restarts_is_said_and_found_again(browser: Browser) -> None:
     with dashboard(small()) as served, page_at(browser, served.url, viewport=WIDE) as page:
         live(page)
-        port = served.port
-        context = page.context
-        assert context is not None
         expect(page.locator(".tile")).to_have_count(8)
-        _restart(page, served, port)
+        _restart(page, served)
 
 
-def _restart(page: Page, served: Served, port: int) -> None:
+def _restart(page: Page, served: Served) -> None:
     """Nothing answers for a while, then another life of the router does."""
     served.running.board.feed.close("the router ends")
     page.wait_for_selector("#link[data-state=lost]")
@@ -174,8 +185,7 @@ def test_everything_is_reached_by_keyboard_and_focus_comes_back(page: Page) -> N
     page.locator("#chart-ttft").focus()
     page.wait_for_function("document.querySelector('.chart output').textContent.includes('tokens/s')")
     page.keyboard.press("ArrowLeft")
-    nameless = "[...document.querySelectorAll('button, a, input, select, canvas, [tabindex=\"0\"]')].filter(e => !(e.innerText || e.getAttribute('aria-label') || e.labels?.length || e.getAttribute('aria-labelledby'))).map(e => e.outerHTML)"
-    assert page.evaluate(nameless) == []
+    assert page.evaluate(NAMELESS) == []
 
 
 def test_a_phone_gets_one_column_and_nothing_sticks_out(browser: Browser, served: Served) -> None:
@@ -197,7 +207,4 @@ def test_who_wants_no_motion_gets_none(browser: Browser, served: Served) -> None
         page.locator("#drawer button.main").click()
         dot = page.locator(".arcs g[data-why=operator] circle").first
         dot.wait_for(state="attached")
-        places = dot.evaluate(
-            "async e => { const seen = new Set(); for (let k = 0; k < 10 && e.isConnected; k++) { await new Promise(requestAnimationFrame); if (e.getAttribute('cx')) seen.add(e.getAttribute('cx')); } return seen.size; }"
-        )
-        assert places == 1
+        assert dot.evaluate(PLACES) == 1

@@ -1,4 +1,4 @@
-"""The dashboard's frames: who has taken one with everything and those after it knows what there is, however late it came."""
+"""The dashboard's frames: one with everything and those after it tell what there is, however late one comes."""
 
 from __future__ import annotations
 

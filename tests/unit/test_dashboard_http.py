@@ -142,8 +142,9 @@ def test_with_keys_any_name_will_do_and_a_foreign_origin_still_not() -> None:
 
 
 WRONG = [
-    ("migrate", {}, "request"), ("migrate", {"request": "x", "more": 1}, "more"), ("migrate", {"request": "x" * 200}, "request"),
-    ("migrate", {"request": 7}, "request"), ("drain", {"worker": ""}, "worker"), ("drain", {"worker": "d", "restart": "yes"}, "restart"),
+    ("migrate", {}, "request"), ("migrate", {"request": "x", "more": 1}, "more"),
+    ("migrate", {"request": "x" * 200}, "request"), ("migrate", {"request": 7}, "request"),
+    ("drain", {"worker": ""}, "worker"), ("drain", {"worker": "d", "restart": "yes"}, "restart"),
     ("scale", {"pools": {}}, "pools"), ("scale", {"pools": {"decode": "3"}}, "pools.decode"), ("scale", [], "body"),
 ]  # fmt: skip
 
