@@ -354,6 +354,13 @@ class FakeCluster:
         member.state, member.reason = MemberState.DRAINING, "asked by an operator"
         yield "emptying: 3 requests and 120 blocks left"
 
+    async def flip(self, worker: str, role: str, by: str) -> Task:
+        """Gives it that role at once."""
+        self.acted.append(("flip", worker, role, by))
+        member = self.members[worker]
+        member.info = replace(member.info, role=Role(role))
+        return await self.began.begin("flip", f"{worker} to {role}", by, _said("done"))
+
     async def scale(self, sizes: Mapping[str, int], by: str) -> Task:
         """Says so."""
         self.acted.append(("scale", dict(sizes), by))

@@ -71,6 +71,13 @@ class DrainAsked(_Asked):
     restart: bool = False
 
 
+class FlipAsked(_Asked):
+    """Give a worker another role."""
+
+    worker: str = Field(min_length=1, max_length=128)
+    role: str = Field(min_length=1, max_length=32)
+
+
 class ScaleAsked(_Asked):
     """Give pools these sizes, by role."""
 
@@ -100,6 +107,7 @@ class Dashboard:
             ("/requests/{request_id}", "GET", self._explain, False),
             ("/migrate", "POST", self._migrate, True),
             ("/drain", "POST", self._drain, True),
+            ("/flip", "POST", self._flip, True),
             ("/scale", "POST", self._scale, True),
         ):
             guarded = self._guarded(answer, acts=acts)
@@ -154,6 +162,11 @@ class Dashboard:
     async def _drain(self, request: Request) -> Response:
         asked = await self._read(request, DrainAsked)
         task = await self._cluster.drain(asked.worker, restart=asked.restart, by=CALLER.get().name)
+        return JSONResponse({"task": task.id}, 202)
+
+    async def _flip(self, request: Request) -> Response:
+        asked = await self._read(request, FlipAsked)
+        task = await self._cluster.flip(asked.worker, asked.role, CALLER.get().name)
         return JSONResponse({"task": task.id}, 202)
 
     async def _scale(self, request: Request) -> Response:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Protocol
 
 from cluster.admin import Admin
@@ -13,6 +14,7 @@ from cluster.dashboard_frames import Task
 from cluster.dashboard_tasks import Tasks
 from cluster.dashboard_view import View, Viewer
 from cluster.documents import move_document, record_document
+from cluster.draining import Drain
 from cluster.elastic import Elastic
 from cluster.membership import Membership
 from cluster.operations import Operations
@@ -46,6 +48,10 @@ class Cluster(Protocol):
 
     async def drain(self, worker: str, *, restart: bool, by: str) -> Task:
         """Begins a drain."""
+        ...
+
+    async def flip(self, worker: str, role: str, by: str) -> Task:
+        """Begins to give a worker another role."""
         ...
 
     async def scale(self, sizes: Mapping[str, int], by: str) -> Task:
@@ -113,10 +119,16 @@ class RealCluster:
 
     async def drain(self, worker: str, *, restart: bool, by: str) -> Task:
         """Begins a drain."""
-        return await self._tasks.begin("drain", worker, by, self._draining(worker, restart))
+        begin = partial(self._operations.drain, worker, deadline_ms=0, restart=restart)
+        return await self._tasks.begin("drain", worker, by, self._draining(begin))
 
-    async def _draining(self, worker: str, restart: bool) -> AsyncGenerator[str, None]:
-        drain = self._operations.drain(worker, deadline_ms=0, restart=restart)
+    async def flip(self, worker: str, role: str, by: str) -> Task:
+        """Begins to give a worker another role."""
+        begin = partial(self._operations.flip, worker, role, deadline_ms=0)
+        return await self._tasks.begin("flip", f"{worker} to {role}", by, self._draining(begin))
+
+    async def _draining(self, begin: Callable[[], Drain]) -> AsyncGenerator[str, None]:
+        drain = begin()
         async with aclosing(self._operations.follow(drain)) as steps:
             async for now in steps:
                 yield f"{now.state.value}: {now.left.num_requests} requests and {now.left.num_blocks} blocks left"

@@ -1,4 +1,4 @@
-"""What operators began from a dashboard and nobody waits for: drains and scalings, followed until they are over."""
+"""What operators began from a dashboard and nobody waits for: drains, flips and scalings, followed until they are over."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Tasks:
         num = sum(each.state == "running" for each in self._known.values())
         if num >= RUNNING_MAX:
             await steps.aclose()
-            raise Overloaded(f"{num} drains and scalings are under way, no more may be", retry_after_ms=5_000)
+            raise Overloaded(f"{num} drains, flips and scalings are under way, no more may be", retry_after_ms=5_000)
         first = asyncio.ensure_future(anext(steps, None))
         done, _ = await asyncio.wait({first}, timeout=BEGIN_S)
         if done:

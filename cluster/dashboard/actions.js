@@ -60,8 +60,19 @@ async function drain(store, id, restart) {
   if (sure && (await tried(`${id} is not drained`, "drain", { worker: id, restart }))) toast(`${id} drains`);
 }
 
-/** What the panel of a worker offers; whatever else a worker can do gets its entry here. */
+async function flip(store, id) {
+  const now = store.workers.get(id)?.role;
+  const roles = ["prefill", "decode", "mixed"].filter((each) => each !== now);
+  const role = await dialog(`Another role for ${id}`, [
+    h("p", {}, `It is a ${now} worker. What the new role does not do is moved away or finished first; its weights, its cache and its name stay.`),
+    h("label", {}, h("span", {}, "new role"), h("select", { name: "role" }, roles.map((each) => h("option", { value: each }, each)))),
+  ], { confirm: "Change the role", values: (form) => form.elements.role.value });
+  if (role && (await tried(`${id} keeps its role`, "flip", { worker: id, role }))) toast(`${id} becomes a ${role} worker`);
+}
+
+/** What the panel of a worker offers. */
 export const WORKER_ACTIONS = [
+  { label: "Change role…", run: (store, id) => flip(store, id) },
   { label: "Drain…", danger: true, run: (store, id) => drain(store, id, false) },
   { label: "Drain and restart…", danger: true, run: (store, id) => drain(store, id, true) },
 ];

@@ -26,7 +26,7 @@ export class Pools {
 
   render(changed) {
     const dense = this.store.workers.size > ROOMY_MAX;
-    const newcomers = [...changed.workers].some((id) => !this.tiles.has(id));
+    const newcomers = [...changed.workers].some((id) => this.tiles.get(id)?.role !== this.store.workers.get(id)?.role);
     if (changed.all || newcomers || dense !== this.dense) this.#build(dense);
     for (const id of changed.workers) this.#draw(id);
     for (const id of changed.homes) this.#drawRequests(id);
@@ -76,6 +76,7 @@ export class Pools {
 
   #tile(worker) {
     const tile = {
+      role: worker.role,
       name: h("button", { type: "button", class: "plain", "data-worker": worker.id, click: () => this.onWorker(worker.id) }, worker.id),
       state: h("span", { class: "state" }),
       load: h("span", { class: "load" }),

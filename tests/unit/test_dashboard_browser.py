@@ -118,6 +118,11 @@ def test_a_worker_is_drained_only_after_a_question(browser: Browser) -> None:
         expect(page.locator("#tasks")).to_contain_text("drain decode-1")
         expect(page.locator(".tile[data-state=draining]")).to_contain_text("decode-1")
         assert served.fake.acted == [("drain", "decode-1", False, "")]
+        drawer.get_by_role("button", name="Change role…").click()
+        page.locator("#dialog select").select_option("prefill")
+        page.locator("#dialog").get_by_role("button", name="Change the role").click()
+        page.locator(".pool[data-role=prefill] button[data-worker=decode-1]").wait_for()
+        assert served.fake.acted.pop() == ("flip", "decode-1", "prefill", "")
         page.keyboard.press("Escape")
         page.locator("#scale").click()
         page.locator("#dialog input[name=prefill]").fill("3")

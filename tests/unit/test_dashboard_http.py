@@ -20,8 +20,10 @@ from router.recent import Recent
 
 DEADLINE_S = 60
 OPS = {"authorization": f"Bearer {OPERATOR}"}
-PATHS = [("GET", "/feed"), ("GET", "/requests/x"), ("POST", "/migrate"), ("POST", "/drain"), ("POST", "/scale")]
-BODY = {"migrate": {"request": "x"}, "drain": {"worker": "decode-0"}, "scale": {"pools": {"decode": 3}}}
+PATHS = [("GET", "/feed"), ("GET", "/requests/x"), ("POST", "/migrate"), ("POST", "/drain"), ("POST", "/scale"),
+    ("POST", "/flip")]  # fmt: skip
+BODY = {"migrate": {"request": "x"}, "drain": {"worker": "decode-0"}, "scale": {"pools": {"decode": 3}},
+    "flip": {"worker": "decode-0", "role": "prefill"}}  # fmt: skip
 
 Case = Callable[[Running, httpx.AsyncClient, FakeCluster], Awaitable[None]]
 
@@ -98,7 +100,7 @@ def test_only_an_operator_watches_explains_and_acts() -> None:
         assert (await ask(client, "POST", "/drain", {**MARK, **OPS})).status_code == 202
         assert fake.acted == [("drain", "decode-0", False, "ops")]
         page = running.board._metrics.page().decode()
-        assert 'refused_requests_total{api="http",code="permission_denied",router="router-0"} 5.0' in page
+        assert 'refused_requests_total{api="http",code="permission_denied",router="router-0"} 6.0' in page
 
     run(case, ring())
 
@@ -118,7 +120,7 @@ def test_another_site_neither_sees_nor_does_anything(headers: dict[str, str]) ->
             reply = await ask(client, method, path, headers)
             assert reply.status_code == 403, path
             assert reply.json()["error"]["code"] == "permission_denied"
-        for path in ("/migrate", "/drain", "/scale"):
+        for path in ("/migrate", "/drain", "/scale", "/flip"):
             plain = {**MARK, "content-type": "text/plain"}
             reply = await client.post(f"/dashboard{path}", content=json.dumps(BODY[path[1:]]), headers=plain)
             assert reply.status_code == 403, path
