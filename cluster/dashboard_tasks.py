@@ -1,4 +1,4 @@
-"""What operators began from a dashboard and nobody waits for: drains, flips and scalings, followed until they are over."""
+"""What operators began from a dashboard and nobody waits for: drains, flips, scalings, followed until they are over."""
 
 from __future__ import annotations
 

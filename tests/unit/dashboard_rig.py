@@ -16,7 +16,7 @@ from benchmarks.fake_cluster import FakeCluster, Running, serve
 from router.api_keys import KeyEntry, KeyRing, digest_of
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, ConsoleMessage, Page
 
 START_S = 60
 OPERATOR, CLIENT = "tandem_ops-secret-of-many-characters", "tandem_alice-secret-of-many-characters"
@@ -121,8 +121,13 @@ def page_at(browser: Browser, url: str, **options: object) -> Iterator[Page]:
     context.set_default_timeout(BROWSER_MS)
     page = context.new_page()
     wrong: list[str] = []
+
+    def said(message: ConsoleMessage) -> None:
+        if message.type == "error":
+            wrong.append(message.text)
+
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+    page.on("console", said)
     page.goto(f"{url}/dashboard")
     try:
         yield page

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import httpx
 import pytest
@@ -242,12 +242,12 @@ def test_a_browser_that_takes_nothing_is_let_go_of() -> None:
     asyncio.run(main())
 
 
-def test_a_dashboard_that_fails_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_dashboard_that_fails_ends_alone(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     async def case(running: Running, client: httpx.AsyncClient, fake: FakeCluster) -> None:
         async with client.stream("GET", "/dashboard/feed", headers=MARK) as reply:
             lines = reply.aiter_lines()
             await anext(lines)
-            fake.snapshot = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+            monkeypatch.setattr(fake, "snapshot", lambda: 1 / 0)
             last = [json.loads(line) async for line in lines][-1]
         assert last["why"].startswith("the dashboard has failed")
         assert (await client.get("/live")).status_code == 200
@@ -260,7 +260,7 @@ def test_tasks_tell_how_far_they_are_how_they_end_and_are_bounded() -> None:
     async def main() -> None:
         tasks = Tasks()
 
-        async def steps(number: int):  # type: ignore[no-untyped-def]
+        async def steps(number: int) -> AsyncGenerator[str, None]:
             yield f"step {number}"
 
         for number in range(REMEMBERED_MAX + 5):
