@@ -125,10 +125,10 @@ def test_a_worker_is_drained_only_after_a_question(browser: Browser) -> None:
         assert served.fake.acted.pop() == ("flip", "decode-1", "prefill", "")
         page.keyboard.press("Escape")
         page.locator("#scale").click()
-        page.locator("#dialog input[name=prefill]").fill("3")
+        page.locator("#dialog input[name=prefill]").fill("4")
         page.locator("#dialog").get_by_role("button", name="Scale").click()
         expect(page.locator("#tasks")).to_contain_text("scale")
-        assert served.fake.acted[-1] == ("scale", {"prefill": 3}, "")
+        assert served.fake.acted[-1] == ("scale", {"prefill": 4}, "")
 
 
 def test_keys_ask_for_an_operator_and_stay_in_memory(browser: Browser) -> None:
