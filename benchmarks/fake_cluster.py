@@ -298,7 +298,7 @@ class FakeCluster:
         began_ms = round(1000 * self._now_s) - snapshot.age_ms
         for move in moves:
             at_ms = max(330, move.at_ms - began_ms)
-            story.append((at_ms, f"moves from {move.source} to {move.target} ({move.reason})"))
+            story.append((at_ms, f"moves from {move.source} to {move.target} ({move.reason}: {move.why})"))
             if move.outcome is MoveOutcome.MOVED:
                 story.append((at_ms + 230, f"{move.target} owns it at epoch 3"))
         if over:

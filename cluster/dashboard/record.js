@@ -115,7 +115,7 @@ function placements(record, open) {
     const way = placed.prefill_worker === placed.decode_worker ? placed.prefill_worker : `${placed.prefill_worker} → ${placed.decode_worker}`;
     const last = at === record.placements.length - 1;
     return h("details", { "data-name": String(at), open: last || open.has(String(at)) },
-      h("summary", {}, h("b", {}, way), ` after ${ms(placed.at_ms)}, epoch ${placed.epoch}`), h("p", { class: "quiet" }, placed.reason),
+      h("summary", {}, h("b", {}, way), ` after ${ms(placed.at_ms)}`), h("p", { class: "quiet" }, placed.reason),
       h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `workers considered for ${way}` }, h("table", {},
         h("thead", {}, h("tr", {}, ["worker", "for", "score, the lowest wins", "made of"].map((each) => h("th", { scope: "col" }, each)))), h("tbody", {}, rows))));
   }));

@@ -54,7 +54,7 @@ export function read(record, nowMs) {
   };
   for (const { at_ms: atMs, what } of story) {
     const owner = /^(\S+) owns it at epoch/.exec(what);
-    const move = /^moves from (\S+) to (\S+) \((\w+)\)/.exec(what);
+    const move = /^moves from (\S+) to (\S+) \((\w+)/.exec(what);
     if (what.startsWith("placed on")) {
       close(atMs);
       const placement = placements.find((each) => each.at_ms === atMs) ?? placements.shift();

@@ -110,6 +110,7 @@ def test_a_stream_is_watched_moved_looked_into_and_its_worker_drained(
         card = page.locator("#drawer .move-card[data-why=operator]")
         card.wait_for()
         assert "pre-copy" in card.inner_text()
+        assert page.locator("#drawer .timeline .why").all_text_contents() == ["handoff", "operator"]
         assert page.locator("#drawer .timeline .lane").all_text_contents() == ["prefill-0", home, other]
         record = httpx.get(f"{served.url}/dashboard/requests/{WATCHED}", headers={"x-tandem-dashboard": "1"}).json()
         told = json.loads(served.command("explain", WATCHED, "--json").stdout)
