@@ -19,7 +19,7 @@ from cluster.dashboard_feed import Feed
 from cluster.dashboard_frames import Task
 from cluster.dashboard_tasks import Tasks
 from cluster.dashboard_view import View, Viewer
-from cluster.documents import move_document, record_document
+from cluster.documents import plain, record_document
 from cluster.flight_record import flight_record
 from cluster.membership import Member, MemberState
 from cluster.served_model import describe
@@ -340,7 +340,7 @@ class FakeCluster:
             raise MoveImpossible(f"{request} is not decoding")
         record = self._begin_move(live, MoveReason.OPERATOR, to)
         live.move_until_s = self._now_s
-        return move_document(move_status(replace(record, outcome=MoveOutcome.MOVED, pause_ms=46), record.at_ms))
+        return plain(move_status(replace(record, outcome=MoveOutcome.MOVED, pause_ms=46), record.at_ms))
 
     async def drain(self, worker: str, *, restart: bool, by: str) -> Task:
         """Begins it, and it lasts."""

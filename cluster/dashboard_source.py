@@ -13,7 +13,7 @@ from cluster.canary import Canaries
 from cluster.dashboard_frames import Task
 from cluster.dashboard_tasks import Tasks
 from cluster.dashboard_view import View, Viewer
-from cluster.documents import move_document, record_document
+from cluster.documents import plain, record_document
 from cluster.draining import Drain
 from cluster.elastic import Elastic
 from cluster.membership import Membership
@@ -115,7 +115,7 @@ class RealCluster:
 
     async def migrate(self, request: str, to: str, by: str) -> dict[str, object]:
         """Moves a running request; how that went."""
-        return move_document(await self._admin.migrate(pb.MigrateRequest(request_id=request, to=to)))
+        return plain(await self._admin.migrate(pb.MigrateRequest(request_id=request, to=to)))
 
     async def drain(self, worker: str, *, restart: bool, by: str) -> Task:
         """Begins a drain."""
