@@ -12,7 +12,7 @@ CLUSTERS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve test check format proto equality equality-moves bench bench-migration bench-rebalance bench-transfer \
-	bench-rivals bench-worlds chaos chaos-long soak worlds fuzz docs docs-serve helm-test clean
+	bench-rivals bench-worlds bench-dashboard screenshots chaos chaos-long soak worlds fuzz docs docs-serve helm-test clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -67,6 +67,12 @@ bench-migration: install  ## live migration beside blocking copy, three stages a
 
 bench-rebalance: install  ## long requests on one worker, with and without the rebalancer
 	$(BIN)/python -m benchmarks.rebalance $(ARGS)
+
+bench-dashboard: install  ## CPU and first paint of the dashboard in Chromium, 200 workers and 2,000 requests
+	$(BIN)/python -m benchmarks.dashboard $(ARGS)
+
+screenshots: install  ## the dashboard's pictures in docs/images, of a real run
+	TANDEM_REQUIRE=browser,cluster $(BIN)/python -m pytest -q tests/integration/test_dashboard.py --screenshots docs/images
 
 bench-transfer: install  ## KV transports, with Mooncake and NIXL beside them where they can be installed
 	$(BIN)/python -m benchmarks.transfer --rivals $(ARGS)

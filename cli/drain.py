@@ -10,7 +10,7 @@ import typer
 from cli.completion import workers
 from cli.options import AsJsonLines, Port, RunDir, running_cluster
 from cli.reach import admin
-from cli.shown import plain
+from cluster.documents import plain
 from cluster.draining import DEADLINE_MS, DEADLINE_MS_MAX
 from tandem.v1 import admin_pb2 as pb
 

@@ -13,7 +13,8 @@ from cli.completion import requests
 from cli.migrate import sentence
 from cli.options import AsJson, Port, RunDir, running_cluster
 from cli.reach import admin
-from cli.shown import console, plain
+from cli.shown import console
+from cluster.documents import record_document
 from tandem.v1 import admin_pb2 as pb
 
 TIMEOUT_S = 10.0
@@ -34,41 +35,9 @@ def explain(
     with admin(run) as stub:
         record = stub.Explain(pb.ExplainRequest(request_id=request), timeout=TIMEOUT_S)
     if as_json:
-        print(json.dumps(to_document(record), indent=2))
+        print(json.dumps(record_document(record), indent=2))
         return
     show(record, console(WIDTH, highlight=False))
-
-
-def to_document(record: pb.FlightRecord) -> dict[str, object]:
-    """The record as JSON's types."""
-    request = record.request
-    return {
-        "request": request.id,
-        "state": request.state,
-        "error": request.error,
-        "router": request.router,
-        "prompt_tokens": request.prompt_tokens,
-        "tokens": request.tokens,
-        "ttft_ms": record.ttft_ms if record.HasField("ttft_ms") else None,
-        "stages": [{"name": each.name, "ms": each.ms} for each in record.stages],
-        "placements": [_placement_document(each) for each in record.placements],
-        "moves": [plain(each) for each in record.moves],
-        "story": [{"at_ms": each.at_ms, "what": each.what} for each in record.story],
-    }
-
-
-def _placement_document(placement: pb.PlacementStatus) -> dict[str, object]:
-    candidates = [
-        {
-            "worker": each.worker,
-            "part": each.part,
-            "score_ms": each.score_ms,
-            "terms": {term.name: term.value for term in each.terms},
-            "chosen": each.chosen,
-        }
-        for each in placement.candidates
-    ]
-    return {**plain(placement), "candidates": candidates}
 
 
 def show(record: pb.FlightRecord, out: Console) -> None:

@@ -10,7 +10,7 @@ import typer
 from cli.completion import running_requests, workers
 from cli.options import AsJson, Port, RunDir, running_cluster
 from cli.reach import admin
-from cli.shown import plain
+from cluster.documents import plain
 from tandem.errors import CommandError
 from tandem.v1 import admin_pb2 as pb
 

@@ -11,8 +11,8 @@ import typer
 from cli.completion import pool_sizes
 from cli.options import AsJsonLines, Port, RunDir, running_cluster
 from cli.reach import admin
-from cli.shown import plain
 from cluster.config import ConfigError
+from cluster.documents import plain
 from cluster.draining import DEADLINE_MS, DEADLINE_MS_MAX
 from tandem.messages import Role
 from tandem.near_miss import nearest

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from cli.options import AsJson, Port, RunDir, running_cluster
 from cli.reach import admin
-from cli.shown import plain
+from cluster.documents import plain
 from cluster.run_file import RunFile
 from tandem.v1 import admin_pb2 as pb
 

@@ -129,27 +129,35 @@ class Admin(admin_pb2_grpc.AdminServicer):
     async def Migrate(self, request: pb.MigrateRequest, context: _Context) -> pb.MoveStatus:
         """Moves a running request; the answer says how that went. The router that has it bounds the wait."""
         try:
-            name, there = await self._where(request)
-            if there is not None:
-                asked = pb.MigrateRequest(request_id=name, to=request.to, local=True)
-                answer: pb.MoveStatus = await there.Migrate(asked, timeout=MIGRATE_S, metadata=self._peers.metadata)
-                return answer
-            record = await self._operations.migrate(name, request.to)
+            return await self.migrate(request)
         except (TandemError, grpc.aio.AioRpcError) as error:
             await _abort(context, error)
+
+    async def migrate(self, request: pb.MigrateRequest) -> pb.MoveStatus:
+        """The same for callers in this process. Raises TandemError, or AioRpcError as another router said."""
+        name, there = await self._where(request)
+        if there is not None:
+            asked = pb.MigrateRequest(request_id=name, to=request.to, local=True)
+            answer: pb.MoveStatus = await there.Migrate(asked, timeout=MIGRATE_S, metadata=self._peers.metadata)
+            return answer
+        record = await self._operations.migrate(name, request.to)
         return move_status(record, self._driver.status().now_ms)
 
     async def Explain(self, request: pb.ExplainRequest, context: _Context) -> pb.FlightRecord:
         """All that is remembered of one request, from whichever router has it."""
         try:
-            name, there = await self._where(request)
-            if there is not None:
-                asked = pb.ExplainRequest(request_id=name, local=True)
-                answer: pb.FlightRecord = await there.Explain(asked, timeout=ANSWER_S, metadata=self._peers.metadata)
-                return answer
-            return self._record(name)
+            return await self.explain(request)
         except (TandemError, grpc.aio.AioRpcError) as error:
             await _abort(context, error)
+
+    async def explain(self, request: pb.ExplainRequest) -> pb.FlightRecord:
+        """The same for callers in this process. Raises TandemError, or AioRpcError as another router said."""
+        name, there = await self._where(request)
+        if there is not None:
+            asked = pb.ExplainRequest(request_id=name, local=True)
+            answer: pb.FlightRecord = await there.Explain(asked, timeout=ANSWER_S, metadata=self._peers.metadata)
+            return answer
+        return self._record(name)
 
     def _record(self, request_id: str) -> pb.FlightRecord:
         """Of a request of this router, the newest of its name. Raises UnknownRequest."""

@@ -27,10 +27,14 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 import uvloop
+from fastapi import FastAPI
 
 from cluster.admin import Addresses, Admin
 from cluster.canary import Canaries
 from cluster.config import ClusterConfig, without_password
+from cluster.dashboard import OPEN_PAGES, Dashboard
+from cluster.dashboard_feed import Feed
+from cluster.dashboard_source import RealCluster
 from cluster.drain_relay import DrainWord
 from cluster.elastic import Elastic
 from cluster.key_file import KeyFile
@@ -238,6 +242,7 @@ class RouterProcess:
         open_files = raise_open_files()
         self.peers = Peers(self.settings.router_id, self.settings.internal, self.access)
         self.service.metrics.others = self.peers.metrics
+        self.admin, board, app = self._make_operators_doors()
         public = build_grpc_server(
             self.service,
             extra=(self._add_admin,),
@@ -253,7 +258,7 @@ class RouterProcess:
         )
         with socket.socket(fileno=self.settings.listener) as listener:
             http = await serve_http(
-                build_app(self.service),
+                app,
                 listener=listener,
                 grace_s=GRACE_S,
                 limits=limits_within(open_files),
@@ -269,6 +274,7 @@ class RouterProcess:
                     asyncio.create_task(self.operations.run()),
                     asyncio.create_task(self.canaries.run()),
                     asyncio.create_task(self._announce()),
+                    asyncio.create_task(board.feed.run()),
                     asyncio.create_task(self.supervisor.listen(self._command)),
                     asyncio.create_task(self._until_stopped()),
                 ]
@@ -284,6 +290,8 @@ class RouterProcess:
             finally:
                 for task in tasks:
                     task.cancel()
+                board.feed.close("the router ends")
+                await board.close()
                 await self.driver.stop()
                 await self._hand_over()
                 await asyncio.gather(http.stop(), public.stop(GRACE_S), internal.stop(GRACE_S), self.peers.close())
@@ -319,18 +327,20 @@ class RouterProcess:
         worker_pb2_grpc.add_RegistryServicer_to_server(self.registry, server)  # type: ignore[no-untyped-call]
         return worker_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 
-    def _add_admin(self, server: grpc.aio.Server) -> str:
+    def _make_operators_doors(self) -> tuple[Admin, Dashboard, FastAPI]:
+        """The operators' service, their dashboard, and the HTTP application with it."""
+        elastic = Elastic(
+            driver=self.driver,
+            registry=self.registry,
+            operations=self.operations,
+            config=self.config,
+            say=self.supervisor.say,
+        )
         admin = Admin(
             membership=self.membership,
             driver=self.driver,
             operations=self.operations,
-            elastic=Elastic(
-                driver=self.driver,
-                registry=self.registry,
-                operations=self.operations,
-                config=self.config,
-                say=self.supervisor.say,
-            ),
+            elastic=elastic,
             canaries=self.canaries,
             peers=self.peers,
             addresses=lambda: self.addresses,
@@ -339,7 +349,25 @@ class RouterProcess:
             lately=self.service.metrics.lately,
             stop=lambda reason: self.supervisor.say("stop_asked", reason=reason),
         )
-        admin_pb2_grpc.add_AdminServicer_to_server(admin, server)  # type: ignore[no-untyped-call]
+        cluster = RealCluster(
+            model=self.model.id,
+            driver=self.driver,
+            membership=self.membership,
+            operations=self.operations,
+            elastic=elastic,
+            canaries=self.canaries,
+            peers=self.peers,
+            admin=admin,
+        )
+        metrics, names_allowed = self.service.metrics, self.config.tls_cert is not None
+        feed = Feed(cluster, metrics.recent, self.door.check_operator)
+        board = Dashboard(cluster, feed=feed, door=self.door, metrics=metrics, names_allowed=names_allowed)
+        app = build_app(self.service, open_pages=OPEN_PAGES)
+        board.add_to(app)
+        return admin, board, app
+
+    def _add_admin(self, server: grpc.aio.Server) -> str:
+        admin_pb2_grpc.add_AdminServicer_to_server(self.admin, server)  # type: ignore[no-untyped-call]
         return admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 
     def _take_keys(self, ring: KeyRing | None) -> None:

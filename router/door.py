@@ -43,6 +43,19 @@ class Door:
             raise PermissionDenied(f"authorization: key {caller.name!r} is no operator's")
         return caller
 
+    def check_operator(self, caller: Caller) -> None:
+        """The same for who has come in already, now or a while ago. Raises Unauthenticated, PermissionDenied."""
+        ring = self.ring
+        if ring is None:
+            return
+        if caller.entry is None:
+            raise Unauthenticated("authorization: is missing; this cluster asks for API keys")
+        objection = ring.objection(caller, self._clock())
+        if objection is not None:
+            raise Unauthenticated(f"authorization: the API key {caller.name!r} {objection}")
+        if not ring.entries[caller.name].operator:
+            raise PermissionDenied(f"authorization: key {caller.name!r} is no operator's")
+
     def check_priority(self, caller: Caller, priority: int) -> None:
         """Raises PermissionDenied when the caller's key may not ask for this."""
         most = None if caller.entry is None else caller.entry.priority_max

@@ -23,16 +23,27 @@ _APIS = {"/v1/chat/completions": Api.CHAT, "/v1/completions": Api.COMPLETIONS}
 
 
 class HttpDoor:
-    """Around the whole application. It judges the head alone, before anything of the body is read."""
+    """Around the whole application. It judges the head alone, before anything of the body is read.
 
-    def __init__(self, app: ASGIApp, *, door: Door, on_refused: Callable[[Api, TandemError], None]) -> None:
+    `open_pages`: those of the application that hold nothing of the cluster, by their exact paths, too.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        door: Door,
+        on_refused: Callable[[Api, TandemError], None],
+        open_pages: frozenset[str] = frozenset(),
+    ) -> None:
         self._app = app
+        self._open = OPEN_PAGES | open_pages
         self._door = door
         self._on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets the request in as its key's, or answers 401."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PAGES:
+        if scope["type"] != "http" or scope["path"] in self._open:
             await self._app(scope, receive, send)
             return
         ARRIVED.set(time.monotonic())

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 from router.events import Cause, HandedOver, Note, Placed, Recovering
 from router.lately import Counted, LastMinute, Lately, Timed
 from router.move import MoveOutcome, MoveReason, MoveRecord
+from router.recent import Recent
 from router.stages import FirstToken, Stage
 from tandem import metrics as table
 from tandem.errors import ERRORS, TandemError
@@ -73,6 +74,7 @@ class EdgeMetrics:
         self._last_minute = LastMinute(clock())
         self.others: Callable[[], Awaitable[list[str]]] | None = None
         self.cluster: Collector | None = None
+        self.recent = Recent()  # the same second by second, for charts
         self.registry = CollectorRegistry()
         self._requests = self._plain(Counter, table.REQUESTS_TOTAL)
         self._refusals = self._plain(Counter, table.REFUSALS_TOTAL)
@@ -131,6 +133,7 @@ class EdgeMetrics:
         """A client has its first token."""
         self._ttft.observe(first.ttft_ms / 1000)
         self._last_minute.took(self._clock(), Timed.TTFT, first.ttft_ms)
+        self.recent.first_token(first.ttft_ms)
         for stage, stage_ms in first.stages:
             self._ttft_stages.labels(stage.value).observe(stage_ms / 1000)
 
@@ -153,6 +156,7 @@ class EdgeMetrics:
         self._running.dec()
         self._requests.labels(api.value, outcome).inc()
         self._e2e.observe(after_s)
+        self.recent.ended()
 
     def answered(self, *, num_prompt_tokens: int, num_cached_tokens: int, tpot_s: float | None) -> None:
         """A request has all of its answer. `tpot_s` None: it has fewer than two tokens, or nobody saw the first."""
@@ -161,6 +165,7 @@ class EdgeMetrics:
         if tpot_s is not None:
             self._tpot.observe(tpot_s)
             self._last_minute.took(self._clock(), Timed.TPOT, 1000 * tpot_s)
+            self.recent.answered(1000 * tpot_s)
 
     def judged(self, slo: Slo | None, *, ttft_s: float, tpot_s: float, whole: bool) -> None:
         """Whether a request met its targets; `whole`: it has all of its answer. One without targets has met them."""
@@ -194,6 +199,7 @@ class EdgeMetrics:
         """A move has ended."""
         self._migrations.labels(record.reason.value, record.outcome.value).inc()
         self._migration_bytes.labels(record.reason.value).inc(record.bytes_moved)
+        self.recent.moved(record.reason.value, carried_out=record.outcome is MoveOutcome.MOVED)
         if record.outcome is MoveOutcome.MOVED:
             self._migration.labels("pause").observe(record.pause_ms / 1000)
             self._last_minute.count(self._clock(), Counted.MOVED)
@@ -224,6 +230,7 @@ class EdgeMetrics:
     def _generated(self, num_tokens: int) -> None:
         self._generated_tokens.inc(num_tokens)
         self._last_minute.count(self._clock(), Counted.TOKENS, num_tokens)
+        self.recent.tokens(num_tokens)
 
     # ---- pages -----------------------------------------------------------------------------------------------------
 

@@ -60,10 +60,10 @@ class _NoSuchPage(TandemError):
     openai_type = "invalid_request_error"
 
 
-def build_app(service: Service) -> FastAPI:
-    """The application; others may add routers and pages to it."""
+def build_app(service: Service, *, open_pages: frozenset[str] = frozenset()) -> FastAPI:
+    """The application; others may add routers and pages to it. Whatever is not one of `open_pages` asks for a key."""
     app = FastAPI(title="Tandem", description=_DESCRIPTION, version="1", openapi_url=None)
-    app.add_middleware(HttpDoor, door=service.door, on_refused=service.metrics.refused)
+    app.add_middleware(HttpDoor, door=service.door, on_refused=service.metrics.refused, open_pages=open_pages)
     _add_completions(app, service)
     _add_models(app, service)
     _add_health(app, service)

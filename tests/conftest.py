@@ -42,6 +42,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("computes")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What only a person asks for."""
+    parser.addoption("--screenshots", metavar="FOLDER", help="take the documentation's pictures of the dashboard")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The first process of the run makes the folder that the others inherit the name of."""
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):

@@ -14,8 +14,8 @@ import httpx
 import psutil
 from served import STOP_S, Served, alive
 
-from cli.shown import plain
 from cluster.chaos_processes import listening_ports
+from cluster.documents import plain
 from tandem.cluster_access import ClusterAccess
 from tandem.v1 import admin_pb2, admin_pb2_grpc, worker_pb2_grpc
 

@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import psutil
 
-from cli.shown import plain
 from cli.status import ask
+from cluster.documents import plain
 from cluster.member_access import access_here
 from cluster.run_file import find
 from tandem.client import Client

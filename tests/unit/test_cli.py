@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from cli import drain, migrate
 from cli.main import VERBS, app, main
-from cli.shown import plain
 from cli.status import move_table
 from cluster.config import ClusterConfig, flag_of
+from cluster.documents import plain
 from cluster.draining import DrainState
 from tandem.v1 import admin_pb2 as pb
 

@@ -8,8 +8,9 @@ import json
 from rich.console import Console
 from router_rig import Rig, request
 
-from cli.explain import show, to_document
+from cli.explain import show
 from cluster.admin import request_status
+from cluster.documents import record_document
 from cluster.flight_record import flight_record
 from router.events import Submitted
 from router.flight import Flight
@@ -36,7 +37,7 @@ def record() -> pb.FlightRecord:
 
 
 def test_json_has_what_was_decided_and_why() -> None:
-    document = json.loads(json.dumps(to_document(record())))
+    document = json.loads(json.dumps(record_document(record())))
     assert (document["request"], document["state"], document["router"]) == ("r", "prefilling", "router-0")
     assert document["ttft_ms"] == 90
     assert document["stages"] == [
@@ -73,7 +74,7 @@ def test_people_see_the_same() -> None:
 
 def test_what_is_not_known_is_not_shown() -> None:
     bare = pb.FlightRecord(request=pb.RequestStatus(id="r", state="failed", error="the worker is gone"))
-    assert to_document(bare)["ttft_ms"] is None
+    assert record_document(bare)["ttft_ms"] is None
     out = io.StringIO()
     show(bare, Console(file=out))
     assert "TTFT" not in out.getvalue()
