@@ -1,4 +1,4 @@
-"""What commands print: messages of the protocol as JSON's types, and a console that cuts nothing off."""
+"""A console that cuts nothing off."""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 import grpc.aio
@@ -244,7 +244,8 @@ def _file(path: Path) -> Callable[[Request], Awaitable[Response]]:
 
 def _of_another_router(error: grpc.aio.AioRpcError) -> TandemError:
     """What another router refused with, in its words."""
-    codes: dict[str, Any] = {key: value for key, value in error.trailing_metadata() or ()}
+    trailers: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # type: ignore[assignment]
+    codes = dict(trailers)
     if "tandem-code" not in codes:
         return Unavailable(f"the router that has it does not answer: {error.code().name} {error.details()}")
     return error_of(str(codes["tandem-code"]), error.details() or "")

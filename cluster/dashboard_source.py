@@ -103,7 +103,7 @@ class RealCluster:
 
     async def refresh(self) -> None:
         """Asks the other routers, within a second."""
-        self._others = await self._peers.statuses(include_finished=False)
+        self._others = await self._peers.statuses(pb.StatusRequest())
 
     def tasks(self) -> Sequence[Task]:
         """What operators began lately."""

@@ -189,7 +189,7 @@ class Viewer:
 
 def _workers(seen: Iterable[WorkerSnapshot], members: Iterable[Member]) -> dict[str, Row]:
     loads = {(each.worker_id, each.incarnation): each for each in seen if each.state != WorkerState.DEAD.value}
-    rows = {}
+    rows: dict[str, Row] = {}
     for member in sorted(members, key=lambda each: each.info.worker_id):
         info = member.info
         worker = loads.get((info.worker_id, member.incarnation))

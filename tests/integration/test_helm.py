@@ -26,8 +26,8 @@ from served import wait_until
 
 from benchmarks.local_cluster import free_port
 from benchmarks.local_redis import executable
-from cli.shown import plain
 from cli.status import ask
+from cluster.documents import plain
 from cluster.run_file import find
 from tandem.client import Client
 

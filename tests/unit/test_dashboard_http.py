@@ -71,8 +71,8 @@ def test_the_files_are_open_and_forbid_what_they_do_not_need() -> None:
         assert "style=" not in page
         assert " onclick" not in page
         assert page.count("<script") == page.count('<script type="module" src="/dashboard/') == 1
-        for name, path in FILES.items():
-            source = path.read_text()
+        for name, file in FILES.items():
+            source = file.read_text()
             assert "http://" not in source.replace("http://www.w3.org/2000/svg", ""), name
             assert "https://" not in source, f"{name} loads something from elsewhere"
             assert "innerHTML" not in source, name
