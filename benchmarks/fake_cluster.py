@@ -313,7 +313,7 @@ class FakeCluster:
             Candidate(
                 WorkerId(name), Part.DECODE, 30.0 + 4 * number, (("batch_ms", 28.0), ("copy_ms", 2.0 + 4 * number))
             )
-            for number, name in enumerate([snapshot.decode_worker, *self._by_role[Role.DECODE][:3]])
+            for number, name in enumerate(dict.fromkeys([snapshot.decode_worker, *self._by_role[Role.DECODE][:3]]))
         ]
         prefill = Candidate(
             WorkerId(snapshot.prefill_worker), Part.PREFILL, 290.0, (("queue_ms", 40.0), ("prefill_ms", 250.0))

@@ -55,7 +55,7 @@ const charts = new Charts(element("charts"), store);
 const lists = new Lists(store);
 const record = new RecordPanel(store, drawer);
 const panel = new WorkerPanel(store, drawer);
-const seen = { router: "", since: 0, lost: false, lists: 0, spoken: 0, unspoken: 0, asking: false };
+const seen = { router: "", since: 0, lost: false, lists: 0, spoken: -Infinity, unspoken: -Infinity, asking: false };
 
 function onFrame(frame) {
   let changed;
