@@ -277,13 +277,13 @@ class Service:
             return await self._begin(ask, request_id, stops, keep)
         while (opening := self._opening.get(keep.key)) is not None:
             await opening.wait()  # bounded, as the store's answer is
-        known = self.driver.transcripts.of_key(keep.key)
-        if known is not None:
-            return await self._same(known, keep, ask.caller)
         self._opening[keep.key] = opening = asyncio.Event()
         try:
             for pause_s in KEY_PAUSES_S:
                 try:
+                    known = self.driver.transcripts.of_key(keep.key)
+                    if known is not None:
+                        return await self._same(known, keep, ask.caller)
                     return await self._begin(ask, request_id, stops, keep)
                 except _KeyIsFree:
                     await asyncio.sleep(pause_s)

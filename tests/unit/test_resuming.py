@@ -395,6 +395,35 @@ def test_an_idempotency_key_at_two_routers_at_once() -> None:
     together(case)
 
 
+def test_a_key_whose_request_ends_while_the_store_is_asked_of_it_is_begun_with_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def case(first: Router, second: Router, worker: CountingWorker, redis: LocalRedis) -> None:
+        journal, asked = first.service.journal, ask("r", 30)
+        assert journal is not None
+        asked.idempotency_key = "k"
+        worker.num_tokens_max = 12
+        call = first.stub.Generate(asked, timeout=DEADLINE_S)
+        await read_tokens(call, 12)
+        look = journal.look
+
+        async def meanwhile(request_id: RequestId) -> object:
+            seen = await look(request_id)
+            if worker.num_tokens_max == 12:
+                worker.num_tokens_max = 10**9
+                first.driver.cancel(request_id, "by the test")
+                await until(lambda: (kept := first.driver.transcripts.find(request_id)) is None or bool(kept.ended))
+            return seen
+
+        monkeypatch.setattr(journal, "look", meanwhile)
+        again = ask("other", 30)
+        again.idempotency_key = "k"
+        assert tokens_of([each async for each in first.stub.Generate(again, timeout=DEADLINE_S)]) == ids(30)
+        assert worker.num_tokens_max == 10**9, "it did end meanwhile"
+
+    together(case)
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_http_events_can_be_cut_anywhere(chat: bool) -> None:
     path = "/v1/chat/completions" if chat else "/v1/completions"
