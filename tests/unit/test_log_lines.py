@@ -103,7 +103,7 @@ def test_logs_of_one_part_of_one_request_and_of_what_matters(cluster: Path) -> N
 
 def test_a_part_that_there_is_not_is_named(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = RUNNER.invoke(app, ["logs", "decode-9", "--run-dir", str(cluster)])
-    assert str(done.exception) == "'decode-9' has no log; there are decode-0, router-0"
+    assert str(done.exception) == "'decode-9' has no log; there are decode-0, router-0; did you mean decode-0?"
 
 
 def test_what_comes_later_is_read_once_and_whole(cluster: Path) -> None:
