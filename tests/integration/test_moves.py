@@ -201,7 +201,11 @@ def test_what_cannot_be_moved_is_refused_in_one_sentence(cluster: ClusterUnderTe
     request_id, home = answering.request["id"], answering.request["decode_worker"]
     for arguments, sentence in (
         (("nothing-of-that-name",), "no request of id 'nothing-of-that-name' is known"),
-        ((request_id, "--to", "decode-9"), "to: no worker of id 'decode-9' is known"),
+        (
+            (request_id, "--to", "decode-9"),
+            "to: no worker of id 'decode-9' is known; there are: decode-0, decode-1, prefill-0, prefill-1; "
+            "did you mean decode-1?",
+        ),
         ((request_id, "--to", home), f"{request_id} cannot be moved to {home}: it is there"),
         (
             (request_id, "--to", "prefill-0"),
@@ -299,7 +303,8 @@ def test_a_pool_shrinks_by_drains_and_says_what_cannot_be_drained(cluster: Clust
     for worker, sentence in (
         (
             "decode-7",
-            "worker: no worker of id 'decode-7' is known; there are: decode-0, decode-1, prefill-0, prefill-1",
+            "worker: no worker of id 'decode-7' is known; there are: decode-0, decode-1, prefill-0, prefill-1; "
+            "did you mean decode-1?",
         ),
         ("decode-1", "decode-1 was drained and has left"),
         ("prefill-0", "prefill-0 is the last ready worker that reads prompts; drain it with --restart, or not at all"),
