@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 
-from rich.console import Console
 from rich.table import Table
 
 from cli.options import AsJson, Port, RunDir, running_cluster
 from cli.reach import admin
+from cli.shown import console
 from cluster.documents import plain
 from cluster.run_file import RunFile
 from tandem.v1 import admin_pb2 as pb
 
 TIMEOUT_S = 10.0
+WIDTH = 160  # where there is no terminal
 NEWEST = 20  # requests shown
 ID_CHARACTERS = 12  # of a request id shown: its end tells it apart
 
@@ -28,23 +29,23 @@ def status(
     if as_json:
         print(json.dumps(plain(answer), indent=2))
         return
-    console = Console()
-    console.print(
+    out = console(WIDTH)
+    out.print(
         f"{answer.model} at {answer.http_address}, gRPC {answer.grpc_address}, router pid {answer.router_pid}"
         + (f", state in {answer.store}" if answer.store else "")
     )
     if answer.not_ready:
-        console.print(f"not ready: {answer.not_ready}")
+        out.print(f"not ready: {answer.not_ready}")
     if len(answer.routers) > 1:
-        console.print(router_table(answer))
-        console.print()
-    console.print(worker_table(answer))
+        out.print(router_table(answer))
+        out.print()
+    out.print(worker_table(answer))
     if answer.requests:
-        console.print()
-        console.print(request_table(answer))
+        out.print()
+        out.print(request_table(answer))
     if answer.moves:
-        console.print()
-        console.print(move_table(answer))
+        out.print()
+        out.print(move_table(answer))
 
 
 def ask(run: RunFile) -> pb.StatusResponse:
