@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from cli.completion import workers
-from cli.options import AsJsonLines, Port, RunDir, running_cluster
+from cli.options import DEADLINE_S, AsJsonLines, Deadline, Port, RunDir, running_cluster, whole_ms
 from cli.reach import admin
 from cluster.documents import plain
-from cluster.draining import DEADLINE_MS, DEADLINE_MS_MAX
 from tandem.v1 import admin_pb2 as pb
 
 
@@ -19,9 +18,7 @@ def drain(
     worker: Annotated[
         str, typer.Argument(help="worker of `tandem status`", show_default=False, autocompletion=workers)
     ],
-    deadline: Annotated[
-        float, typer.Option(help="seconds until it must be empty", min=0.001, max=DEADLINE_MS_MAX / 1000)
-    ] = DEADLINE_MS / 1000,
+    deadline: Deadline = DEADLINE_S,
     restart: Annotated[bool, typer.Option("--restart", help="start a fresh one in its place, and wait for it")] = False,
     port: Port = None,
     as_json: AsJsonLines = False,
@@ -29,7 +26,7 @@ def drain(
 ) -> None:
     """Move everything away from a worker, then end it. The drain goes on when this command is stopped."""
     run = running_cluster(run_dir, port)
-    asked = pb.DrainRequest(worker=worker, deadline_ms=max(1, round(deadline * 1000)), restart=restart)
+    asked = pb.DrainRequest(worker=worker, deadline_ms=whole_ms(deadline), restart=restart)
     with admin(run) as stub:
         for progress in stub.Drain(asked):  # the router bounds each of its states
             print(json.dumps(plain(progress)) if as_json else sentence(progress), flush=True)

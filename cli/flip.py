@@ -9,10 +9,9 @@ import typer
 
 from cli.completion import roles, workers
 from cli.drain import sentence
-from cli.options import AsJsonLines, Port, RunDir, running_cluster
+from cli.options import DEADLINE_S, AsJsonLines, Deadline, Port, RunDir, running_cluster, whole_ms
 from cli.reach import admin
 from cluster.documents import plain
-from cluster.draining import DEADLINE_MS, DEADLINE_MS_MAX
 from tandem.v1 import admin_pb2 as pb
 
 
@@ -21,9 +20,7 @@ def flip(
         str, typer.Argument(help="worker of `tandem status`", show_default=False, autocompletion=workers)
     ],
     role: Annotated[str, typer.Argument(help="prefill, decode or mixed", show_default=False, autocompletion=roles)],
-    deadline: Annotated[
-        float, typer.Option(help="seconds until it must be empty", min=0.001, max=DEADLINE_MS_MAX / 1000)
-    ] = DEADLINE_MS / 1000,
+    deadline: Deadline = DEADLINE_S,
     port: Port = None,
     as_json: AsJsonLines = False,
     run_dir: RunDir = None,
@@ -33,7 +30,7 @@ def flip(
     What has begun goes on when this command is stopped.
     """
     run = running_cluster(run_dir, port)
-    asked = pb.FlipRequest(worker=worker, role=role, deadline_ms=max(1, round(deadline * 1000)))
+    asked = pb.FlipRequest(worker=worker, role=role, deadline_ms=whole_ms(deadline))
     with admin(run) as stub:
         for progress in stub.Flip(asked):  # the router bounds each of its states
             over = f"is a {role} worker now" if progress.state == "done" else ""

@@ -9,11 +9,10 @@ from typing import Annotated
 import typer
 
 from cli.completion import pool_sizes
-from cli.options import AsJsonLines, Port, RunDir, running_cluster
+from cli.options import DEADLINE_S, DEADLINE_S_MAX, AsJsonLines, Port, RunDir, running_cluster, whole_ms
 from cli.reach import admin
 from cluster.config import ConfigError
 from cluster.documents import plain
-from cluster.draining import DEADLINE_MS, DEADLINE_MS_MAX
 from tandem.messages import Role
 from tandem.near_miss import nearest
 from tandem.v1 import admin_pb2 as pb
@@ -26,8 +25,8 @@ def scale(
         list[str], typer.Argument(help="such as prefill=2 decode=4", show_default=False, autocompletion=pool_sizes)
     ],
     deadline: Annotated[
-        float, typer.Option(help="seconds until workers that go must be empty", min=0.001, max=DEADLINE_MS_MAX / 1000)
-    ] = DEADLINE_MS / 1000,
+        float, typer.Option(help="seconds until workers that go must be empty", min=0.001, max=DEADLINE_S_MAX)
+    ] = DEADLINE_S,
     port: Port = None,
     as_json: AsJsonLines = False,
     run_dir: RunDir = None,
@@ -36,7 +35,7 @@ def scale(
 
     What has begun goes on when this command is stopped.
     """
-    asked = pb.ScaleRequest(pools=sizes(pools), deadline_ms=max(1, round(deadline * 1000)))
+    asked = pb.ScaleRequest(pools=sizes(pools), deadline_ms=whole_ms(deadline))
     run = running_cluster(run_dir, port)
     with admin(run) as stub:
         for progress in stub.Scale(asked):  # the router bounds each step

@@ -139,8 +139,7 @@ class DrainRelay:
 
     def flip(self, router: str, worker_id: WorkerId, incarnation: int, role: Role) -> list[Tell]:
         """The router that watches says that the worker can have its new role. Nothing to tell: it does not get it."""
-        drain = self._drains.get(worker_id)
-        if drain is None or (drain.watcher, drain.incarnation) != (router, incarnation):
+        if self._watched(router, worker_id, incarnation) is None:
             return []
         del self._drains[worker_id]
         self.flipped[worker_id] = incarnation, role
@@ -155,10 +154,13 @@ class DrainRelay:
             del self._drains[worker_id]
 
     def _ended(self, router: str, worker_id: WorkerId, incarnation: int, word: DrainWord, reason: str) -> list[Tell]:
+        drain = self._watched(router, worker_id, incarnation)
+        return [] if drain is None else self._over(worker_id, drain, word, reason)
+
+    def _watched(self, router: str, worker_id: WorkerId, incarnation: int) -> _Drain | None:
+        """The drain of that incarnation, if it is that router that watches over it."""
         drain = self._drains.get(worker_id)
-        if drain is None or (drain.watcher, drain.incarnation) != (router, incarnation):
-            return []
-        return self._over(worker_id, drain, word, reason)
+        return drain if drain is not None and (drain.watcher, drain.incarnation) == (router, incarnation) else None
 
     def _over(self, worker_id: WorkerId, drain: _Drain, word: DrainWord, reason: str) -> list[Tell]:
         del self._drains[worker_id]
